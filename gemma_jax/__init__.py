@@ -1,0 +1,1 @@
+"""Gemma in JAX: pretrain, fine-tune, sample, evaluate and serve."""

@@ -1,0 +1,55 @@
+"""Configs: frozen dataclasses, presets, validation, JSON and the command line. Standard library only."""
+
+from gemma_jax.config.command_line import load, parse
+from gemma_jax.config.experiments import PretrainConfig, SampleConfig
+from gemma_jax.config.presets import PRESETS
+from gemma_jax.config.sections import (
+    CheckpointConfig,
+    ComputeConfig,
+    DataConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    MeshConfig,
+    OptimizerConfig,
+    TokenizerConfig,
+    TransformerConfig,
+)
+from gemma_jax.config.serialization import from_json, replace, suggestion, to_dict, to_json
+from gemma_jax.config.validation import (
+    MESH_AXES,
+    mesh_shape,
+    validate,
+    validate_mesh,
+    validate_model,
+    validate_on_devices,
+    validate_sample,
+)
+
+__all__ = [
+    "MESH_AXES",
+    "PRESETS",
+    "CheckpointConfig",
+    "ComputeConfig",
+    "DataConfig",
+    "EvaluationConfig",
+    "LoggingConfig",
+    "MeshConfig",
+    "OptimizerConfig",
+    "PretrainConfig",
+    "SampleConfig",
+    "TokenizerConfig",
+    "TransformerConfig",
+    "from_json",
+    "load",
+    "mesh_shape",
+    "parse",
+    "replace",
+    "suggestion",
+    "to_dict",
+    "to_json",
+    "validate",
+    "validate_mesh",
+    "validate_model",
+    "validate_on_devices",
+    "validate_sample",
+]

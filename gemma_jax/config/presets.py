@@ -1,0 +1,43 @@
+"""Shapes with a name."""
+
+from gemma_jax.config.sections import TransformerConfig
+
+PRESETS = {
+    # The published models (Gemma: Open Models Based on Gemini Research and Technology, 2024, table 1).
+    "gemma_2b": TransformerConfig(),
+    "gemma_7b": TransformerConfig(
+        num_layers=28, embed_dim=3072, hidden_dim=24_576, num_heads=16, num_kv_heads=16
+    ),
+    # Small ones of the same architecture: for benchmarks, for a CPU in minutes, for tests.
+    "gemma_110m": TransformerConfig(
+        vocab_size=32_000,
+        num_layers=12,
+        embed_dim=768,
+        hidden_dim=3072,
+        num_heads=12,
+        num_kv_heads=1,
+        head_dim=64,
+        context_length=2048,
+    ),
+    "gemma_small": TransformerConfig(
+        vocab_size=4096,
+        num_layers=4,
+        embed_dim=256,
+        hidden_dim=1024,
+        num_heads=4,
+        num_kv_heads=1,
+        head_dim=64,
+        context_length=1024,
+    ),
+    "gemma_tiny": TransformerConfig(
+        vocab_size=512,
+        num_layers=2,
+        embed_dim=32,
+        hidden_dim=64,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        context_length=256,
+        vocab_multiple=64,
+    ),
+}

@@ -1,0 +1,146 @@
+"""The sections that experiments are built of: what can be set, its type, default and meaning.
+
+Every field is a plain number, string, choice or tuple of those, so that a config can be written on
+a command line and stored as JSON. Standard library only: reading a config must not need jax.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+
+def setting(default: Any, meaning: str) -> Any:
+    """A dataclass field with its meaning, which `--help` shows."""
+    return dataclasses.field(default=default, metadata={"help": meaning})
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """Shape of a Gemma decoder (Gemma: Open Models Based on Gemini Research and Technology, 2024)."""
+
+    vocab_size: int = setting(256_000, "Tokens that the model can read and predict.")
+    num_layers: int = setting(18, "Decoder blocks.")
+    embed_dim: int = setting(2048, "Width of the residual stream.")
+    hidden_dim: int = setting(16_384, "Width of each of the two branches of the gated feed-forward.")
+    num_heads: int = setting(8, "Query heads.")
+    num_kv_heads: int = setting(1, "Key/value heads; must divide num_heads.")
+    head_dim: int = setting(256, "Width of one head; num_heads * head_dim need not be embed_dim.")
+    context_length: int = setting(8192, "Longest sequence that the model is made for, in tokens.")
+    rope_base: float = setting(10_000.0, "Base of the rotary position frequencies.")
+    norm_epsilon: float = setting(1e-6, "Added to the mean square in RMSNorm.")
+    vocab_multiple: int = setting(
+        128, "Embedding rows are stored rounded up to a multiple of this; padding rows are masked."
+    )
+
+    @property
+    def vocab_rows(self) -> int:
+        """Embedding rows as stored: vocab_size rounded up to a multiple of vocab_multiple."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """Where token ids come from."""
+
+    path: str = setting(
+        "", "A SentencePiece model file; empty trains one of model.vocab_size pieces on the corpus."
+    )
+    train_megabytes: float = setting(8.0, "Text to train a tokenizer on, sampled evenly from the corpus.")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which documents, and how they become batches."""
+
+    sources: tuple[str, ...] = setting(
+        ("python-stdlib",),
+        "Corpora: python-stdlib (this Python installation's own sources), tfds:NAME, or a path, glob or "
+        "bucket address of text files, .jsonl[.gz|.zst], .array_record files, or a TFDS directory.",
+    )
+    weights: tuple[float, ...] = setting(
+        (), "Share of rows from each source; empty means in proportion to their size."
+    )
+    text_field: str = setting("text", "The field that holds the text in JSON lines and TFDS records.")
+    bad_records: Literal["error", "skip"] = setting(
+        "error", "A record that is broken or lacks its text ends the run, or is skipped and counted."
+    )
+    held_out: float = setting(0.01, "Share of documents held out for evaluation, chosen by their text's hash.")
+    sequence_length: int = setting(2048, "Tokens in a row.")
+    batch_size: int = setting(8, "Rows in a global batch.")
+    cache_dir: str = setting("~/.cache/gemma_jax", "Where tokenised corpora are kept and found again.")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """How gradients become updates."""
+
+    name: Literal["adamw", "adafactor", "lion"] = setting("adamw", "Update rule.")
+    learning_rate: float = setting(3e-4, "Peak learning rate.")
+    schedule: Literal["cosine", "linear", "warmup-stable-decay", "constant"] = setting(
+        "cosine", "Shape of the learning rate after warm-up."
+    )
+    warmup_steps: int = setting(100, "Steps over which the learning rate rises linearly from 0.")
+    decay_fraction: float = setting(
+        0.2, "warmup-stable-decay: share of all steps in which the rate falls at the end."
+    )
+    final_fraction: float = setting(0.1, "Learning rate at the last step, as a share of the peak.")
+    b1: float = setting(0.9, "Decay of the first moment.")
+    b2: float = setting(0.95, "Decay of the second moment.")
+    epsilon: float = setting(1e-8, "Added to the root of the second moment.")
+    weight_decay: float = setting(0.1, "Decoupled decay of weight matrices; norm scales never decay.")
+    clip_norm: float = setting(1.0, "Largest global gradient norm; 0 turns clipping off.")
+    z_loss: float = setting(0.0, "Weight of the squared log-partition penalty (PaLM, 2022: 1e-4).")
+    accumulation_steps: int = setting(1, "Parts that a batch is computed in, one after the other.")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How devices are arranged. One of data, fsdp and tensor may be -1: all devices that are left."""
+
+    data: int = setting(1, "Devices along which batches are split and parameters copied.")
+    fsdp: int = setting(-1, "Devices along which batches and parameters are split.")
+    tensor: int = setting(1, "Devices along which heads, feed-forward and vocabulary are split.")
+    cpu_devices: int = setting(0, "Use this many CPU devices; 0 uses the devices that there are.")
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeConfig:
+    """How the model is executed: speed and memory, never what it computes beyond rounding."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = setting(
+        "auto", "Activations and products; auto is bfloat16 on TPU and GPU, float32 on CPU."
+    )
+    param_dtype: Literal["float32", "bfloat16", "float64"] = setting(
+        "float32", "Parameters and optimizer state."
+    )
+    remat: Literal["none", "full"] = setting(
+        "none", "What the backward pass computes again: nothing, or each block from its input."
+    )
+    scan_unroll: int = setting(1, "Blocks unrolled into one iteration of the scan over layers.")
+    loss_block: int = setting(256, "Positions of a row whose logits exist at one time in the loss.")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """What a run keeps."""
+
+    every: int = setting(1000, "Steps between checkpoints; the last step is always saved.")
+    keep_last: int = setting(2, "Newest checkpoints that are kept.")
+    keep_every: int = setting(0, "Checkpoints at multiples of this step are kept for good; 0 keeps none.")
+    keep_best: int = setting(0, "Checkpoints of lowest held-out loss that are kept besides.")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """Held-out loss during training."""
+
+    every: int = setting(500, "Steps between evaluations; the last step is always evaluated; 0 turns it off.")
+    rows: int = setting(256, "Held-out rows that are evaluated, at most.")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoggingConfig:
+    """What a run tells."""
+
+    every: int = setting(10, "Steps between lines of the log.")
+    tensorboard: Literal["on", "off"] = setting("off", "Write TensorBoard event files into the run.")
+    wandb_project: str = setting("", "Weights & Biases project to log to, when wandb is installed.")

@@ -1,0 +1,106 @@
+"""Configs to JSON and back. What is read is untrusted: every key and type is checked."""
+
+import dataclasses
+import difflib
+import json
+import typing
+from typing import Any, Literal, TypeVar
+
+from gemma_jax.config.experiments import PretrainConfig, SampleConfig
+from gemma_jax.errors import UserError
+
+Config = TypeVar("Config")
+
+EXPERIMENTS = {"pretrain": PretrainConfig, "sample": SampleConfig}
+
+
+def suggestion(word: str, known: typing.Iterable[str]) -> str:
+    """`; did you mean X?` for the nearest known word, or nothing."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain dictionary of a config, with the kind of experiment under `experiment`."""
+    kinds = [kind for kind, cls in EXPERIMENTS.items() if type(config) is cls]
+    return {"experiment": kinds[0], **dataclasses.asdict(config)}
+
+
+def to_json(config: Any) -> str:
+    """The resolved config as JSON, ending in a newline."""
+    return json.dumps(to_dict(config), indent=2) + "\n"
+
+
+def from_json(text: str, origin: str) -> Any:
+    """Read what `to_json` wrote.
+
+    Args:
+      text: the JSON.
+      origin: where it came from, for messages.
+
+    Raises:
+      UserError: broken JSON, an unknown experiment or key, a value of another type.
+    """
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{origin} is not valid JSON ({error}); give the config.json of a run.") from error
+    if not isinstance(data, dict) or "experiment" not in data:
+        raise UserError(f"{origin} has no key 'experiment', so it is not a config of gemma_jax.")
+    kind = data.pop("experiment")
+    if not isinstance(kind, str) or kind not in EXPERIMENTS:
+        raise UserError(f"{origin}: experiment {kind!r} is not one of {', '.join(EXPERIMENTS)}.")
+    return from_dict(EXPERIMENTS[kind], data, origin)
+
+
+def from_dict(cls: type[Config], data: Any, origin: str, prefix: str = "") -> Config:
+    """A config of `cls` from plain data; keys that are left out keep their defaults.
+
+    Raises:
+      UserError: an unknown key or a value of another type.
+    """
+    if not isinstance(data, dict):
+        raise UserError(f"{origin}: {prefix.rstrip('.') or 'the config'} must be an object, not {data!r}.")
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]  # cls is a dataclass
+    values = {}
+    for key, value in data.items():
+        if key not in fields:
+            raise UserError(f"{origin}: unknown key {prefix}{key}{suggestion(str(key), fields)}.")
+        annotation = fields[key].type
+        if dataclasses.is_dataclass(annotation):
+            values[key] = from_dict(typing.cast(type, annotation), value, origin, f"{prefix}{key}.")
+        else:
+            values[key] = _checked(annotation, value, f"{origin}: {prefix}{key}")
+    return cls(**values)
+
+
+def _checked(annotation: Any, value: Any, name: str) -> Any:
+    """`value` as `annotation` wants it: int, float, str, bool, Literal or tuple[X, ...]."""
+    origin = typing.get_origin(annotation)
+    if origin is Literal:
+        choices = typing.get_args(annotation)
+        if value not in choices:
+            raise UserError(f"{name} must be one of {', '.join(map(str, choices))}, not {value!r}.")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{name} must be a list, not {value!r}.")
+        return tuple(_checked(typing.get_args(annotation)[0], item, name) for item in value)
+    if annotation is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, annotation) or (isinstance(value, bool) and annotation is not bool):
+        wanted = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}[annotation]
+        raise UserError(f"{name} must be {wanted}, not {value!r}.")
+    return value
+
+
+def replace(config: Config, changes: typing.Mapping[str, Any]) -> Config:
+    """`config` with the fields at dotted names changed, as in {"optimizer.learning_rate": 1e-3}."""
+    for name, value in changes.items():
+        config = _replaced(config, name.split("."), value)
+    return config
+
+
+def _replaced(config: Any, names: list[str], value: Any) -> Any:
+    head, *rest = names
+    return dataclasses.replace(config, **{head: _replaced(getattr(config, head), rest, value) if rest else value})

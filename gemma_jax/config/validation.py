@@ -1,0 +1,156 @@
+"""Contradictions in a config, found before anything is loaded or compiled."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from gemma_jax.config.experiments import PretrainConfig, SampleConfig
+from gemma_jax.config.sections import MeshConfig, TransformerConfig
+from gemma_jax.errors import UserError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def _require_at_least(config: object, section: str, limits: Mapping[str, float]) -> None:
+    for name, least in limits.items():
+        value = getattr(config, name)
+        _require(
+            math.isfinite(value) and value >= least,
+            f"{section}{name} is {value}, but must be at least {least} and finite.",
+        )
+
+
+def validate_model(model: TransformerConfig) -> None:
+    """Raises:
+    UserError: a shape that no Gemma can have.
+    """
+    integers = [f.name for f in dataclasses.fields(model) if f.type is int]
+    _require_at_least(model, "model.", dict.fromkeys(integers, 1))
+    _require_at_least(model, "model.", {"rope_base": 1.0, "norm_epsilon": 0.0})
+    _require(
+        model.num_heads % model.num_kv_heads == 0,
+        f"model.num_kv_heads is {model.num_kv_heads}, which does not divide model.num_heads, {model.num_heads}.",
+    )
+    _require(model.head_dim % 2 == 0, f"model.head_dim is {model.head_dim}, but rotary positions need it even.")
+
+
+def validate(config: PretrainConfig) -> None:
+    """Check what can be checked without devices or data.
+
+    Raises:
+      UserError: naming the fields that contradict each other.
+    """
+    model, data, optimizer = config.model, config.data, config.optimizer
+    validate_model(model)
+    _require_at_least(config, "", {"steps": 1, "seed": 0})
+    _require_at_least(data, "data.", {"sequence_length": 1, "batch_size": 1, "held_out": 0.0})
+    _require_at_least(
+        optimizer,
+        "optimizer.",
+        {"accumulation_steps": 1, "warmup_steps": 0, "learning_rate": 0.0, "clip_norm": 0.0, "epsilon": 0.0}
+        | {"weight_decay": 0.0, "z_loss": 0.0, "b1": 0.0, "b2": 0.0},
+    )
+    _require_at_least(config.compute, "compute.", {"scan_unroll": 1, "loss_block": 1})
+    _require_at_least(config.checkpoint, "checkpoint.", {"every": 1, "keep_last": 1, "keep_every": 0, "keep_best": 0})
+    _require_at_least(config.evaluation, "evaluation.", {"every": 0, "rows": 1})
+    _require_at_least(config.logging, "logging.", {"every": 1})
+    _require_at_least(config.tokenizer, "tokenizer.", {"train_megabytes": 0.001})
+    for name in ("b1", "b2"):
+        value = getattr(optimizer, name)
+        _require(value < 1, f"optimizer.{name} is {value}, but must be below 1.")
+    for section, name, value in [
+        ("data", "held_out", data.held_out),
+        ("optimizer", "final_fraction", optimizer.final_fraction),
+        ("optimizer", "decay_fraction", optimizer.decay_fraction),
+    ]:
+        _require(0 <= value <= 1, f"{section}.{name} is {value}, but is a share between 0 and 1.")
+    _require(data.held_out < 1, "data.held_out is 1, which leaves nothing to train on.")
+    _require(
+        data.sequence_length <= model.context_length,
+        f"data.sequence_length is {data.sequence_length}, longer than model.context_length, {model.context_length}.",
+    )
+    _require(
+        data.batch_size % optimizer.accumulation_steps == 0,
+        f"data.batch_size is {data.batch_size}, which optimizer.accumulation_steps, "
+        f"{optimizer.accumulation_steps}, does not divide.",
+    )
+    _require(len(data.sources) > 0, "data.sources is empty; name a corpus, such as python-stdlib.")
+    _require(
+        len(data.weights) in (0, len(data.sources)),
+        f"data.weights has {len(data.weights)} entries for {len(data.sources)} data.sources; give one each, or none.",
+    )
+    _require(
+        all(math.isfinite(w) and w > 0 for w in data.weights),
+        f"data.weights is {data.weights}, but every weight must be above 0.",
+    )
+    validate_mesh(config.mesh)
+    if config.mesh.cpu_devices:
+        validate_on_devices(config, config.mesh.cpu_devices)
+
+
+def validate_sample(config: SampleConfig) -> None:
+    """Raises:
+    UserError: naming the setting that is out of range.
+    """
+    _require_at_least(config, "", {"max_new_tokens": 1, "temperature": 0.0, "top_k": 0, "seed": 0})
+    _require(0 < config.top_p <= 1, f"top_p is {config.top_p}, but must be above 0 and at most 1.")
+    _require_at_least(config.compute, "compute.", {"scan_unroll": 1, "loss_block": 1})
+    validate_mesh(config.mesh)
+
+
+def validate_mesh(mesh: MeshConfig) -> None:
+    """Raises:
+    UserError: an axis of no size, or several that are to take what is left.
+    """
+    sizes = {axis: getattr(mesh, axis) for axis in MESH_AXES}
+    for axis, size in sizes.items():
+        _require(size == -1 or size >= 1, f"mesh.{axis} is {size}, but must be 1 or more, or -1 for all that are left.")
+    free = [axis for axis, size in sizes.items() if size == -1]
+    _require(len(free) <= 1, f"mesh.{' and mesh.'.join(free)} are both -1; only one axis can take what is left.")
+    _require(mesh.cpu_devices >= 0, f"mesh.cpu_devices is {mesh.cpu_devices}, but must be 0 or more.")
+    if mesh.cpu_devices:
+        mesh_shape(mesh, mesh.cpu_devices)
+
+
+def mesh_shape(mesh: MeshConfig, device_count: int) -> tuple[int, int, int]:
+    """Sizes of the axes data, fsdp and tensor on that many devices.
+
+    Raises:
+      UserError: the axes want more devices than there are, leave some unused, or do not divide them.
+    """
+    sizes = [getattr(mesh, axis) for axis in MESH_AXES]
+    fixed = math.prod(size for size in sizes if size != -1)
+    asked = " x ".join(f"{axis} {size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
+    _require(
+        fixed <= device_count,
+        f"the mesh ({asked}) needs {fixed} devices, but there {'is' if device_count == 1 else 'are'} {device_count}; "
+        "make an axis smaller, or set mesh.cpu_devices.",
+    )
+    _require(
+        device_count % fixed == 0 and (-1 in sizes or fixed == device_count),
+        f"the mesh ({asked}) does not use exactly the {device_count} devices there are; "
+        "set one axis to -1 to take what is left, or mesh.cpu_devices to use fewer.",
+    )
+    data, fsdp, tensor = (device_count // fixed if size == -1 else size for size in sizes)
+    return data, fsdp, tensor
+
+
+def validate_on_devices(config: PretrainConfig, device_count: int) -> None:
+    """Check the batch against the mesh that the config makes of that many devices.
+
+    Raises:
+      UserError: each device would not get the same number of rows.
+    """
+    data, fsdp, _ = mesh_shape(config.mesh, device_count)
+    parts = data * fsdp * config.optimizer.accumulation_steps
+    _require(
+        config.data.batch_size % parts == 0,
+        f"data.batch_size is {config.data.batch_size}, which data {data} x fsdp {fsdp} x accumulation_steps "
+        f"{config.optimizer.accumulation_steps} = {parts} does not divide; "
+        f"use {-(-config.data.batch_size // parts) * parts}.",
+    )

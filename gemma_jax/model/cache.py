@@ -1,0 +1,61 @@
+"""The key/value cache: what attention remembers of tokens it has seen.
+
+Shape legend: B rows, S slots, K key/value heads, H head dim.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from gemma_jax.config import TransformerConfig
+from gemma_jax.sharding import constrain
+
+KEYS_AXES = ("layers", "batch", "length", "kv_heads", "head_dim")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of all layers, with the position and segment of every slot.
+
+    Each row has a length of its own, so rows can join, end and be replaced independently. Slots at or
+    beyond a row's length hold segment 0, which no token sees.
+    """
+
+    keys: jax.Array  # [layers, B, S, K, H]
+    values: jax.Array  # [layers, B, S, K, H]
+    positions: jax.Array  # [B, S] int32
+    segments: jax.Array  # [B, S] int32
+    lengths: jax.Array  # [B] int32: slots in use
+
+    @classmethod
+    def empty(
+        cls, config: TransformerConfig, rows: int, slots: int, dtype: jax.typing.DTypeLike, mesh: Mesh
+    ) -> "KVCache":
+        """A cache of nothing, split over the mesh by rows and key/value heads."""
+        shape = (config.num_layers, rows, slots, config.num_kv_heads, config.head_dim)
+        zeros = jnp.zeros((rows, slots), jnp.int32)
+        keys, values = (constrain(jnp.zeros(shape, dtype), KEYS_AXES, mesh) for _ in range(2))
+        return cls(keys, values, zeros, zeros, jnp.zeros(rows, jnp.int32))
+
+    def slots(self, new: int) -> jax.Array:
+        """Where the next `new` tokens of each row go: [B, new]. Out-of-range writes are dropped."""
+        return self.lengths[:, None] + jnp.arange(new, dtype=jnp.int32)
+
+    def extended(self, positions: jax.Array, segments: jax.Array) -> "KVCache":
+        """The cache with the positions and segments of new tokens; their keys and values follow.
+
+        Args:
+          positions: [B, L] of the new tokens.
+          segments: [B, L]; 0 marks padding at the end of a row, whose slots are used again.
+        """
+        rows = jnp.arange(positions.shape[0])[:, None]
+        slots = self.slots(positions.shape[1])
+        return dataclasses.replace(
+            self,
+            positions=self.positions.at[rows, slots].set(positions, mode="drop"),
+            segments=self.segments.at[rows, slots].set(segments, mode="drop"),
+            lengths=self.lengths + jnp.sum(segments != 0, axis=1, dtype=jnp.int32),
+        )

@@ -1,0 +1,144 @@
+"""The Gemma decoder.
+
+Shape legend: B batch, L length, S cache slots, D embed, V stored vocabulary rows.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.sharding import Mesh
+
+from gemma_jax.config import ComputeConfig, TransformerConfig
+from gemma_jax.model.attention import attend, attention_mask
+from gemma_jax.model.cache import KVCache
+from gemma_jax.model.layers import RESIDUAL, Block, weight, zeros
+from gemma_jax.model.ops import embed, rms_norm
+from gemma_jax.sharding import constrain, platform, shardings
+from gemma_jax.weights.product import precision
+
+
+def compute_dtype(compute: ComputeConfig, mesh: Mesh) -> jnp.dtype:
+    """Dtype of activations on this mesh."""
+    if compute.dtype != "auto":
+        return jnp.dtype(compute.dtype)
+    return jnp.dtype(jnp.float32 if platform(mesh) == "cpu" else jnp.bfloat16)
+
+
+class Transformer(nnx.Module):
+    """Decoder-only transformer with tied embeddings; the blocks are one stacked module, scanned."""
+
+    def __init__(self, config: TransformerConfig, compute: ComputeConfig, mesh: Mesh, rngs: nnx.Rngs) -> None:
+        dtype = jnp.dtype(compute.param_dtype)
+        rows, D = config.vocab_rows, config.embed_dim
+        # Variance 1/D makes both the scaled embedding and the logits of a normed stream unit variance.
+        self.embedding = weight(rngs, (rows, D), ("vocab", "embed"), D, dtype)
+        self.blocks = Block(config, mesh, rngs, dtype)
+        self.final_norm = zeros((D,), ("embed",), dtype)
+        self.config = config
+        self.compute = compute
+        self.mesh = mesh
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Dtype of activations."""
+        return compute_dtype(self.compute, self.mesh)
+
+    def __call__(
+        self, tokens: jax.Array, positions: jax.Array, segments: jax.Array, cache: KVCache | None = None
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Hidden states of tokens, which see earlier tokens of their segment, those in the cache too.
+
+        Args:
+          tokens: [B, L] integers.
+          positions: [B, L] integers, each token's place in its segment.
+          segments: [B, L] integers; 0 is padding.
+          cache: what came before, or None.
+
+        Returns:
+          [B, L, D] after the final norm, and the cache with the new tokens in it (None if none was given).
+        """
+        x = constrain(embed(self.embedding[...], tokens, self.dtype), RESIDUAL, self.mesh)
+        if cache is None:
+            x = self._scan(x, positions, segments)
+        else:
+            x, cache = self._scan_with_cache(x, positions, segments, cache)
+        return rms_norm(x, self.final_norm[...], self.config.norm_epsilon), cache
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[..., D] -> [..., V] float32; rows that only pad the vocabulary are -inf."""
+        wide = jnp.promote_types(hidden.dtype, jnp.float32)
+        table = self.embedding[...].astype(hidden.dtype)
+        over = ((hidden.ndim - 1,), (1,))
+        logits = lax.dot_general(
+            hidden, table, (over, ((), ())), precision=precision(hidden.dtype), preferred_element_type=wide
+        )
+        return mask_padding_rows(logits, self.config.vocab_size)
+
+    def _scan(self, x: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
+        mask = attention_mask(positions, segments, positions, segments)
+        graphdef, stacked = nnx.split(self.blocks)
+
+        def body(x: jax.Array, state: nnx.State) -> tuple[jax.Array, None]:
+            block = nnx.merge(graphdef, state)
+            return block(x, positions, lambda q, k, v: attend(q, k, v, mask)), None
+
+        if self.compute.remat == "full":
+            body = jax.checkpoint(body, prevent_cse=False)
+        return lax.scan(body, x, stacked, unroll=self.compute.scan_unroll)[0]
+
+    def _scan_with_cache(
+        self, x: jax.Array, positions: jax.Array, segments: jax.Array, cache: KVCache
+    ) -> tuple[jax.Array, KVCache]:
+        rows, slots = jnp.arange(x.shape[0])[:, None], cache.slots(x.shape[1])
+        cache = cache.extended(positions, segments)
+        mask = attention_mask(positions, segments, cache.positions, cache.segments)
+        graphdef, stacked = nnx.split(self.blocks)
+
+        # The cache is carried, not scanned over, so that each layer writes its new slots in place.
+        def body(
+            carry: tuple[jax.Array, jax.Array, jax.Array], scanned: tuple[jax.Array, nnx.State]
+        ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
+            x, keys, values = carry
+            layer, state = scanned
+
+            def remember_and_attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+                nonlocal keys, values
+                keys = keys.at[layer, rows, slots].set(k, mode="drop")
+                values = values.at[layer, rows, slots].set(v, mode="drop")
+                return attend(q, keys[layer], values[layer], mask)
+
+            x = nnx.merge(graphdef, state)(x, positions, remember_and_attend)
+            return (x, keys, values), None
+
+        layers = jnp.arange(self.config.num_layers)
+        (x, keys, values), _ = lax.scan(
+            body, (x, cache.keys, cache.values), (layers, stacked), unroll=self.compute.scan_unroll
+        )
+        return x, dataclasses.replace(cache, keys=keys, values=values)
+
+
+def mask_padding_rows(logits: jax.Array, vocab_size: int) -> jax.Array:
+    """[..., V] with -inf in the columns beyond the vocabulary, which are never to be predicted."""
+    if logits.shape[-1] == vocab_size:
+        return logits
+    return jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
+
+
+def abstract_transformer(
+    config: TransformerConfig, compute: ComputeConfig, mesh: Mesh
+) -> tuple[nnx.GraphDef[Transformer], nnx.State]:
+    """Structure and shapes of a model, without a single number in memory."""
+    return nnx.split(nnx.eval_shape(lambda: Transformer(config, compute, mesh, nnx.Rngs(0))), nnx.Param)
+
+
+def init_params(config: TransformerConfig, compute: ComputeConfig, mesh: Mesh, seed: int) -> nnx.State:
+    """Random parameters, each made in place on the mesh: no device or host ever holds the whole model."""
+    _, abstract = abstract_transformer(config, compute, mesh)
+
+    def init(key: jax.Array) -> nnx.State:
+        return nnx.state(Transformer(config, compute, mesh, nnx.Rngs(key)), nnx.Param)
+
+    return jax.jit(init, out_shardings=shardings(abstract, mesh))(jax.random.key(seed))

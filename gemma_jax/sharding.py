@@ -1,0 +1,171 @@
+"""The mesh, the table from logical axes to mesh axes, and arrays put on the mesh.
+
+Parameters and activations name their axes by what they mean ("embed", "heads", "batch"). One table
+says over which mesh axis each is split. The same code runs on one CPU device and on a pod.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gemma_jax.config import MESH_AXES, MeshConfig, mesh_shape
+from gemma_jax.errors import UserError
+
+Tree = TypeVar("Tree")
+Axes = tuple[str | None, ...]
+
+# Logical axis -> mesh axes that split it. Batches are split over data and fsdp, parameters over fsdp
+# (fully sharded data parallelism) and tensor (Megatron's split of heads and feed-forward).
+RULES: dict[str, tuple[str, ...]] = {
+    # parameters
+    "layers": (),
+    "vocab": ("tensor",),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "mlp": ("tensor",),
+    # activations
+    "batch": ("data", "fsdp"),
+    "length": (),
+    "residual": (),
+}
+
+# A multi-query model has one key/value head: it is copied to every tensor device rather than refused.
+MAY_REPLICATE = frozenset({"kv_heads"})
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """The mesh of axes data, fsdp and tensor over the devices that there are.
+
+    Raises:
+      UserError: the axes do not fit the devices (see `gemma_jax.config.mesh_shape`).
+    """
+    devices = _cpu_devices(config.cpu_devices) if config.cpu_devices else jax.devices()
+    shape = mesh_shape(config, len(devices))
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
+
+
+def _cpu_devices(count: int) -> list[jax.Device]:
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+        jax.config.update("jax_platforms", "cpu")
+    except RuntimeError:  # jax has devices already: use what it has
+        pass
+    devices = jax.devices("cpu")
+    if len(devices) < count:
+        raise UserError(
+            f"mesh.cpu_devices is {count}, but this process already runs jax with {len(devices)}; "
+            "make the mesh before any other use of jax, or start a new process."
+        )
+    return devices[:count]
+
+
+def platform(mesh: Mesh) -> str:
+    """`cpu`, `gpu` or `tpu`: of the mesh's devices, which need not be those of this machine."""
+    return mesh.devices.flat[0].platform
+
+
+def partition_spec(axes: Axes, shape: Sequence[int], mesh: Mesh, name: str) -> P:
+    """How an array of `shape` with these logical axes is split over `mesh`.
+
+    Args:
+      axes: a logical axis for each dimension, or None for one that is never split.
+      shape: sizes of the dimensions.
+      mesh: the mesh.
+      name: of the array, for messages.
+
+    Raises:
+      UserError: two dimensions want the same mesh axis, or a mesh axis does not divide its dimension.
+    """
+    if len(axes) != len(shape):
+        raise ValueError(f"{name} has shape {tuple(shape)} but logical axes {axes}")
+    entries: list[str | tuple[str, ...] | None] = []
+    taken: dict[str, str] = {}
+    for axis, size in zip(axes, shape, strict=True):
+        mesh_axes = () if axis is None else RULES[axis]
+        parts = math.prod(mesh.shape[m] for m in mesh_axes)
+        if size % parts and axis in MAY_REPLICATE:
+            mesh_axes = ()
+        elif size % parts:
+            raise UserError(
+                f"{name}: axis {axis!r} of size {size} is not divisible by mesh axis "
+                f"{' x '.join(mesh_axes)} of size {parts}; choose a mesh that divides it."
+            )
+        for m in mesh_axes:
+            if m in taken:
+                raise UserError(
+                    f"{name}: axes {taken[m]!r} and {axis!r} are both split over mesh axis {m!r}; "
+                    "change the table in gemma_jax/sharding.py."
+                )
+            taken[m] = str(axis)
+        entries.append(mesh_axes[0] if len(mesh_axes) == 1 else mesh_axes or None)
+    return P(*entries)
+
+
+def constrain(x: jax.Array, axes: Axes, mesh: Mesh) -> jax.Array:
+    """`x`, split over `mesh` as its logical axes say. Same code on every platform."""
+    spec = partition_spec(axes, x.shape, mesh, "activation")
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def parameter_name(path: tuple[Any, ...]) -> str:
+    """`blocks.attention.q` from the key path of a leaf in a tree of parameters."""
+    keys = [getattr(key, "key", getattr(key, "name", getattr(key, "idx", None))) for key in path]
+    return ".".join(str(key) for key in keys if key is not None)
+
+
+def logical_axes(variable: nnx.Variable[Any]) -> Axes:
+    """The logical axes that a parameter was created with."""
+    return tuple(variable.get_metadata("axes"))
+
+
+def shardings(tree: Tree, mesh: Mesh) -> Tree:
+    """A sharding for every array in a tree of abstract or real values.
+
+    Parameters carry logical axes, and so do the optimizer's moments, which optax makes of them; any
+    other array (a step count) is copied to every device.
+    """
+
+    def of_variable(path: tuple[Any, ...], leaf: Any) -> Any:
+        if not isinstance(leaf, nnx.Variable):
+            return NamedSharding(mesh, P())
+        axes = logical_axes(leaf)
+
+        def of_array(array: Any) -> NamedSharding:
+            # Adafactor keeps row and column statistics under a parameter's name: not its shape, not its axes.
+            if len(array.shape) != len(axes):
+                return NamedSharding(mesh, P())
+            return NamedSharding(mesh, partition_spec(axes, array.shape, mesh, parameter_name(path)))
+
+        return jax.tree.map(of_array, leaf)
+
+    return jax.tree_util.tree_map_with_path(of_variable, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of arrays [B, ...] whose rows are split over the mesh."""
+    return NamedSharding(mesh, P(RULES["batch"]))
+
+
+def local_rows(batch_size: int, mesh: Mesh) -> list[int]:
+    """Rows of a global batch that this process's devices hold, ascending."""
+    indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    rows = {row for index in indices.values() if index for row in range(*index[0].indices(batch_size))}
+    return sorted(rows)
+
+
+def put_batch(batch: Tree, batch_size: int, mesh: Mesh) -> Tree:
+    """A batch of this process's rows (numpy) as global arrays [batch_size, ...] on the mesh."""
+    sharding = batch_sharding(mesh)
+
+    def put(rows: np.ndarray) -> jax.Array:
+        return jax.make_array_from_process_local_data(sharding, rows, (batch_size, *rows.shape[1:]))
+
+    return jax.tree.map(put, batch)

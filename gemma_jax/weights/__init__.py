@@ -1,0 +1,9 @@
+"""What a layer multiplies by, and the one function that does it.
+
+Layers never look inside a weight. Quantised weights and low-rank pairs will be further kinds here,
+and only `product` will know of them.
+"""
+
+from gemma_jax.weights.product import product
+
+__all__ = ["product"]
