@@ -19,6 +19,7 @@ from gemma_jax.errors import UserError
 
 Tree = TypeVar("Tree")
 Axes = tuple[str | None, ...]
+Arrays = dict[str, Any]
 
 # Logical axis -> mesh axes that split it. Batches are split over data and fsdp, parameters over fsdp
 # (fully sharded data parallelism) and tensor (Megatron's split of heads and feed-forward).
@@ -91,7 +92,7 @@ def partition_spec(axes: Axes, shape: Sequence[int], mesh: Mesh, name: str) -> P
     for axis, size in zip(axes, shape, strict=True):
         mesh_axes = () if axis is None else RULES[axis]
         parts = math.prod(mesh.shape[m] for m in mesh_axes)
-        if size % parts and axis in MAY_REPLICATE:
+        if size % parts and (size == 1 or axis in MAY_REPLICATE):
             mesh_axes = ()
         elif size % parts:
             raise UserError(
@@ -117,8 +118,23 @@ def constrain(x: jax.Array, axes: Axes, mesh: Mesh) -> jax.Array:
 
 def parameter_name(path: tuple[Any, ...]) -> str:
     """`blocks.attention.q` from the key path of a leaf in a tree of parameters."""
-    keys = [getattr(key, "key", getattr(key, "name", getattr(key, "idx", None))) for key in path]
-    return ".".join(str(key) for key in keys if key is not None)
+    # An nnx.Variable is a node of its own in the tree, whose child is called `value`.
+    keys = [key for key in path if key != jax.tree_util.GetAttrKey("value")]
+    return ".".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in keys)
+
+
+def named_arrays(tree: Any) -> Arrays:
+    """The leaves of a tree by dotted name: the same names for values, shapes and shardings."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    named = {parameter_name(path): leaf for path, leaf in leaves}
+    if len(named) != len(leaves):
+        raise ValueError("two leaves of the tree have the same name")
+    return named
+
+
+def with_arrays(tree: Tree, arrays: Arrays) -> Tree:
+    """`tree` with each leaf replaced by the array of its name: the inverse of `named_arrays`."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: arrays[parameter_name(path)], tree)
 
 
 def logical_axes(variable: nnx.Variable[Any]) -> Axes:
@@ -139,7 +155,7 @@ def shardings(tree: Tree, mesh: Mesh) -> Tree:
         axes = logical_axes(leaf)
 
         def of_array(array: Any) -> NamedSharding:
-            # Adafactor keeps row and column statistics under a parameter's name: not its shape, not its axes.
+            # Adafactor keeps statistics of rows and columns under a parameter's name: small, and not of its axes.
             if len(array.shape) != len(axes):
                 return NamedSharding(mesh, P())
             return NamedSharding(mesh, partition_spec(axes, array.shape, mesh, parameter_name(path)))

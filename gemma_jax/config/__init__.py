@@ -14,7 +14,7 @@ from gemma_jax.config.sections import (
     TokenizerConfig,
     TransformerConfig,
 )
-from gemma_jax.config.serialization import from_json, replace, suggestion, to_dict, to_json
+from gemma_jax.config.serialization import from_json, from_record, replace, suggestion, to_dict, to_json
 from gemma_jax.config.validation import (
     MESH_AXES,
     mesh_shape,
@@ -40,6 +40,7 @@ __all__ = [
     "TokenizerConfig",
     "TransformerConfig",
     "from_json",
+    "from_record",
     "load",
     "mesh_shape",
     "parse",

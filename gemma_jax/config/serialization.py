@@ -45,12 +45,18 @@ def from_json(text: str, origin: str) -> Any:
         data = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{origin} is not valid JSON ({error}); give the config.json of a run.") from error
+    return from_record(data, origin)
+
+
+def from_record(data: Any, origin: str) -> Any:
+    """Read what `to_dict` gave. See `from_json`."""
     if not isinstance(data, dict) or "experiment" not in data:
         raise UserError(f"{origin} has no key 'experiment', so it is not a config of gemma_jax.")
-    kind = data.pop("experiment")
+    kind = data["experiment"]
     if not isinstance(kind, str) or kind not in EXPERIMENTS:
         raise UserError(f"{origin}: experiment {kind!r} is not one of {', '.join(EXPERIMENTS)}.")
-    return from_dict(EXPERIMENTS[kind], data, origin)
+    fields = {key: value for key, value in data.items() if key != "experiment"}
+    return from_dict(EXPERIMENTS[kind], fields, origin)
 
 
 def from_dict(cls: type[Config], data: Any, origin: str, prefix: str = "") -> Config:

@@ -55,7 +55,7 @@ class KVCache:
         slots = self.slots(positions.shape[1])
         return dataclasses.replace(
             self,
-            positions=self.positions.at[rows, slots].set(positions, mode="drop"),
-            segments=self.segments.at[rows, slots].set(segments, mode="drop"),
+            positions=self.positions.at[rows, slots].set(positions.astype(jnp.int32), mode="drop"),
+            segments=self.segments.at[rows, slots].set(segments.astype(jnp.int32), mode="drop"),
             lengths=self.lengths + jnp.sum(segments != 0, axis=1, dtype=jnp.int32),
         )

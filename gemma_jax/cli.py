@@ -1,0 +1,44 @@
+"""The `gemma` command."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from gemma_jax.config import suggestion
+from gemma_jax.errors import UserError
+
+COMMANDS = {
+    "pretrain": "train a model from random weights: gemma pretrain CONFIG [--FIELD VALUE ...]",
+    "sample": "continue prompts: gemma sample CHECKPOINT --prompt TEXT [--FIELD VALUE ...]",
+    "inspect": "each parameter's shape and place on the mesh: gemma inspect CONFIG_OR_CHECKPOINT",
+}
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = "gemma", commands: Sequence[str] = ()) -> int:
+    """Run a command and give its exit status: 2 after a mistake of the user, which is told in a sentence.
+
+    Args:
+      arguments: the command and its own arguments; those of the process if left out.
+      prog: what the program is called in messages.
+      commands: those that this program has; all if left out.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    known = {name: COMMANDS[name] for name in commands or COMMANDS}
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"usage: {prog} COMMAND ...  ({prog} COMMAND --help tells more)\n")
+        for name, meaning in known.items():
+            print(f"  {name:10} {meaning}")
+        return 0
+    name, *rest = arguments
+    try:
+        if name not in known:
+            raise UserError(f"{prog} has no command {name!r}{suggestion(name, known)}; see `{prog} --help`.")
+        # A command imports what it needs only after its config has been read: mistakes are told at once.
+        return importlib.import_module(f"gemma_jax.commands.{name}").run(rest, f"{prog} {name}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

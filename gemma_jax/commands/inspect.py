@@ -1,0 +1,60 @@
+"""`gemma inspect CONFIG_OR_CHECKPOINT`: how each parameter lies on the mesh, by shapes alone."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from gemma_jax.config import PRESETS, PretrainConfig, from_record, load, parse, validate_mesh, validate_model
+from gemma_jax.errors import UserError
+
+
+def run(arguments: Sequence[str], prog: str) -> int:
+    """Print a line a parameter: shape, dtype, logical axes, partition, bytes on one device."""
+    if not arguments or arguments[0].startswith("-"):
+        parse(PretrainConfig(), [a for a in arguments if a in ("-h", "--help")], f"{prog} CONFIG_OR_CHECKPOINT")
+        raise UserError(f"name a config, a preset or a checkpoint: {prog} CONFIG_OR_CHECKPOINT.")
+    name, *rest = arguments
+    config = parse(_config(name), rest, f"{prog} {name}")
+    validate_model(config.model)
+    validate_mesh(config.mesh)
+
+    import jax
+    from flax import nnx
+    from rich.console import Console
+    from rich.table import Table
+
+    from gemma_jax.model import abstract_transformer
+    from gemma_jax.sharding import logical_axes, make_mesh, parameter_name, shardings
+
+    mesh = make_mesh(config.mesh)
+    _, abstract = abstract_transformer(config.model, config.compute, mesh)
+    placed = shardings(abstract, mesh)
+    table = Table(box=None, header_style="bold")
+    for title in ("parameter", "shape", "dtype", "logical axes", "partition"):
+        table.add_column(title, overflow="fold")
+    table.add_column("bytes a device", justify="right")
+    count, bytes_a_device = 0, 0
+    leaves = jax.tree_util.tree_leaves_with_path(abstract, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    for (path, variable), sharding in zip(leaves, jax.tree.leaves(placed), strict=True):
+        value = variable[...]
+        held = math.prod(sharding.shard_shape(value.shape)) * value.dtype.itemsize
+        count, bytes_a_device = count + value.size, bytes_a_device + held
+        axes, partition = logical_axes(variable), sharding.spec
+        row = (value.shape, value.dtype, " ".join(map(str, axes)), " ".join(str(p or "-") for p in partition))
+        table.add_row(parameter_name(path), *map(str, row), f"{held:,}")
+    # Wide where the output goes to a file or a pipe: rows must not be folded there.
+    console = Console(highlight=False)
+    (console if console.is_terminal else Console(highlight=False, width=160)).print(table)
+    shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    print(f"{count:,} parameters; {bytes_a_device:,} bytes a device on {mesh.size} devices ({shape})")
+    return 0
+
+
+def _config(name: str) -> PretrainConfig:
+    if name in PRESETS:
+        return PretrainConfig(model=PRESETS[name])
+    if (Path(name) / "run" / "data.json").is_file():
+        from gemma_jax.checkpoint import store
+
+        return from_record(store.run_record(name).config, name)
+    return load(name, PretrainConfig)[0]

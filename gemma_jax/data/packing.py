@@ -1,0 +1,155 @@
+"""Packing documents into rows: which pieces of which documents make up each row, and what a row holds.
+
+A document of ids t1..tm and its eos are a body of m + 1 tokens, cut into pieces of at most L tokens. A piece
+body[a:b] becomes a segment of a row: its inputs are bos and body[a:b-1], its targets body[a:b], its positions
+0..b-a-1. So every token of every document and its eos is predicted exactly once, every segment starts with
+bos, and only the last piece of a document ends in eos, as its last target. With L = 8, a document `a b c`, and
+a document `d e`:
+
+    tokens         bos  a    b    c    bos  d    e    pad
+    targets        a    b    c    eos  d    e    eos  pad
+    loss_weights   1    1    1    1    1    1    1    0
+    positions      0    1    2    3    0    1    2    0
+    segment_ids    1    1    1    1    2    2    2    0
+
+A row index is a pure function of the documents' lengths. Pure functions over numpy.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+PIECE = np.dtype([("offset", "<i8"), ("length", "<i4")])
+"""A piece: where it starts in its shard's token stream, and how many tokens it has."""
+
+
+class Batch(NamedTuple):
+    """Rows of packed segments, all arrays [B, L] (or [L] for one row). Slots without a token have weight 0."""
+
+    tokens: NDArray[np.int32]
+    """What the model reads; pad in unused slots."""
+    targets: NDArray[np.int32]
+    """What it is to predict at each place; pad in unused slots."""
+    loss_weights: NDArray[np.float32]
+    """1 where the target counts, else 0."""
+    positions: NDArray[np.int32]
+    """Places within the segment, from 0."""
+    segment_ids: NDArray[np.int32]
+    """Segments of a row, numbered from 1; 0 in unused slots."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RowIndex:
+    """The pieces of row i are `pieces[starts[i]:starts[i + 1]]`.
+
+    pieces: PIECE [number of pieces], by row and in a row by offset. starts: int64 [number of rows + 1].
+    """
+
+    pieces: NDArray[Any]
+    starts: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+
+def cut_documents(document_lengths: NDArray[np.int64], sequence_length: int) -> NDArray[Any]:
+    """PIECE [number of pieces]: documents that lie one after the other, cut into pieces, in stream order.
+
+    document_lengths: int64 [documents], tokens of each body, at least 1 (eos counts).
+    """
+    counts = -(-document_lengths // sequence_length)
+    document_starts = np.cumsum(document_lengths) - document_lengths
+    first_pieces = np.cumsum(counts) - counts
+    # The place of each piece within its document, in tokens.
+    within = (np.arange(counts.sum()) - np.repeat(first_pieces, counts)) * sequence_length
+    pieces = np.empty(len(within), PIECE)
+    pieces["offset"] = np.repeat(document_starts, counts) + within
+    pieces["length"] = np.minimum(np.repeat(document_lengths, counts) - within, sequence_length)
+    return pieces
+
+
+def best_fit_decreasing(lengths: NDArray[np.integer[Any]], capacity: int) -> NDArray[np.int64]:
+    """int64 [pieces]: the bin of each piece, by best-fit decreasing bin packing (Johnson, 1973).
+
+    From the longest piece to the shortest, each goes into the fullest bin that still has room for it. Pieces
+    of one length and bins of one free space are alike, so each step moves all that it can at once: the number
+    of steps depends on the capacity (a few times 1 to capacity), not on the number of pieces.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    bins = np.empty(len(lengths), np.int64)
+    # free[space]: arrays of bins that have this much space left. Bit `space` of `spaces`: there are any.
+    free: dict[int, list[NDArray[np.int64]]] = {}
+    spaces = 0
+    opened = 0
+    values, counts = np.unique(-lengths, return_counts=True)
+    done = 0
+    for length, count in zip((-values).tolist(), counts.tolist(), strict=True):
+        while count:
+            roomy = spaces >> length << length
+            if roomy:
+                space = (roomy & -roomy).bit_length() - 1
+                candidates = np.concatenate(free.pop(space))
+                spaces &= ~(1 << space)
+            else:
+                space = capacity
+                candidates = np.arange(opened, opened + -(-count // (capacity // length)), dtype=np.int64)
+                opened += len(candidates)
+            each = space // length
+            used = min(len(candidates), -(-count // each))
+            placed = min(count, used * each)
+            bins[order[done : done + placed]] = np.repeat(candidates[:used], each)[:placed]
+            done += placed
+            count -= placed
+            last = placed - (used - 1) * each
+            for left, group in (
+                (space - each * length, candidates[: used - 1]),
+                (space - last * length, candidates[used - 1 : used]),
+                (space, candidates[used:]),
+            ):
+                if left and len(group):
+                    free.setdefault(left, []).append(group)
+                    spaces |= 1 << left
+    return bins
+
+
+def build_row_index(document_lengths: NDArray[np.int64], sequence_length: int) -> RowIndex:
+    """Packs a shard's documents into rows of `sequence_length`; the same lengths give the same rows.
+
+    Rows are numbered by their first piece, so that neighbouring rows come from neighbouring documents.
+    """
+    pieces = cut_documents(document_lengths, sequence_length)
+    bins = best_fit_decreasing(pieces["length"], sequence_length)
+    _, first_pieces, bins = np.unique(bins, return_index=True, return_inverse=True)
+    rank = np.empty(len(first_pieces), np.int64)
+    rank[np.argsort(first_pieces)] = np.arange(len(first_pieces))
+    rows = rank[bins]
+    starts = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=len(first_pieces)))])
+    return RowIndex(pieces[np.argsort(rows, kind="stable")], starts.astype(np.int64))
+
+
+def empty_rows(number: int, sequence_length: int, pad_id: int) -> Batch:
+    """Rows without a segment: [number, L]."""
+    shape = (number, sequence_length)
+    return Batch(
+        np.full(shape, pad_id, np.int32),
+        np.full(shape, pad_id, np.int32),
+        np.zeros(shape, np.float32),
+        np.zeros(shape, np.int32),
+        np.zeros(shape, np.int32),
+    )
+
+
+def fill_row(batch: Batch, row: int, pieces: list[NDArray[Any]], bos_id: int) -> None:
+    """Writes pieces of bodies into an empty row of a batch, one segment each."""
+    start = 0
+    for segment, piece in enumerate(pieces, start=1):
+        stop = start + len(piece)
+        batch.tokens[row, start] = bos_id
+        batch.tokens[row, start + 1 : stop] = piece[:-1]
+        batch.targets[row, start:stop] = piece
+        batch.loss_weights[row, start:stop] = 1
+        batch.positions[row, start:stop] = np.arange(len(piece))
+        batch.segment_ids[row, start:stop] = segment
+        start = stop

@@ -1,0 +1,144 @@
+"""The packed rows of a cached corpus, read by number. Their index is kept beside the cache and memory-mapped.
+
+For each shard and split, `NNNNN.SPLIT.rows-L.pieces.npy` and `NNNNN.SPLIT.rows-L.starts.npy` hold the
+`RowIndex` for rows of L tokens. Rows never mix shards, so that an index needs one shard's lengths only.
+"""
+
+import bisect
+import dataclasses
+import functools
+import itertools
+from typing import NamedTuple
+
+import numpy as np
+
+from gemma_jax.data import packing
+from gemma_jax.data.packing import Batch, RowIndex
+from gemma_jax.data.storage import TokenStream, cache_error, load_array, save_array
+from gemma_jax.data.token_cache import CachedShard, Split, TokenCache
+from gemma_jax.errors import UserError
+
+_OPEN_SHARDS = 64
+"""Shards whose files stay open: a memory map holds a file descriptor, and 1,024 are a common limit."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where a segment's targets come from: tokens `start` to `stop` of a document's body.
+
+    `document` counts the documents of this split in the shard. The last token of a body is eos.
+    """
+
+    source: str
+    files: tuple[str, ...]
+    shard: int
+    document: int
+    start: int
+    stop: int
+
+
+class _OpenShard(NamedTuple):
+    tokens: TokenStream
+    index: RowIndex
+
+
+class PackedRows:
+    """The rows of one split of one corpus, numbered from 0 in the order of its shards."""
+
+    def __init__(self, cache: TokenCache, split: Split, sequence_length: int):
+        """Packs the shards that have no index for this length yet.
+
+        Raises:
+          UserError: The cache cannot be read or written.
+        """
+        self.cache = cache
+        self.split = split
+        self.sequence_length = sequence_length
+        self._shards = [shard for shard in cache.shards if shard.sizes[split].documents]
+        counts = [len(self._index(shard)) for shard in self._shards]
+        self._row_stops = list(itertools.accumulate(counts))
+        self._open = functools.lru_cache(_OPEN_SHARDS)(self._open_shard)
+
+    def __len__(self) -> int:
+        return self._row_stops[-1] if self._row_stops else 0
+
+    @property
+    def utilisation(self) -> float:
+        """Share of all slots that hold a token; 1.0 if there are no rows."""
+        slots = len(self) * self.sequence_length
+        return self.cache.size(self.split).tokens / slots if slots else 1.0
+
+    def read_into(self, batch: Batch, slot: int, row: int, bos_id: int) -> None:
+        """Writes row number `row` into an empty row of a batch.
+
+        Raises:
+          UserError: The cache was damaged or deleted after it was opened.
+        """
+        place, local_row = self._locate(row)
+        shard = self._shards[place]
+        try:
+            opened = self._open(place)
+            pieces = opened.index.pieces[opened.index.starts[local_row] : opened.index.starts[local_row + 1]]
+            stops = pieces["offset"] + pieces["length"]
+            bodies = [
+                np.asarray(opened.tokens[start:stop])
+                for start, stop in zip(pieces["offset"].tolist(), stops.tolist(), strict=True)
+            ]
+        except OSError as error:
+            raise cache_error(shard.path(self.split, "ids"), error) from error
+        whole = (
+            [len(body) for body in bodies] == pieces["length"].tolist()
+            and 0 < sum(map(len, bodies)) <= self.sequence_length
+            and all(0 < len(body) and body.max() < self.cache.vocab_size for body in bodies)
+        )
+        if not whole:
+            raise UserError(
+                f"The cache {shard.directory} is damaged at shard {shard.number}; delete that directory."
+            )
+        packing.fill_row(batch, slot, bodies, bos_id)
+
+    def origin(self, row: int) -> list[Origin]:
+        """Where each segment of a row comes from, in order."""
+        place, local_row = self._locate(row)
+        shard = self._shards[place]
+        stops = np.cumsum(shard.lengths(self.split))
+        index = self._open(place).index
+        origins = []
+        for offset, length in index.pieces[index.starts[local_row] : index.starts[local_row + 1]].tolist():
+            document = int(np.searchsorted(stops, offset, side="right"))
+            start = offset - (int(stops[document - 1]) if document else 0)
+            files = self.cache.source.shards[shard.number].files
+            origins.append(
+                Origin(self.cache.source.name, files, shard.number, document, start, start + length)
+            )
+        return origins
+
+    def _locate(self, row: int) -> tuple[int, int]:
+        place = bisect.bisect_right(self._row_stops, row)
+        return place, row - (self._row_stops[place - 1] if place else 0)
+
+    def _open_shard(self, place: int) -> _OpenShard:
+        shard = self._shards[place]
+        return _OpenShard(shard.tokens(self.split), self._index(shard))
+
+    def _index(self, shard: CachedShard) -> RowIndex:
+        pieces_path = shard.path(self.split, f"rows-{self.sequence_length}.pieces.npy")
+        starts_path = shard.path(self.split, f"rows-{self.sequence_length}.starts.npy")
+        try:
+            try:
+                index = RowIndex(load_array(pieces_path), load_array(starts_path))
+                if index.pieces.dtype == packing.PIECE and index.starts[-1] == len(index.pieces):
+                    return index
+            except (FileNotFoundError, ValueError, IndexError):
+                pass  # not built yet, or not whole: it is built below
+            lengths = shard.lengths(self.split)
+            if lengths.sum() != shard.sizes[self.split].tokens or lengths.min() < 1:
+                raise UserError(
+                    f"The cache {shard.directory} is damaged at shard {shard.number}; delete that directory."
+                )
+            index = packing.build_row_index(lengths, self.sequence_length)
+            save_array(pieces_path, index.pieces)
+            save_array(starts_path, index.starts)
+        except OSError as error:
+            raise cache_error(pieces_path, error) from error
+        return index

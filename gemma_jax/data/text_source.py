@@ -1,0 +1,297 @@
+"""Corpora of text files and of JSON lines, local or in a bucket."""
+
+import codecs
+import contextlib
+import gzip
+import hashlib
+import json
+import os
+import sys
+import sysconfig
+import tokenize
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+from etils import epath
+
+from gemma_jax.data import source as source_module
+from gemma_jax.data.source import (
+    BadRecord,
+    Document,
+    LongText,
+    OnSkip,
+    Shard,
+    Source,
+    Text,
+    cut_position,
+    hash_of,
+    refuse_or_skip,
+    text_of,
+)
+from gemma_jax.errors import UserError
+
+LONG_FILE_BYTES = 16 * 2**20
+"""Text files from here on are read in blocks, never whole."""
+
+_READ_BYTES = 2**20
+
+
+class PythonStdlib(Source):
+    """The Python sources of this installation's standard library, tests included, installed packages not.
+
+    Files are read by Python's own rules (PEP 263). The few that these rules cannot decode are the standard
+    library's own tests of bad encodings: they are skipped and counted whatever bad_records says.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+        root = Path(sysconfig.get_path("stdlib"))
+        files = sorted(
+            path
+            for path in root.rglob("*.py")
+            if not {"site-packages", "dist-packages"}.intersection(path.relative_to(root).parts)
+        )
+        stats = [(path, path.stat()) for path in files if path.is_file()]
+        if not stats:
+            raise UserError(f"{name}: this Python has no source files under {root}; name another corpus.")
+        listing = [(str(path.relative_to(root)), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+        self.fingerprint = hash_of("python-stdlib", sys.version, listing)
+        self.shards = _group_files([(str(path), stat.st_size) for path, stat in stats])
+
+    def read(self, shard: Shard, on_skip: OnSkip) -> Iterator[Document]:
+        for file in shard.files:
+            try:
+                with tokenize.open(file) as stream:
+                    text = stream.read()
+            except (SyntaxError, UnicodeDecodeError) as error:
+                on_skip(f"{file}: {error}")
+                continue
+            except OSError as error:
+                raise _unreadable(file, error) from error
+            if text:
+                yield Text(text)
+
+
+class TextFiles(Source):
+    """Files of UTF-8 text, one document each, unchanged down to their line ends."""
+
+    def __init__(self, name: str, files: Sequence[str], bad_records: str):
+        self.name = name
+        self._bad_records = bad_records
+        listing = [(file, *_size_and_time(file)) for file in files]
+        self.fingerprint = hash_of("text", bad_records, listing)
+        self.shards = _group_files([(file, size) for file, size, _ in listing])
+
+    def read(self, shard: Shard, on_skip: OnSkip) -> Iterator[Document]:
+        for file in shard.files:
+            try:
+                with reading(file) as stream:
+                    content = stream.read(LONG_FILE_BYTES)
+                    long = bool(stream.read(1))
+                document = _LongFile(file) if long else Text(content.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                problem = f"{file} is not UTF-8 text: {error.reason} at byte {error.start}"
+                refuse_or_skip(problem, self._bad_records, on_skip)
+                continue
+            if not document.is_empty:
+                yield document
+
+
+class _LongFile(LongText):
+    """A text file that is read once to check and hash it, and again for its blocks."""
+
+    def __init__(self, file: str):
+        """Raises UnicodeDecodeError with the offset in the file."""
+        self._file = file
+        digest = hashlib.blake2b(digest_size=8)
+        self.num_bytes = 0
+        for text in self._decoded():
+            encoded = text.encode("utf-8")
+            digest.update(encoded)
+            self.num_bytes += len(encoded)
+        self.digest = digest.digest()
+
+    def _decoded(self) -> Iterator[str]:
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        done = 0
+        with reading(self._file) as stream:
+            while True:
+                content = stream.read(_READ_BYTES)
+                kept = len(decoder.getstate()[0])
+                try:
+                    yield decoder.decode(content, final=not content)
+                except UnicodeDecodeError as error:
+                    offset = done - kept + error.start
+                    raise UnicodeDecodeError("utf-8", b"\0" * (offset + 1), offset, offset + 1, error.reason)
+                if not content:
+                    return
+                done += len(content)
+
+    def blocks(self) -> Iterator[str]:
+        limit = source_module.BLOCK_CHARACTERS
+        text = ""
+        for more in self._decoded():
+            text += more
+            while len(text) > limit:
+                stop = cut_position(text[:limit])
+                yield text[:stop]
+                text = text[stop:]
+        if text:
+            yield text
+
+
+class JsonLines(Source):
+    """Files with one JSON object a line, whose field `text_field` is a document; gzip and zstd too.
+
+    Uncompressed local files are cut into shards of bytes: a line belongs to the shard that it begins in.
+    """
+
+    def __init__(self, name: str, files: Sequence[str], text_field: str, bad_records: str):
+        self.name = name
+        self._text_field = text_field
+        self._bad_records = bad_records
+        listing = [(file, *_size_and_time(file)) for file in files]
+        self.fingerprint = hash_of("jsonl", text_field, bad_records, listing, source_module.SHARD_BYTES)
+        step = source_module.SHARD_BYTES
+        self.shards = [
+            shard
+            for file, size, _ in listing
+            for shard in (
+                [Shard((file,), size)]
+                if file.endswith((".gz", ".zst"))
+                else [
+                    Shard((file,), min(step, size - start), start, min(start + step, size))
+                    for start in range(0, size, step)
+                ]
+            )
+        ]
+
+    def read(self, shard: Shard, on_skip: OnSkip) -> Iterator[Document]:
+        (file,) = shard.files
+        for number, line in enumerate(_lines(file, shard), start=1):
+            if not line.strip():
+                continue
+            try:
+                document = self._document(line)
+            except BadRecord as error:
+                if shard.start:
+                    with reading(file) as stream:
+                        number += _count_lines(stream, shard.start)
+                refuse_or_skip(f"{file}, line {number}: {error}", self._bad_records, on_skip)
+                continue
+            if not document.is_empty:
+                yield document
+
+    def _document(self, line: bytes) -> Text:
+        try:
+            record = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise BadRecord(f"not UTF-8 ({error.reason} at byte {error.start} of the line)") from error
+        except (ValueError, RecursionError) as error:
+            raise BadRecord(f"not valid JSON ({error})") from error
+        if not isinstance(record, dict):
+            raise BadRecord(f"a JSON {type(record).__name__} where an object is expected")
+        if self._text_field not in record:
+            fields = ", ".join(map(str, record)) or "none"
+            raise BadRecord(f"no field {self._text_field!r} (data.text_field); its fields are: {fields}")
+        return text_of(record[self._text_field], f"field {self._text_field!r}")
+
+
+@contextlib.contextmanager
+def reading(file: str) -> Iterator[BinaryIO]:
+    """Opens a local or bucket file; one that cannot be read is a UserError."""
+    try:
+        with epath.Path(file).open("rb") as stream:
+            yield stream
+    except OSError as error:
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(file: str, error: OSError) -> UserError:
+    return UserError(f"{file} cannot be read ({error}); check that it is there and whole.")
+
+
+def _size_and_time(file: str) -> tuple[int, int]:
+    if "://" in file:
+        remote = epath.Path(file).stat()
+        return remote.length, int(remote.mtime)
+    stat = os.stat(file)
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _group_files(files: Iterable[tuple[str, int]]) -> list[Shard]:
+    """Groups (file, size) in order into shards of at most SHARD_BYTES, or of one longer file."""
+    shards: list[Shard] = []
+    group: list[str] = []
+    total = 0
+    for file, size in files:
+        if group and total + size > source_module.SHARD_BYTES:
+            shards.append(Shard(tuple(group), total))
+            group, total = [], 0
+        group.append(file)
+        total += size
+    return [*shards, Shard(tuple(group), total)]
+
+
+def _lines(file: str, shard: Shard) -> Iterator[bytes]:
+    with reading(file) as stream:
+        if file.endswith(".gz"):
+            try:
+                yield from gzip.GzipFile(fileobj=stream)
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+                raise UserError(f"{file} is not a whole gzip file ({error}); fetch it again.") from error
+        elif file.endswith(".zst"):
+            yield from _zstandard_lines(file, stream)
+        else:
+            yield from _lines_between(stream, shard.start, shard.stop)
+
+
+def _lines_between(stream: BinaryIO, start: int, stop: int) -> Iterator[bytes]:
+    position = start
+    if start:
+        # The line that holds the byte before `start` began in an earlier shard, even if it ends just there.
+        stream.seek(start - 1)
+        position += len(stream.readline()) - 1
+    while position < stop and (line := stream.readline()):
+        yield line
+        position += len(line)
+
+
+def _count_lines(stream: BinaryIO, stop: int) -> int:
+    """Lines that begin before byte `stop`."""
+    count = 0
+    position = 0
+    while position < stop and (line := stream.readline()):
+        position += len(line)
+        count += 1
+    return count
+
+
+def _zstandard_lines(file: str, stream: BinaryIO) -> Iterator[bytes]:
+    """Lines of a zstd file of one or more frames. The library's own reader takes a cut file for a whole one."""
+    try:
+        import zstandard
+    except ImportError as error:
+        raise UserError(
+            f"{file} needs the zstandard package: pip install zstandard, or unpack the file."
+        ) from error
+    decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
+    frame = None
+    pending = b""
+    try:
+        while content := stream.read(_READ_BYTES // 8):
+            while content:
+                frame = frame or decompressor.decompressobj()
+                *lines, pending = (pending + frame.decompress(content)).split(b"\n")
+                yield from lines
+                content = b""
+                if frame.eof:
+                    content, frame = frame.unused_data, None
+    except zstandard.ZstdError as error:
+        raise UserError(f"{file} is not a whole zstd file ({error}); fetch it again.") from error
+    if frame is not None:
+        raise UserError(f"{file} is not a whole zstd file (it ends in mid-frame); fetch it again.")
+    if pending:
+        yield pending

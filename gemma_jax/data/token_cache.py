@@ -1,0 +1,302 @@
+"""Documents as token ids on disk: each corpus is tokenised once, shard by shard.
+
+A cache lies under CACHE_DIR/tokens/KEY, where KEY is a hash of everything that decides its contents. For each
+shard NNNNN of the corpus and each split, `NNNNN.SPLIT.ids` holds the token ids of its documents one after the
+other, each followed by eos (little-endian uint16, or uint32 for vocabularies over 65,536), and
+`NNNNN.SPLIT.lengths.npy` their lengths with eos (int64). `NNNNN.json`, written last, holds the sizes: a shard
+without it, or whose files have other sizes, is written again. All writers write the same bytes, so that any
+number of processes may fill one cache at once.
+
+The ids are flat files rather than records because packing wants any piece of any document as one slice.
+"""
+
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+
+import numpy as np
+from etils import epath
+from numpy.typing import NDArray
+
+from gemma_jax.data.source import LongText, Shard, Source, Text, TokenIds, hash_of, is_held_out
+from gemma_jax.data.storage import (
+    TokenStream,
+    cache_error,
+    is_local,
+    load_array,
+    open_tokens,
+    replacing,
+    save_array,
+)
+from gemma_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from gemma_jax.tokenizer import Tokenizer
+
+Split = Literal["train", "held_out"]
+SPLITS: tuple[Split, Split] = ("train", "held_out")
+
+Progress = Callable[[int, int, int], None]
+"""Called with the bytes done, the bytes in all, and the tokens so far."""
+
+_FORMAT = 1
+_BATCH_CHARACTERS = 2**22
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitSize:
+    """How much a split holds. `tokens` counts one eos a document; `num_bytes` is its text in UTF-8."""
+
+    documents: int = 0
+    tokens: int = 0
+    num_bytes: int = 0
+
+    def __add__(self, other: "SplitSize") -> "SplitSize":
+        return SplitSize(
+            self.documents + other.documents, self.tokens + other.tokens, self.num_bytes + other.num_bytes
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedShard:
+    """One shard of a cache, checked to be whole."""
+
+    directory: epath.Path
+    number: int
+    dtype: np.dtype[Any]
+    sizes: dict[Split, SplitSize]
+    skipped: int
+
+    def path(self, split: Split, ending: str) -> epath.Path:
+        return self.directory / f"{self.number:05d}.{split}.{ending}"
+
+    def tokens(self, split: Split) -> TokenStream:
+        """The ids of all documents one after the other, each followed by eos. The split must not be empty."""
+        return open_tokens(self.path(split, "ids"), self.dtype)
+
+    def lengths(self, split: Split) -> NDArray[np.int64]:
+        """int64 [documents]: tokens of each document, eos included."""
+        return load_array(self.path(split, "lengths.npy"))
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenCache:
+    """A corpus in token ids."""
+
+    source: Source
+    vocab_size: int
+    shards: Sequence[CachedShard]
+
+    def size(self, split: Split) -> SplitSize:
+        return sum((shard.sizes[split] for shard in self.shards), SplitSize())
+
+    @property
+    def skipped(self) -> int:
+        """Records that could not be read and were left out."""
+        return sum(shard.skipped for shard in self.shards)
+
+
+def build_token_cache(
+    source: Source,
+    tokenizer: "Tokenizer",
+    *,
+    held_out: float,
+    cache_dir: str,
+    progress: Progress | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> TokenCache:
+    """Tokenises what the cache does not hold yet, and opens it.
+
+    Several processes that share a cache directory each start at a part of their own, and skip what the
+    others have finished by then.
+
+    Raises:
+      UserError: A document or a cache file cannot be read or written, ids are not of this vocabulary, or the
+        corpus has no documents.
+    """
+    key = hash_of(_FORMAT, source.fingerprint, tokenizer.fingerprint, held_out)[:32]
+    directory = epath.Path(cache_dir).expanduser() / "tokens" / key
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cache_error(directory, error) from error
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+    count = len(source.shards)
+    total_bytes = sum(shard.size for shard in source.shards)
+    done_bytes = 0
+    done_tokens = 0
+    cached: dict[int, CachedShard] = {}
+    first = process_index * count // process_count
+    for number in [*range(first, count), *range(first)]:
+
+        def report(shard_bytes: int, shard_tokens: int, shard: Shard = source.shards[number]) -> None:
+            if progress is not None:
+                progress(done_bytes + min(shard_bytes, shard.size), total_bytes, done_tokens + shard_tokens)
+
+        whole = _open_shard(directory, number, dtype)
+        if whole is None:
+            _write_shard(source, number, tokenizer, held_out, directory, dtype, report)
+            whole = _open_shard(directory, number, dtype)
+        if whole is None:
+            raise UserError(
+                f"The cache {directory} does not keep what is written to it; set data.cache_dir to another place."
+            )
+        cached[number] = whole
+        done_bytes += source.shards[number].size
+        done_tokens += sum(size.tokens for size in whole.sizes.values())
+        report(0, 0)
+    _remove_leftovers(directory)
+    cache = TokenCache(source, tokenizer.vocab_size, [cached[number] for number in range(count)])
+    if not any(cache.size(split).documents for split in SPLITS):
+        raise UserError(
+            f"The corpus {source.name} has no documents ({cache.skipped} were skipped); name another."
+        )
+    return cache
+
+
+def _open_shard(directory: epath.Path, number: int, dtype: np.dtype[Any]) -> CachedShard | None:
+    """A shard whose files have the sizes that its metadata gives, or None."""
+    try:
+        metadata = json.loads((directory / f"{number:05d}.json").read_text())
+        sizes = {split: SplitSize(**metadata[split]) for split in SPLITS}
+        shard = CachedShard(directory, number, dtype, sizes, int(metadata["skipped"]))
+        for split, size in sizes.items():
+            if shard.path(split, "ids").stat().length != size.tokens * dtype.itemsize:
+                return None
+            if shard.lengths(split).shape != (size.documents,):
+                return None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+    except OSError as error:
+        raise cache_error(directory, error) from error
+    return shard
+
+
+def _write_shard(
+    source: Source,
+    number: int,
+    tokenizer: "Tokenizer",
+    held_out: float,
+    directory: epath.Path,
+    dtype: np.dtype[Any],
+    report: Callable[[int, int], None],
+) -> None:
+    shard = CachedShard(directory, number, dtype, {}, 0)
+    skipped: list[str] = []
+    with (
+        replacing(shard.path("train", "ids")) as train_stream,
+        replacing(shard.path("held_out", "ids")) as held_out_stream,
+    ):
+        train = _SplitWriter(train_stream, dtype, tokenizer.eos_id)
+        held = _SplitWriter(held_out_stream, dtype, tokenizer.eos_id)
+        batch = _Batch(tokenizer)
+        for document in source.read(source.shards[number], skipped.append):
+            writer = held if is_held_out(document, held_out) else train
+            writer.num_bytes += document.num_bytes
+            if isinstance(document, TokenIds):
+                writer.append(_checked_ids(document, source, source.shards[number], tokenizer))
+                writer.end_document()
+            elif batch.add(document, writer):
+                report(train.num_bytes + held.num_bytes, train.tokens + held.tokens)
+        batch.write()
+    sizes = {}
+    for split, writer in (("train", train), ("held_out", held)):
+        save_array(directory / f"{number:05d}.{split}.lengths.npy", np.array(writer.lengths, np.int64))
+        sizes[split] = dataclasses.asdict(SplitSize(len(writer.lengths), writer.tokens, writer.num_bytes))
+    about = {"source": source.name, "shard": dataclasses.asdict(source.shards[number])}
+    metadata = {**sizes, "skipped": len(skipped), "first_skipped": skipped[:20], **about}
+    with replacing(directory / f"{number:05d}.json") as stream:
+        stream.write(json.dumps(metadata, indent=1).encode())
+
+
+class _SplitWriter:
+    """Appends documents to the id file of a split."""
+
+    def __init__(self, stream: BinaryIO, dtype: np.dtype[Any], eos_id: int):
+        self._stream = stream
+        self._eos = np.array([eos_id], dtype)
+        self._document_start = 0
+        self.lengths: list[int] = []
+        self.tokens = 0
+        self.num_bytes = 0
+
+    def append(self, ids: Sequence[int] | NDArray[np.int64]) -> None:
+        """Adds ids to the document that is being written."""
+        self._stream.write(np.asarray(ids, self._eos.dtype).tobytes())
+        self.tokens += len(ids)
+
+    def end_document(self) -> None:
+        self._stream.write(self._eos.tobytes())
+        self.tokens += 1
+        self.lengths.append(self.tokens - self._document_start)
+        self._document_start = self.tokens
+
+
+class _Batch:
+    """Blocks of documents on their way to be tokenised together, on all cores."""
+
+    def __init__(self, tokenizer: "Tokenizer"):
+        self._tokenizer = tokenizer
+        self._blocks: list[str] = []
+        self._steps: list[
+            tuple[_SplitWriter, bool]
+        ] = []  # the next block goes to this writer, or it ends a document
+        self._characters = 0
+
+    def add(self, document: Text | LongText, writer: _SplitWriter) -> bool:
+        """Takes a document in, and says whether that filled the batch, which then was written."""
+        written = False
+        for block in document.blocks():
+            self._blocks.append(block)
+            self._steps.append((writer, False))
+            self._characters += len(block)
+            if self._characters >= _BATCH_CHARACTERS:
+                self.write()
+                written = True
+        self._steps.append((writer, True))
+        return written
+
+    def write(self) -> None:
+        ids = iter(self._tokenizer.encode_batch(self._blocks))
+        for writer, ends_document in self._steps:
+            if ends_document:
+                writer.end_document()
+            else:
+                writer.append(next(ids))
+        self._blocks, self._steps, self._characters = [], [], 0
+
+
+def _checked_ids(
+    document: TokenIds, source: Source, shard: Shard, tokenizer: "Tokenizer"
+) -> NDArray[np.int64]:
+    """The ids without a bos in front and an eos behind. Raises UserError for ids that no document can hold."""
+    ids = document.ids
+    if len(ids) and ids[0] == tokenizer.bos_id:
+        ids = ids[1:]
+    if len(ids) and ids[-1] == tokenizer.eos_id:
+        ids = ids[:-1]
+    if len(ids) and ids.max() >= tokenizer.vocab_size:
+        raise UserError(
+            f"{source.name}: token id {ids.max()} in {shard.files[0]} is not in the vocabulary of "
+            f"{tokenizer.vocab_size}; give the tokenizer and the width (uint16 or uint32) that it was written with."
+        )
+    for name, control in (("pad", tokenizer.pad_id), ("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id)):
+        if (ids == control).any():
+            raise UserError(
+                f"{source.name}: a document in {shard.files[0]} holds the {name} id {control}; write one document "
+                "a record, and give the tokenizer and the width (uint16 or uint32) that it was written with."
+            )
+    return ids
+
+
+def _remove_leftovers(directory: epath.Path) -> None:
+    """Deletes temporary files of killed processes: those that nobody has written to for an hour."""
+    if is_local(directory):
+        for path in directory.glob("*.tmp"):
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().mtime > 3600:
+                    path.unlink()

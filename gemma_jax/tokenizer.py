@@ -1,0 +1,307 @@
+"""SentencePiece with Gemma's id layout: encode, decode, special ids, training a small one from text."""
+
+import hashlib
+import io
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+from gemma_jax.errors import UserError
+
+START_OF_TURN = "<start_of_turn>"
+END_OF_TURN = "<end_of_turn>"
+
+# Ids 4..110 of google/gemma's tokenizer.model. 108..110 are newline runs: a newline that is always a piece of
+# its own lets a prompt end at a line's end and still be tokenised as the training text was.
+_GEMMA_USER_DEFINED = (
+    *("<mask>", "<2mass>", "[@BOS@]"),
+    *(f"<unused{i}>" for i in range(99)),
+    *(START_OF_TURN, END_OF_TURN),
+    *("\n", "\n\n", "\n\n\n"),
+)
+# The user-defined pieces of Gemma's file that only format text; encode_typed() leaves them whole.
+_HTML_TAG = re.compile(
+    r"</?(?:table|caption|thead|tbody|tfoot|tr|th|td|h[1-6]|blockquote|strong|em|b|i|u|s|sub|sup|code)>"
+)
+# Training sees a text in parts of this many characters: SentencePiece skips what is longer than a limit in
+# bytes, without a word, and a cut this rare does not change which pieces are learnt.
+_TRAINING_PART = 4096
+# Text that a model with a normaliser, a dummy prefix or no byte fallback does not give back exactly.
+_PROBE = "  a\tﬁ\r\n\n b\x00é𐍈  "
+
+
+class Tokenizer:
+    """A SentencePiece model with pad 0, eos 1, bos 2, unk 3 and turn markers (shared by Gemma 1 to 3).
+
+    Instances never change, and pickle as the bytes of their model file.
+    """
+
+    pad_id = 0
+    eos_id = 1
+    bos_id = 2
+    unk_id = 3
+
+    def __init__(self, model: bytes, source: str = "the tokenizer model") -> None:
+        """Takes the bytes of a model file; `source` names it in errors. Raises UserError as load() does."""
+        remedy = "give the tokenizer.model file of a Gemma checkpoint or one that Tokenizer.train wrote"
+        if not model:
+            raise UserError(f"{source} is empty; {remedy}.")
+        try:
+            processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise UserError(f"{source} is not a whole SentencePiece model; {remedy}.") from error
+        ids = (processor.pad_id(), processor.eos_id(), processor.bos_id(), processor.unk_id())
+        if ids != (self.pad_id, self.eos_id, self.bos_id, self.unk_id):
+            raise UserError(
+                f"{source} has pad, eos, bos, unk at ids {', '.join(map(str, ids))} "
+                f"where Gemma has 0, 1, 2, 3; {remedy}."
+            )
+        for marker in (START_OF_TURN, END_OF_TURN):
+            if processor.piece_to_id(marker) == self.unk_id:
+                raise UserError(f"{source} has no piece {marker}; {remedy}.")
+        if processor.decode(processor.encode(_PROBE)) != _PROBE:
+            raise UserError(f"{source} does not keep white space and every character exactly; {remedy}.")
+        self._model = model
+        self._processor = processor
+        self.vocab_size: int = processor.vocab_size()
+        self.start_of_turn_id: int = processor.piece_to_id(START_OF_TURN)
+        self.end_of_turn_id: int = processor.piece_to_id(END_OF_TURN)
+        self.fingerprint = hashlib.sha256(model).hexdigest()
+        """sha256 of the model file, in hexadecimal."""
+        self._control_text = _control_text_pattern(ModelProto.FromString(model))
+
+    def __reduce__(self) -> tuple[type["Tokenizer"], tuple[bytes]]:
+        return Tokenizer, (self._model,)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Tokenizer":
+        """Reads a model file, local or in a bucket (gs://, s3://).
+
+        Raises:
+            UserError: the file is missing or empty, is not a SentencePiece model, has not Gemma's ids
+                (pad 0, eos 1, bos 2, unk 3, both turn markers), or loses characters of what it encodes.
+        """
+        address = os.fspath(path)
+        try:
+            if "://" in address:
+                from etils import epath
+
+                model = epath.Path(address).read_bytes()
+            else:
+                model = Path(address).read_bytes()
+        except (OSError, ImportError) as error:
+            raise UserError(
+                f"The tokenizer file {address} cannot be read ({error}); check the path and your access."
+            ) from error
+        return cls(model, source=f"The tokenizer file {address}")
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int, path: str | os.PathLike[str]) -> "Tokenizer":
+        """Trains a byte-pair model on `texts`, writes it to `path` and returns it.
+
+        The same texts and size give the same file on any machine. Ids 0..110 are those of Gemma's own file,
+        digits are single pieces, bytes stand in for rare characters, and nothing is normalised. A newline run
+        is a piece of its own; other pieces may cross spaces (`▁for▁i▁in▁range(`), which on Python source
+        gives more bytes a token than Gemma's own rule (docs/log.md, 2026-11-23). All of `texts` is held in
+        memory: pass a sample of a large corpus.
+
+        Raises:
+            UserError: no text, lone surrogates, a size too small for the fixed pieces, bytes and characters
+                (the message says the smallest possible) or too large for the text, or an unwritable path.
+        """
+        failures: list[Exception] = []
+
+        def parts() -> Iterator[str]:
+            try:
+                for text in texts:
+                    _check_surrogates(text)
+                    for start in range(0, len(text), _TRAINING_PART):
+                        # SentencePiece drops a part with U+2585, its sign for the unknown, without a word.
+                        yield text[start : start + _TRAINING_PART].replace("\u2585", " ")
+            except Exception as error:
+                failures.append(error)  # SentencePiece would re-raise it as a RuntimeError
+                raise
+
+        model = io.BytesIO()
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=parts(),
+                model_writer=model,
+                model_type="bpe",
+                vocab_size=vocab_size,
+                pad_id=cls.pad_id,
+                eos_id=cls.eos_id,
+                bos_id=cls.bos_id,
+                unk_id=cls.unk_id,
+                pad_piece="<pad>",
+                eos_piece="<eos>",
+                bos_piece="<bos>",
+                unk_piece="<unk>",
+                user_defined_symbols=list(_GEMMA_USER_DEFINED),
+                byte_fallback=True,
+                # Without it, a text with no space would leave spaces to bytes, which decode to U+2581.
+                required_chars="\u2581",
+                normalization_rule_name="identity",
+                add_dummy_prefix=False,
+                remove_extra_whitespaces=False,
+                allow_whitespace_only_pieces=True,
+                split_by_whitespace=False,
+                split_by_unicode_script=False,
+                split_digits=True,
+                max_sentencepiece_length=32,
+                max_sentence_length=4 * _TRAINING_PART + 1,  # bytes; no character has more than 4
+                num_threads=2,  # stored in the file: the machine's own number would change the fingerprint
+                minloglevel=2,
+            )
+        except RuntimeError as error:
+            if failures:
+                raise failures[0] from None
+            raise _training_error(error, vocab_size) from error
+        tokenizer = cls(model.getvalue(), source="The trained tokenizer")
+        tokenizer.save(path)
+        return tokenizer
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the model file; a reader sees the old file or the whole new one. UserError on failure."""
+        address = os.fspath(path)
+        try:
+            if "://" in address:
+                from etils import epath
+
+                epath.Path(address).write_bytes(self._model)
+            else:
+                _write_atomically(Path(address), self._model)
+        except (OSError, ImportError) as error:
+            raise UserError(
+                f"The tokenizer file {address} cannot be written ({error}); free space or name another path."
+            ) from error
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, exactly as SentencePiece gives them, without bos or eos.
+
+        A turn marker in `text` becomes its one id; use encode_typed() for what somebody typed. U+2581 is
+        SentencePiece's sign for a space and is encoded as one. UserError for lone surrogates.
+        """
+        _check_surrogates(text)
+        ids: list[int] = self._processor.encode(text)
+        return ids
+
+    def encode_batch(self, texts: Sequence[str], num_threads: int = -1) -> list[list[int]]:
+        """encode() of each text, on `num_threads` threads (-1: all cores)."""
+        for text in texts:
+            _check_surrogates(text)
+        ids: list[list[int]] = self._processor.encode(list(texts), num_threads=num_threads)
+        return ids
+
+    def encode_typed(self, text: str) -> list[int]:
+        """Ids of a text that somebody typed: no text becomes a control token.
+
+        As encode(), but turn markers and every other user-defined piece that is not white space or an HTML
+        tag (`<mask>`, `<unused7>`, `[@BOS@]` ...) come out as ordinary pieces; decode() gives the same text.
+        """
+        _check_surrogates(text)
+        # Each occurrence, overlapping ones too, is cut behind its first character. No part then holds a
+        # whole one, so SentencePiece, which sees one part at a time, can match none.
+        cuts = [0, *(match.start() + 1 for match in self._control_text.finditer(text)), len(text)]
+        ids: list[int] = []
+        for start, end in zip(cuts, cuts[1:], strict=False):
+            ids += self._processor.encode(text[start:end])
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`, as SentencePiece gives it.
+
+        pad, bos and eos decode to nothing, unk to " ⁇ ", and bytes that are not UTF-8 to U+FFFD each.
+        UserError names an id that is not in the vocabulary.
+        """
+        checked = [int(i) for i in ids]
+        for i in checked:
+            self._check_id(i)
+        text: str = self._processor.decode(checked)
+        return text
+
+    def piece(self, id: int) -> str:
+        """The piece as the model file spells it: `▁the`, `<0x0A>`, `<bos>`. UserError for an unknown id."""
+        self._check_id(id)
+        piece: str = self._processor.id_to_piece(id)
+        return piece
+
+    def piece_bytes(self) -> np.ndarray:
+        """int32 [vocab_size]: how many UTF-8 bytes of text each id stands for; control pieces and unk 0.
+
+        The sum over encode(text) is len(text.encode()) for text without U+2581.
+        """
+        kind = ModelProto.SentencePiece
+        counts = np.zeros(self.vocab_size, np.int32)
+        for i, piece in enumerate(ModelProto.FromString(self._model).pieces):
+            if piece.type == kind.BYTE:
+                counts[i] = 1
+            elif piece.type not in (kind.CONTROL, kind.UNKNOWN):
+                counts[i] = len(piece.piece.replace("\u2581", " ").encode())
+        return counts
+
+    def _check_id(self, id: int) -> None:
+        if not 0 <= id < self.vocab_size:
+            raise UserError(
+                f"Token id {id} is not in the vocabulary, whose ids are 0 to {self.vocab_size - 1}."
+            )
+
+
+def _control_text_pattern(model: ModelProto) -> re.Pattern[str]:
+    """Matches, with zero width, where a user-defined piece that could act as a control token begins."""
+    pieces = [piece.piece for piece in model.pieces if piece.type == ModelProto.SentencePiece.USER_DEFINED]
+    # The turn markers are always among them, also in a model that lists them as ordinary pieces.
+    pieces += [START_OF_TURN, END_OF_TURN]
+    control = [piece for piece in pieces if piece.strip("\u2581 \t\r\n") and not _HTML_TAG.fullmatch(piece)]
+    return re.compile(f"(?={'|'.join(map(re.escape, control))})")
+
+
+def _training_error(error: RuntimeError, vocab_size: int) -> Exception:
+    """What the user can put right about a failed training; otherwise the error itself."""
+    message = str(error)
+    if "sentences_.empty()" in message:
+        return UserError("There is no text to train a tokenizer on; check the corpus.")
+    if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        return UserError(
+            f"A vocabulary of {vocab_size} is too small; this text needs at least {found[1]} "
+            f"({4 + len(_GEMMA_USER_DEFINED)} fixed pieces, 256 bytes and its characters): raise vocab_size."
+        )
+    if found := re.search(r"Vocabulary size too high \(\d+\).* <= (\d+)", message):
+        return UserError(
+            f"A vocabulary of {vocab_size} is too large for this text; "
+            f"lower vocab_size to at most {found[1]} or train on more text."
+        )
+    return error
+
+
+def _check_surrogates(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"Character {error.start} of the text is U+{ord(text[error.start]):04X}, half a surrogate pair, "
+            "which is no character; decode the text as UTF-8 before passing it."
+        ) from None
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes it private
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

@@ -1,0 +1,52 @@
+"""Everything that a training step changes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from gemma_jax.config import PretrainConfig
+from gemma_jax.model import Transformer
+from gemma_jax.sharding import shardings
+from gemma_jax.training.optimizer import make_optimizer
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """The state of a run: what a checkpoint holds and a step replaces."""
+
+    step: jax.Array  # [] int32: optimizer steps done
+    params: nnx.State
+    opt_state: optax.OptState
+
+
+def _create(config: PretrainConfig, mesh: Mesh, key: jax.Array) -> TrainState:
+    model = Transformer(config.model, config.compute, mesh, nnx.Rngs(key))
+    params = nnx.state(model, nnx.Param)
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def abstract_train_state(config: PretrainConfig, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of a run's state, without values.
+
+    Raises:
+      UserError: the mesh does not divide a parameter.
+    """
+    abstract = jax.eval_shape(lambda key: _create(config, mesh, key), jax.random.key(0))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract,
+        shardings(abstract, mesh),
+    )
+
+
+def create_train_state(config: PretrainConfig, mesh: Mesh) -> TrainState:
+    """The state before the first step, every array made in its place on the mesh."""
+    abstract = abstract_train_state(config, mesh)
+    out = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(lambda key: _create(config, mesh, key), out_shardings=out)(jax.random.key(config.seed))

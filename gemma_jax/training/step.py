@@ -1,0 +1,125 @@
+"""One optimizer step, and the loss on held-out rows."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import lax
+from jax.sharding import Mesh
+
+from gemma_jax.config import PretrainConfig
+from gemma_jax.data.loader import Batch
+from gemma_jax.model import abstract_transformer
+from gemma_jax.training.loss import LossSettings, next_token_loss, token_log_probs
+from gemma_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from gemma_jax.training.state import TrainState, abstract_train_state
+
+
+class StepMetrics(NamedTuple):
+    """What a step tells; all scalars on the device."""
+
+    loss: jax.Array  # cross entropy, nats a token
+    grad_norm: jax.Array  # before clipping
+    learning_rate: jax.Array
+    tokens: jax.Array  # targets with weight
+
+
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+
+
+def loss_settings(config: PretrainConfig, mesh: Mesh) -> LossSettings:
+    """The loss as the config describes it."""
+    return LossSettings(config.model.vocab_size, config.compute.loss_block, config.optimizer.z_loss, mesh)
+
+
+def loss_and_gradients(
+    config: PretrainConfig, mesh: Mesh
+) -> Callable[[nnx.State, Batch], tuple[jax.Array, nnx.State]]:
+    """A function of parameters and a batch: mean cross entropy over all weighted targets, and its gradient.
+
+    The mean is a global weighted sum over a global sum of weights, so it is the same number on any mesh
+    and in any number of accumulation parts.
+    """
+    graphdef, _ = abstract_transformer(config.model, config.compute, mesh)
+    settings = loss_settings(config, mesh)
+    parts = config.optimizer.accumulation_steps
+
+    def objective(params: nnx.State, batch: Batch, total: jax.Array) -> tuple[jax.Array, jax.Array]:
+        model = nnx.merge(graphdef, params)
+        hidden, _ = model(batch.tokens, batch.positions, batch.segment_ids)
+        minimised, reported = next_token_loss(
+            hidden, model.embedding[...], batch.targets, batch.loss_weights, settings
+        )
+        return minimised / total, reported / total
+
+    gradient = jax.value_and_grad(objective, has_aux=True)
+
+    def whole(params: nnx.State, batch: Batch) -> tuple[jax.Array, nnx.State]:
+        total = jnp.maximum(jnp.sum(batch.loss_weights), 1)
+        if parts == 1:
+            (_, loss), grads = gradient(params, batch, total)
+            return loss, grads
+        # Part i takes every parts-th row from row i on: each device then keeps its own rows.
+        split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
+
+        def body(sums: tuple[jax.Array, Any], part: Batch) -> tuple[tuple[jax.Array, Any], None]:
+            (_, loss), grads = gradient(params, part, total)
+            return (sums[0] + loss, jax.tree.map(jnp.add, sums[1], grads)), None
+
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        (loss, grads), _ = lax.scan(body, (jnp.zeros((), total.dtype), zeros), split)
+        return loss, grads
+
+    return whole
+
+
+def make_train_step(config: PretrainConfig, mesh: Mesh) -> TrainStep:
+    """The compiled step: state and batch [B, L] on the mesh -> new state and metrics.
+
+    The state that is passed in is donated: its memory is used again.
+    """
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    schedule = learning_rate_schedule(config.optimizer, config.steps)
+    differentiate = loss_and_gradients(config, mesh)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        loss, grads = differentiate(state.params, batch)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = StepMetrics(
+            loss, optax.global_norm(grads), jnp.asarray(schedule(state.step)), jnp.sum(batch.loss_weights)
+        )
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    out = jax.tree.map(lambda leaf: leaf.sharding, abstract_train_state(config, mesh))
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(out, None))
+
+
+class HeldOutSums(NamedTuple):
+    """Sums over rows, to be added up and divided on the host."""
+
+    nats: jax.Array
+    tokens: jax.Array
+    bytes: jax.Array
+
+
+def make_evaluation_step(config: PretrainConfig, mesh: Mesh) -> Callable[..., HeldOutSums]:
+    """The compiled held-out loss: (params, batch, bytes of each token id [vocab_size]) -> sums."""
+    graphdef, _ = abstract_transformer(config.model, config.compute, mesh)
+    settings = loss_settings(config, mesh)
+
+    def evaluate(params: nnx.State, batch: Batch, token_bytes: jax.Array) -> HeldOutSums:
+        model = nnx.merge(graphdef, params)
+        hidden, _ = model(batch.tokens, batch.positions, batch.segment_ids)
+        log_probs = token_log_probs(hidden, model.embedding[...], batch.targets, settings)
+        weights = batch.loss_weights
+        return HeldOutSums(
+            -jnp.sum(weights * log_probs),
+            jnp.sum(weights),
+            jnp.sum(weights * jnp.take(token_bytes, batch.targets)),
+        )
+
+    return jax.jit(evaluate)

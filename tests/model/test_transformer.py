@@ -1,0 +1,214 @@
+"""The decoder as a whole: parity, cache, packing, causality, scan."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from gemma_jax.config import PRESETS, ComputeConfig, TransformerConfig, replace
+from gemma_jax.model import KVCache, abstract_transformer, init_params
+from gemma_jax.sharding import named_arrays, with_arrays
+from gemma_jax.testing import assert_same, cpu_mesh, relative_difference
+from tests import reference
+
+TINY = PRESETS["gemma_tiny"]
+FLOAT32 = ComputeConfig()
+FLOAT64 = ComputeConfig(dtype="float64", param_dtype="float64")
+# multi-query like the 2B, and multi-head with heads * head_dim unlike embed_dim like the 7B
+MULTI_QUERY = replace(TINY, {"num_kv_heads": 1})
+MULTI_HEAD = replace(TINY, {"num_kv_heads": 4, "embed_dim": 48})
+
+
+def random_params(config: TransformerConfig, compute: ComputeConfig = FLOAT32, seed: int = 0) -> nnx.State:
+    """Parameters with norm scales that are not zero, so that a wrong norm shows."""
+    params = init_params(config, compute, cpu_mesh(1), seed)
+    rng = np.random.default_rng(seed)
+    arrays = named_arrays(params)
+    for name, value in arrays.items():
+        if name.endswith("norm"):
+            arrays[name] = jnp.asarray(rng.normal(0, 0.3, value.shape), value.dtype)
+    return with_arrays(params, arrays)
+
+
+def forward(config: TransformerConfig, compute: ComputeConfig = FLOAT32):
+    """(params, tokens, positions, segments) -> logits."""
+    graphdef, _ = abstract_transformer(config, compute, cpu_mesh(1))
+
+    def run(params, tokens, positions, segments):
+        model = nnx.merge(graphdef, params)
+        hidden, _ = model(tokens, positions, segments)
+        return model.logits(hidden)
+
+    return jax.jit(run)
+
+
+def simple_rows(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Positions and segments of rows that hold one sequence each."""
+    return np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape), np.ones_like(tokens)
+
+
+@pytest.mark.parametrize("config", [MULTI_QUERY, TINY, MULTI_HEAD], ids=["one-kv-head", "grouped", "multi-head"])
+def test_logits_equal_a_plain_numpy_gemma(config: TransformerConfig) -> None:
+    tokens = np.random.default_rng(1).integers(0, config.vocab_size, (2, 17))
+    with jax.enable_x64(True):
+        params = random_params(config, FLOAT64)
+        actual = forward(config, FLOAT64)(params, tokens, *simple_rows(tokens))
+        arrays = {name: np.asarray(value) for name, value in named_arrays(params).items()}
+    for row in range(2):
+        expected = reference.logits(arrays, tokens[row].tolist())
+        assert relative_difference(actual[row], expected) < 1e-10
+
+
+def test_float32_is_within_rounding_of_float64() -> None:
+    tokens = np.random.default_rng(1).integers(0, TINY.vocab_size, (1, 64))
+    params = random_params(TINY)
+    arrays = {name: np.asarray(value) for name, value in named_arrays(params).items()}
+    actual = forward(TINY)(params, tokens, *simple_rows(tokens))
+    assert relative_difference(actual[0], reference.logits(arrays, tokens[0].tolist())) < 1e-5
+
+
+def test_prefill_and_decode_equal_one_forward_pass_in_a_ragged_batch() -> None:
+    """Each row has its own prompt length; every logit on the way equals that of the whole sequence."""
+    lengths, new, slots = np.array([3, 11, 7, 1]), 6, 24
+    longest = int(lengths.max())
+    rng = np.random.default_rng(2)
+    tokens = rng.integers(0, TINY.vocab_size, (4, longest + new))
+    with jax.enable_x64(True):
+        params = random_params(TINY, FLOAT64)
+        whole = np.asarray(forward(TINY, FLOAT64)(params, tokens, *simple_rows(tokens)))
+        mesh = cpu_mesh(1)
+        graphdef, _ = abstract_transformer(TINY, FLOAT64, mesh)
+
+        @jax.jit
+        def extend(params, tokens, positions, segments, cache):
+            model = nnx.merge(graphdef, params)
+            hidden, cache = model(tokens, positions, segments, cache)
+            return model.logits(hidden), cache
+
+        cache = KVCache.empty(TINY, 4, slots, jnp.float64, mesh)
+        positions = np.broadcast_to(np.arange(longest), (4, longest))
+        segments = (positions < lengths[:, None]).astype(np.int32)
+        logits, cache = extend(params, tokens[:, :longest], positions, segments, cache)
+        for row, length in enumerate(lengths):
+            assert relative_difference(logits[row, :length], whole[row, :length]) < 1e-10
+        for step in range(new):
+            at = lengths + step
+            token = tokens[np.arange(4), at][:, None]
+            logits, cache = extend(params, token, at[:, None], np.ones((4, 1), np.int32), cache)
+            assert relative_difference(logits[:, 0], whole[np.arange(4), at]) < 1e-10
+        np.testing.assert_array_equal(cache.lengths, lengths + new)
+
+
+def test_packed_row_equals_the_same_sequences_alone() -> None:
+    rng = np.random.default_rng(3)
+    pieces = [rng.integers(0, TINY.vocab_size, n) for n in (5, 9, 4)]
+    row = np.concatenate([*pieces, np.zeros(3, int)])[None]
+    positions = np.concatenate([*(np.arange(len(p)) for p in pieces), np.zeros(3, int)])[None]
+    segments = np.concatenate([*(np.full(len(p), i + 1) for i, p in enumerate(pieces)), np.zeros(3, int)])[None]
+    with jax.enable_x64(True):
+        params = random_params(TINY, FLOAT64)
+        packed = np.asarray(forward(TINY, FLOAT64)(params, row, positions, segments))[0]
+        start = 0
+        for piece in pieces:
+            alone = forward(TINY, FLOAT64)(params, piece[None], *simple_rows(piece[None]))[0]
+            assert relative_difference(packed[start : start + len(piece)], alone) < 1e-10
+            start += len(piece)
+    assert np.isfinite(packed[:, : TINY.vocab_size]).all()
+
+
+def test_no_gradient_reaches_a_later_token_or_another_document() -> None:
+    """The Jacobian of every output with respect to every input embedding, as a picture.
+
+    A gradient that is exactly zero proves that no path exists, for any value of the weights; and one
+    that is not zero proves that the path is there. This covers the mask, the positions and the scan.
+    """
+    segments = np.array([[1, 1, 1, 2, 2, 0]])
+    positions = np.array([[0, 1, 2, 0, 1, 0]])
+    mesh = cpu_mesh(1)
+    graphdef, _ = abstract_transformer(TINY, FLOAT32, mesh)
+    params = random_params(TINY)
+
+    def outputs(embeddings: jax.Array) -> jax.Array:
+        # Six tokens of their own in the first six rows of the table: the gradient of a row is that of its place.
+        arrays = named_arrays(params)
+        arrays["embedding"] = arrays["embedding"].at[:6].set(embeddings)
+        model = nnx.merge(graphdef, with_arrays(params, arrays))
+        hidden, _ = model(np.arange(6)[None], positions, segments)
+        return hidden[0]
+
+    jacobian = jax.jacrev(outputs)(named_arrays(params)["embedding"][:6])  # [output, D, input, D]
+    reached = np.abs(np.asarray(jacobian)).max(axis=(1, 3)) > 0
+    picture = ["".join("x" if seen else "." for seen in row) for row in reached]
+    assert picture == [
+        "x.....",
+        "xx....",
+        "xxx...",
+        "...x..",
+        "...xx.",
+        ".....x",
+    ]
+
+
+@pytest.mark.parametrize("changes", [{"scan_unroll": 2}, {"remat": "full"}, {"remat": "full", "scan_unroll": 2}])
+def test_scanned_equals_unrolled_and_rematerialised(changes: dict[str, object]) -> None:
+    tokens = np.random.default_rng(4).integers(0, TINY.vocab_size, (2, 12))
+
+    def value_and_gradient(compute: ComputeConfig):
+        run = forward(TINY, compute)
+        loss = lambda p: jnp.sum(jnp.sin(run(p, tokens, *simple_rows(tokens))))  # noqa: E731
+        return jax.value_and_grad(loss)(random_params(TINY, FLOAT64))
+
+    with jax.enable_x64(True):
+        plain = value_and_gradient(FLOAT64)
+        assert_same(value_and_gradient(replace(FLOAT64, changes)), plain, 1e-10)
+
+
+def test_rows_that_pad_the_vocabulary_are_never_predicted() -> None:
+    config = replace(TINY, {"vocab_size": 500})
+    assert config.vocab_rows == 512
+    params = random_params(config)
+    logits = forward(config)(params, np.array([[2, 3]]), *simple_rows(np.array([[2, 3]])))
+    assert logits.shape == (1, 2, 512)
+    assert (np.asarray(logits[..., 500:]) == -np.inf).all()
+    assert np.isfinite(np.asarray(logits[..., :500])).all()
+    assert np.isfinite(np.asarray(jax.nn.log_softmax(logits)[..., :500])).all()
+
+
+def test_initialisation_is_the_same_on_every_mesh_and_never_whole_on_a_device() -> None:
+    one = init_params(TINY, FLOAT32, cpu_mesh(1), seed=5)
+    mesh = cpu_mesh(8, fsdp=4, tensor=2)
+    spread = init_params(TINY, FLOAT32, mesh, seed=5)
+    assert_same(spread, one, 0.0)
+    for name, value in named_arrays(spread).items():
+        parts = 4 if name.endswith("norm") else 8
+        assert {shard.data.size for shard in value.addressable_shards} == {value.size // parts}, name
+    graphdef, abstract = abstract_transformer(PRESETS["gemma_2b"], FLOAT32, mesh)
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(abstract))
+
+
+@pytest.mark.parametrize(("preset", "rows", "count"), [
+    ("gemma_2b", 256_000, 2_506_172_416),
+    ("gemma_2b", 256_128, 2_506_434_560),
+    ("gemma_7b", 256_128, 8_538_074_112),
+])  # fmt: skip
+def test_presets_have_the_published_number_of_parameters(preset: str, rows: int, count: int) -> None:
+    config = replace(PRESETS[preset], {"vocab_multiple": rows})
+    _, abstract = abstract_transformer(config, FLOAT32, cpu_mesh(1))
+    assert sum(leaf.size for leaf in jax.tree.leaves(abstract)) == count
+
+
+def test_bfloat16_rounds_activations_but_not_positions_or_norms() -> None:
+    """Far positions in bfloat16 stay as good as near ones: angles and norms are computed in float32."""
+    tokens = np.random.default_rng(6).integers(0, TINY.vocab_size, (1, 24))
+    params = random_params(TINY)
+    segments = np.ones_like(tokens)
+
+    def error(start: int) -> float:
+        positions = start + np.arange(24)[None]
+        exact = forward(TINY)(params, tokens, positions, segments)
+        rounded = forward(TINY, ComputeConfig(dtype="bfloat16"))(params, tokens, positions, segments)
+        return relative_difference(rounded, exact)
+
+    assert error(8000) < 1.5 * error(0)
+    assert error(0) < 0.03

@@ -1,0 +1,282 @@
+"""The tokenizer loses nothing, lets no typed text become a control token, and refuses files that are not one."""
+
+import hashlib
+import json
+import os
+import pickle
+import re
+from pathlib import Path
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import example, given
+
+from gemma_jax.errors import UserError
+from gemma_jax.tokenizer import Tokenizer
+
+DATA = Path(os.environ.get("GEMMA_JAX_TEST_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))
+REAL_MODEL = DATA / "gemma_tokenizer" / "tokenizer.model"
+GOLDEN = DATA / "gemma_tokenizer" / "golden_tokenisations.jsonl"
+
+SOURCES = [
+    f"def area_{n}(width, height):\n    total = width * height + {n}\n\n\treturn total  # naïve\n" * 3
+    for n in range(20)
+] + ["class Box:\n    '''A box with a width, a height and a name.'''\n\n\n    def __init__(self): pass\n"]
+
+# Lone surrogates are not text, and SentencePiece turns U+2581 into a space.
+unicode_text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581"))
+marker_fragments = st.lists(
+    st.sampled_from(
+        "<start_of_turn> <end_of_turn> <start_of_ turn> < > <mask> <unused7> [@BOS@] <bos> <eos> <pad> <unk> "
+        "<h1> </h1> <0x0A> start_of_turn _of_turn> <end".split()
+        + ["\n", "\n\n", " ", "   ", "\t", "user", "é", "\0", "[toxicity=0]", "<unused99>"]
+    ),
+    max_size=12,
+).map("".join)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return Tokenizer.train(SOURCES, 480, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
+
+
+@pytest.fixture(scope="module")
+def real() -> Tokenizer:
+    if not REAL_MODEL.exists():
+        pytest.skip(
+            f"Gemma's own tokenizer is not at {REAL_MODEL}; set GEMMA_JAX_TEST_DATA to have this test"
+        )
+    return Tokenizer.load(REAL_MODEL)
+
+
+@pytest.fixture(scope="module", params=["small", "real"])
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    tokenizer = request.getfixturevalue(request.param)
+    assert isinstance(tokenizer, Tokenizer)
+    return tokenizer
+
+
+@given(text=unicode_text | marker_fragments)
+@example(text=" \n\n  leading, doubled  and trailing white space \t\r\n ")
+@example(text="nul \0 and U+FFFD \ufffd and U+2585 \u2585 and ﬁ ligature")
+def test_decode_gives_back_every_character(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert not {tokenizer.pad_id, tokenizer.eos_id, tokenizer.bos_id, tokenizer.unk_id} & set(ids)
+
+
+@given(text=unicode_text | marker_fragments)
+def test_piece_bytes_sum_to_the_length_of_the_text(tokenizer: Tokenizer, text: str) -> None:
+    assert sum(_piece_bytes(tokenizer)[tokenizer.encode(text)]) == len(text.encode())
+
+
+def test_piece_bytes_of_each_kind_of_piece(tokenizer: Tokenizer) -> None:
+    counts = tokenizer.piece_bytes()
+    assert counts.dtype == np.int32 and counts.shape == (tokenizer.vocab_size,)
+    assert list(counts[:4]) == [0, 0, 0, 0]
+    assert [counts[i] for i in tokenizer.encode("\n\té"[1:2])] == [1]
+    assert counts[tokenizer.start_of_turn_id] == len("<start_of_turn>")
+
+
+@given(text=marker_fragments | unicode_text)
+@example(text="<start_of_turn>")
+@example(text="<start_of_<start_of_turn>turn>")
+@example(text="<start_of_turn><start_of_turn><end_of_turn>")
+@example(text="a<end_of_turn>\n<start_of_turn>model\n")
+def test_typed_text_never_becomes_a_control_token(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.encode_typed(text)
+    assert tokenizer.decode(ids) == text
+    assert max(ids, default=0) < tokenizer.vocab_size
+    control = {tokenizer.start_of_turn_id, tokenizer.end_of_turn_id, *range(108)}
+    if tokenizer.vocab_size == 256_000:
+        control |= {255_968, 255_999}  # [toxicity=0], <unused99>
+    assert not control & set(ids)
+
+
+def test_typed_text_without_markers_is_encoded_as_any_other(tokenizer: Tokenizer) -> None:
+    text = "if a < b and c[0] > d:\n\n    print('<h1>white  space</h1>\t<start_of_turn')"
+    assert tokenizer.encode_typed(text) == tokenizer.encode(text)
+
+
+def test_plain_encode_keeps_the_turn_markers(tokenizer: Tokenizer) -> None:
+    assert tokenizer.encode("<start_of_turn>") == [106]
+    assert tokenizer.encode("<end_of_turn>") == [107]
+
+
+@given(texts=st.lists(unicode_text, max_size=5))
+def test_a_batch_is_each_text_by_itself(tokenizer: Tokenizer, texts: list[str]) -> None:
+    assert tokenizer.encode_batch(texts, num_threads=2) == [tokenizer.encode(text) for text in texts]
+
+
+def test_gemma_id_layout(tokenizer: Tokenizer) -> None:
+    assert [tokenizer.piece(i) for i in range(5)] == ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.bos_id, tokenizer.unk_id) == (0, 1, 2, 3)
+    assert (tokenizer.start_of_turn_id, tokenizer.end_of_turn_id) == (106, 107)
+    assert tokenizer.piece(105) == "<unused98>"
+    assert [tokenizer.encode("\n" * n) for n in (1, 2, 3)] == [[108], [109], [110]]
+    assert tokenizer.encode("1024") == [tokenizer.encode(digit)[0] for digit in "1024"]
+
+
+def test_real_model_facts(real: Tokenizer) -> None:
+    assert real.vocab_size == 256_000
+    assert real.encode("\t") == [226]
+    assert real.encode("<h1><mask>") == [185, 4]
+    assert real.fingerprint == "61a7b147390c64585d6c3543dd6fc636906c9af3865a5548f27f31aee1d4c8e2"
+
+
+def test_real_model_golden_tokenisations(real: Tokenizer) -> None:
+    if not GOLDEN.exists():
+        pytest.skip(f"The golden tokenisations are not at {GOLDEN}")
+    vectors = [json.loads(line) for line in GOLDEN.read_text(encoding="utf-8").splitlines()]
+    assert vectors
+    for vector in vectors:
+        assert vector["kind"] == "encode"
+        # Control symbols in text are a habit of Hugging Face; SentencePiece's own ids stand beside those.
+        plain = vector["special_tokens_parsed"] and "sentencepiece_plain_ids"
+        expected = vector[plain or "ids"]
+        bos = [real.bos_id] if vector["add_bos"] and not plain else []
+        assert bos + real.encode(vector["text"]) == expected, vector["name"]
+
+
+@pytest.mark.parametrize(
+    ("ids", "text"),
+    [
+        ([], ""),
+        ([2, 0, 1], ""),
+        ([2, 106, 108, 1], "<start_of_turn>\n"),
+        ([3], " ⁇ "),
+    ],
+)
+def test_decode_of_special_ids(tokenizer: Tokenizer, ids: list[int], text: str) -> None:
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode(np.array(ids, np.int32)) == text
+
+
+def test_bytes_that_are_not_utf8_decode_to_replacement_characters(tokenizer: Tokenizer) -> None:
+    byte = {tokenizer.piece(i): i for i in range(tokenizer.vocab_size)}
+    assert tokenizer.decode([byte["<0xC3>"], byte["<0xA9>"]]) == "é"
+    assert tokenizer.decode([byte["<0xC3>"], byte["<0xFF>"]]) == "\ufffd\ufffd"
+
+
+def test_lower_one_eighth_block_is_a_space(tokenizer: Tokenizer) -> None:
+    assert tokenizer.decode(tokenizer.encode("a\u2581b")) == "a b"
+
+
+def test_id_outside_the_vocabulary_is_named(tokenizer: Tokenizer) -> None:
+    for wrong in (-1, tokenizer.vocab_size):
+        with pytest.raises(UserError, match=f"Token id {wrong} .* 0 to {tokenizer.vocab_size - 1}"):
+            tokenizer.decode([5, wrong])
+        with pytest.raises(UserError, match=str(wrong)):
+            tokenizer.piece(wrong)
+
+
+def test_lone_surrogate_is_a_clear_error(small: Tokenizer, tmp_path: Path) -> None:
+    for encode in (small.encode, small.encode_typed, lambda text: small.encode_batch(["ok", text])):
+        with pytest.raises(UserError, match=r"Character 2 .*U\+D800"):
+            encode("ab\ud800")
+    with pytest.raises(UserError, match=r"U\+D800"):
+        Tokenizer.train([*SOURCES, "ab\ud800"], 480, tmp_path / "tokenizer.model")
+
+
+def test_same_texts_give_the_same_file(small: Tokenizer, tmp_path: Path) -> None:
+    again = Tokenizer.train(iter(SOURCES), 480, tmp_path / "deep" / "tokenizer.model")
+    written = (tmp_path / "deep" / "tokenizer.model").read_bytes()
+    assert again.fingerprint == small.fingerprint == hashlib.sha256(written).hexdigest()
+    assert os.listdir(tmp_path / "deep") == ["tokenizer.model"]
+    assert again.vocab_size == 480
+
+
+def test_learned_pieces_compress_and_may_cross_spaces(small: Tokenizer) -> None:
+    text = SOURCES[3]
+    assert len(small.encode(text)) < 0.4 * len(text.encode())
+    assert any(re.search("\\w\u2581\\w", small.piece(i)) for i in range(111 + 256, 480))
+    assert not any("\n" in small.piece(i) for i in range(111, 480))
+
+
+def test_long_lines_and_reserved_characters_are_trained_on(tmp_path: Path) -> None:
+    trained = Tokenizer.train(["abc" * 50_000, "xyz\u2585xyz" * 1_000], 111 + 256 + 12, tmp_path / "a.model")
+    assert len(trained.encode("abc")) == 1
+    assert len(trained.encode("xyz")) == 1
+
+
+def test_text_without_spaces_still_gives_a_piece_for_them(tmp_path: Path) -> None:
+    trained = Tokenizer.train(["abc\n" * 100], 111 + 256 + 6, tmp_path / "a.model")
+    assert [trained.piece(i) for i in trained.encode(" ")] == ["\u2581"]
+    assert trained.decode(trained.encode("  a b ")) == "  a b "
+
+
+def test_impossible_vocabularies_state_what_is_possible(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.model"
+    with pytest.raises(UserError, match="vocabulary of 100 is too small") as too_small:
+        Tokenizer.train(SOURCES, 100, path)
+    smallest = re.search(r"at least (\d+)", str(too_small.value))
+    with pytest.raises(UserError, match="vocabulary of 9000 is too large") as too_large:
+        Tokenizer.train(SOURCES, 9000, path)
+    largest = re.search(r"at most (\d+)", str(too_large.value))
+    with pytest.raises(UserError, match="no text"):
+        Tokenizer.train(["", ""], 480, path)
+    assert not path.exists()
+    assert smallest and largest
+    for size in (int(smallest[1]), int(largest[1])):
+        assert Tokenizer.train(SOURCES, size, path).vocab_size == size
+
+
+def test_training_does_not_hide_the_error_of_its_texts(tmp_path: Path) -> None:
+    def texts():  # type: ignore[no-untyped-def]  # the annotation would say less than the body
+        yield SOURCES[0]
+        raise KeyError("corpus")
+
+    with pytest.raises(KeyError, match="corpus"):
+        Tokenizer.train(texts(), 480, tmp_path / "tokenizer.model")
+
+
+def test_saves_and_pickles_as_its_model_file(small: Tokenizer, tmp_path: Path) -> None:
+    small.save(tmp_path / "copy.model")
+    for copy in (Tokenizer.load(tmp_path / "copy.model"), pickle.loads(pickle.dumps(small))):
+        assert copy.fingerprint == small.fingerprint
+        assert copy.encode(SOURCES[0]) == small.encode(SOURCES[0])
+    with pytest.raises(UserError, match="cannot be written"):
+        small.save(tmp_path / "copy.model" / "below-a-file.model")
+
+
+def test_files_that_are_no_tokenizer(
+    small: Tokenizer, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    whole = small._model
+    bad = {
+        "empty": b"",
+        "text": b"not a model\n" * 40,
+        "zeros": bytes(1000),
+        "random": np.random.default_rng(0).bytes(5000),
+        **{f"cut_at_{cut}": whole[:cut] for cut in range(1, len(whole), 397)},
+        "other_ids": whole.replace(b"<bos>", b"<boz>", 1),
+        "no_markers": whole.replace(b"<end_of_turn>", b"<end_of_tuxn>"),
+    }
+    for name, content in bad.items():
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f"{re.escape(str(path))} .*tokenizer.model"):
+            Tokenizer.load(path)
+    for path in (tmp_path / "missing", tmp_path):
+        with pytest.raises(UserError, match=re.escape(str(path))):
+            Tokenizer.load(path)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_model_that_loses_white_space_is_refused(tmp_path: Path) -> None:
+    other = DATA / "keras_hub_test_vocab" / "gemma_export_vocab.spm"
+    if not other.exists():
+        pytest.skip(f"keras-hub's test vocabulary is not at {other}")
+    with pytest.raises(UserError, match="does not keep|no piece|at ids"):
+        Tokenizer.load(other)
+
+
+_PIECE_BYTES: dict[str, np.ndarray] = {}
+
+
+def _piece_bytes(tokenizer: Tokenizer) -> np.ndarray:
+    """Computed once a model: hypothesis asks for it a hundred times."""
+    if tokenizer.fingerprint not in _PIECE_BYTES:
+        _PIECE_BYTES[tokenizer.fingerprint] = tokenizer.piece_bytes()
+    return _PIECE_BYTES[tokenizer.fingerprint]
