@@ -54,7 +54,10 @@ class Tokenizer:
             raise UserError(f"{source} is empty; {remedy}.")
         try:
             processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError as error:
+            pieces = ModelProto.FromString(model).pieces
+            if any(isinstance(piece.piece, bytes) for piece in pieces):  # how protobuf hands out broken UTF-8
+                raise ValueError("a piece is not UTF-8")
+        except (RuntimeError, ValueError) as error:  # SentencePiece raises both
             raise UserError(f"{source} is not a whole SentencePiece model; {remedy}.") from error
         ids = (processor.pad_id(), processor.eos_id(), processor.bos_id(), processor.unk_id())
         if ids != (self.pad_id, self.eos_id, self.bos_id, self.unk_id):
@@ -65,7 +68,8 @@ class Tokenizer:
         for marker in (START_OF_TURN, END_OF_TURN):
             if processor.piece_to_id(marker) == self.unk_id:
                 raise UserError(f"{source} has no piece {marker}; {remedy}.")
-        if processor.decode(processor.encode(_PROBE)) != _PROBE:
+        # Twice, because decoding takes a dummy prefix away again, but only at the start.
+        if processor.decode(2 * processor.encode(_PROBE)) != 2 * _PROBE:
             raise UserError(f"{source} does not keep white space and every character exactly; {remedy}.")
         self._model = model
         self._processor = processor
@@ -74,7 +78,7 @@ class Tokenizer:
         self.end_of_turn_id: int = processor.piece_to_id(END_OF_TURN)
         self.fingerprint = hashlib.sha256(model).hexdigest()
         """sha256 of the model file, in hexadecimal."""
-        self._control_text = _control_text_pattern(ModelProto.FromString(model))
+        self._control_text = _control_text_pattern(pieces)
 
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[bytes]]:
         return Tokenizer, (self._model,)
@@ -253,12 +257,12 @@ class Tokenizer:
             )
 
 
-def _control_text_pattern(model: ModelProto) -> re.Pattern[str]:
+def _control_text_pattern(pieces: Iterable[ModelProto.SentencePiece]) -> re.Pattern[str]:
     """Matches, with zero width, where a user-defined piece that could act as a control token begins."""
-    pieces = [piece.piece for piece in model.pieces if piece.type == ModelProto.SentencePiece.USER_DEFINED]
+    texts = [piece.piece for piece in pieces if piece.type == ModelProto.SentencePiece.USER_DEFINED]
     # The turn markers are always among them, also in a model that lists them as ordinary pieces.
-    pieces += [START_OF_TURN, END_OF_TURN]
-    control = [piece for piece in pieces if piece.strip("\u2581 \t\r\n") and not _HTML_TAG.fullmatch(piece)]
+    texts += [START_OF_TURN, END_OF_TURN]
+    control = [text for text in texts if text.strip("\u2581 \t\r\n") and not _HTML_TAG.fullmatch(text)]
     return re.compile(f"(?={'|'.join(map(re.escape, control))})")
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import field
+from typing import Literal
 
 from gemma_jax.config.sections import (
     CheckpointConfig,
@@ -22,6 +23,9 @@ class PretrainConfig:
     """Train a Gemma from random weights."""
 
     run_dir: str = setting("", "Where the run is kept, or a bucket address; empty means runs/NAME of CONFIG.")
+    existing_run: Literal["resume", "overwrite"] = setting(
+        "resume", "What to do with a run that is there already: go on with it, or delete it and begin anew."
+    )
     steps: int = setting(1000, "Optimizer steps in all.")
     seed: int = setting(0, "Decides the initial weights, the held-out order and the order of the data.")
     model: TransformerConfig = field(default_factory=TransformerConfig)

@@ -48,9 +48,7 @@ def open_source(spec: str, *, text_field: str, bad_records: str) -> Source:
     files = _matching_files(spec, spec)
     kinds = {_kind(file) for file in files}
     if len(kinds) > 1:
-        raise UserError(
-            f"{spec} matches {' and '.join(sorted(kinds))}; name each kind as a source of its own."
-        )
+        raise UserError(f"{spec} matches {' and '.join(sorted(kinds))}; name each kind as its own source.")
     if kinds == {"ArrayRecord files"}:
         from gemma_jax.data.record_source import TextRecords
 
@@ -124,9 +122,7 @@ def _kind(file: str) -> str:
 def _parse_tokens(spec: str) -> tuple[str, str]:
     match = _TOKENS.fullmatch(spec)
     if match is None or match["dtype"] not in ("uint16", "uint32"):
-        raise UserError(
-            f"{spec}: write tokens:uint16:PATH or tokens:uint32:PATH, whichever the records hold."
-        )
+        raise UserError(f"{spec}: write tokens:uint16:PATH or tokens:uint32:PATH, as the records are.")
     return match["dtype"], match["path"]
 
 
@@ -144,16 +140,15 @@ def _matching_files(spec: str, pattern: str) -> list[str]:
         return [os.path.abspath(pattern)]
     if os.path.isdir(pattern):
         raise UserError(
-            f"{spec} is a directory that TFDS did not prepare; name its files, as in {pattern.rstrip('/')}/**/*.txt."
+            f"{spec} is a directory that TFDS did not prepare; "
+            f"name its files, as in {pattern.rstrip('/')}/**/*.txt."
         )
-    files = sorted(
-        os.path.abspath(file) for file in glob.iglob(pattern, recursive=True) if os.path.isfile(file)
-    )
+    files = [os.path.abspath(file) for file in glob.iglob(pattern, recursive=True) if os.path.isfile(file)]
     if not files:
         raise UserError(
-            f"No corpus {spec!r}: no file matches it and no corpus has this name{_suggestion(pattern)}"
+            f"No corpus {spec!r}: no file and no known corpus has this name{_suggestion(pattern)}"
         )
-    return files
+    return sorted(files)
 
 
 def _matching_bucket_files(spec: str, pattern: str) -> list[str]:
@@ -178,8 +173,6 @@ def _suggestion(pattern: str) -> str:
     parent, name = os.path.split(pattern)
     near = difflib.get_close_matches(pattern, ["python-stdlib"], 1)
     if not near and os.path.isdir(parent or "."):
-        near = [
-            os.path.join(parent, file)
-            for file in difflib.get_close_matches(name, os.listdir(parent or "."), 1)
-        ]
-    return f"; did you mean {near[0]!r}?" if near else "; check the path (python-stdlib needs none)"
+        names = difflib.get_close_matches(name, os.listdir(parent or "."), 1)
+        near = [os.path.join(parent, neighbour) for neighbour in names]
+    return f"; did you mean {near[0]}?" if near else "; check the path."

@@ -69,7 +69,7 @@ class Loader:
         for weight in weights:
             if not (math.isfinite(weight) and weight > 0):
                 raise UserError(
-                    f"data.weights holds {weight:g}; give positive numbers, or leave the source out."
+                    f"data.weights holds {weight:g}; give positive numbers or leave the source out."
                 )
         import grain
 
@@ -91,7 +91,7 @@ class Loader:
             self._order = shuffled(0, self.num_rows)
 
     def batch(self, start_row: int, batch_size: int, local_rows: LocalRows = slice(None)) -> Batch:
-        """Rows `start_row` to `start_row + batch_size` of the stream, or those of them that `local_rows` names.
+        """Rows `start_row` to `start_row + batch_size` of the stream, or those that `local_rows` names.
 
         Raises:
           UserError: The cache was damaged or deleted.
@@ -106,7 +106,7 @@ class Loader:
         return BatchIterator(lambda row: self.batch(row, batch_size, local_rows), start_row, batch_size)
 
     def origin(self, row: int) -> list[Origin]:
-        """Where each segment of a row of the stream comes from, in order."""
+        """Where each segment of a row of the stream comes from, in order. Takes seconds."""
         return self._rows.origin(self._order[row])
 
 
@@ -233,17 +233,12 @@ def prepare(
     done_tokens = 0
     caches: list[TokenCache] = []
     for source in sources:
-
-        def report(source_bytes: int, source_total: int, tokens: int) -> None:
-            if progress is not None:
-                progress(done_bytes + source_bytes, total, done_tokens + tokens)
-
         cache = build_token_cache(
             source,
             tokenizer,
             held_out=data.held_out,
             cache_dir=data.cache_dir,
-            progress=report,
+            progress=_progress_of_source(progress, done_bytes, total, done_tokens),
             process_index=process_index,
             process_count=process_count,
         )
@@ -266,6 +261,14 @@ def prepare(
         for cache, train_rows, held_out_rows in zip(caches, train, held_out, strict=True)
     )
     return Dataset(Loader(train, data.weights, seed, **ids), HeldOut(held_out, **ids), statistics)
+
+
+def _progress_of_source(
+    progress: Progress | None, bytes_before: int, total: int, tokens_before: int
+) -> Progress | None:
+    if progress is None:
+        return None
+    return lambda done, _, tokens: progress(bytes_before + done, total, tokens_before + tokens)
 
 
 class _Rows:

@@ -3,8 +3,8 @@
 A document of ids t1..tm and its eos are a body of m + 1 tokens, cut into pieces of at most L tokens. A piece
 body[a:b] becomes a segment of a row: its inputs are bos and body[a:b-1], its targets body[a:b], its positions
 0..b-a-1. So every token of every document and its eos is predicted exactly once, every segment starts with
-bos, and only the last piece of a document ends in eos, as its last target. With L = 8, a document `a b c`, and
-a document `d e`:
+bos, and only the last piece of a document ends in eos, as its last target. With L = 8, a document `a b c`
+and a document `d e`:
 
     tokens         bos  a    b    c    bos  d    e    pad
     targets        a    b    c    eos  d    e    eos  pad
@@ -26,7 +26,7 @@ PIECE = np.dtype([("offset", "<i8"), ("length", "<i4")])
 
 
 class Batch(NamedTuple):
-    """Rows of packed segments, all arrays [B, L] (or [L] for one row). Slots without a token have weight 0."""
+    """Rows of packed segments, all arrays [B, L]."""
 
     tokens: NDArray[np.int32]
     """What the model reads; pad in unused slots."""

@@ -1,4 +1,4 @@
-"""Corpora of records: ArrayRecord files of text or of token ids, and TFDS datasets. Never imports TensorFlow."""
+"""Corpora of records: ArrayRecord files of text or token ids, and TFDS datasets. Never imports TensorFlow."""
 
 import abc
 import os
@@ -15,6 +15,7 @@ from gemma_jax.data.source import (
     OnSkip,
     Shard,
     Source,
+    Text,
     TokenIds,
     hash_of,
     refuse_or_skip,
@@ -38,7 +39,7 @@ class _Records(Source):
         """The records `start` to `stop` of the shard's file."""
 
     @abc.abstractmethod
-    def _document(self, record: object, shard: Shard) -> Document:
+    def _document(self, record: object, shard: Shard, number: int) -> Document:
         """The document in a record. Raises BadRecord."""
 
     def read(self, shard: Shard, on_skip: OnSkip) -> Iterator[Document]:
@@ -51,12 +52,15 @@ class _Records(Source):
                 ) from error
             for number, record in enumerate(records, start=start):
                 try:
-                    document = self._document(record, shard)
+                    document = self._document(record, shard, number)
                 except BadRecord as error:
-                    refuse_or_skip(f"{shard.files[0]}, record {number}: {error}", self.bad_records, on_skip)
+                    refuse_or_skip(f"{self.place(shard, number)}: {error}", self.bad_records, on_skip)
                     continue
                 if not document.is_empty:
                     yield document
+
+    def place(self, shard: Shard, number: int) -> str:
+        return f"{shard.files[0]}, record {number}"
 
 
 class _ArrayRecords(_Records):
@@ -92,22 +96,11 @@ class TextRecords(_ArrayRecords):
         self._text_field = text_field
         self._example_files = {file for file in files if _first_is_example(file)}
 
-    def _document(self, record: object, shard: Shard) -> Document:
+    def _document(self, record: object, shard: Shard, number: int) -> Document:
         assert isinstance(record, bytes)
         if shard.files[0] not in self._example_files:
-            return text_of(record, "the record")
-        try:
-            features = parse_example(record)
-        except ValueError as error:
-            raise BadRecord(f"not a tf.train.Example as the file's first record is ({error})") from error
-        values = features.get(self._text_field)
-        if values is None:
-            raise BadRecord(
-                f"no feature {self._text_field!r} (data.text_field); its features are: {', '.join(features)}"
-            )
-        if len(values) != 1:
-            raise BadRecord(f"feature {self._text_field!r} has {len(values)} strings where one is expected")
-        return text_of(values[0], f"feature {self._text_field!r}")
+            return text_of(record, "the record", number)
+        return _text_of_example(record, self._text_field, number)
 
 
 class TokenRecords(_ArrayRecords):
@@ -121,11 +114,11 @@ class TokenRecords(_ArrayRecords):
         super().__init__(name, files, bad_records, "tokens", dtype)
         self._dtype = np.dtype(dtype).newbyteorder("<")
 
-    def _document(self, record: object, shard: Shard) -> Document:
+    def _document(self, record: object, shard: Shard, number: int) -> Document:
         assert isinstance(record, bytes)
         if len(record) % self._dtype.itemsize:
             raise BadRecord(f"{len(record)} bytes are no whole number of {self._dtype.name} token ids")
-        return TokenIds(np.frombuffer(record, self._dtype).astype(np.int64))
+        return TokenIds(np.frombuffer(record, self._dtype).astype(np.int64), number)
 
 
 class TfdsRecords(_Records):
@@ -140,13 +133,14 @@ class TfdsRecords(_Records):
             features = list(builder.info.features or ())
             if text_field not in features:
                 raise UserError(
-                    f"{spec} has no feature {text_field!r}; set data.text_field to one of: {', '.join(features)}."
+                    f"{spec} has no feature {text_field!r}; "
+                    f"set data.text_field to one of: {', '.join(features)}."
                 )
             import tensorflow_datasets as tfds
 
-            self._records = builder.as_data_source(
-                split="train", decoders=tfds.decode.PartialDecoding({text_field: True})
-            )
+            # Raw records, for TFDS would decode every feature of each, pictures too, to give one text.
+            raw = tfds.decode.DeserializeMethod.RAW_BYTES
+            self._records = builder.as_data_source(split="train", deserialize_method=raw)
         except NotImplementedError as error:
             raise UserError(
                 f"{spec} was not prepared as ArrayRecord files; prepare it with "
@@ -170,13 +164,13 @@ class TfdsRecords(_Records):
     def _read_records(self, shard: Shard, start: int, stop: int) -> Sequence[object]:
         return list(self._records.__getitems__(range(start, stop)))
 
-    def _document(self, record: object, shard: Shard) -> Document:
-        assert isinstance(record, dict)
-        return text_of(record[self._text_field], f"feature {self._text_field!r}")
+    def _document(self, record: object, shard: Shard, number: int) -> Document:
+        assert isinstance(record, bytes)
+        return _text_of_example(record, self._text_field, number)
 
 
 def find_builder(spec: str) -> "tfds.core.DatasetBuilder":
-    """The TFDS builder of `tfds:NAME` or of a prepared directory. Raises UserError if its data is not there."""
+    """The TFDS builder of `tfds:NAME` or of a directory. Raises UserError if its data is not prepared."""
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
@@ -194,6 +188,21 @@ def find_builder(spec: str) -> "tfds.core.DatasetBuilder":
             "tfds.builder(NAME).download_and_prepare(file_format='array_record')."
         )
     return builder
+
+
+def _text_of_example(record: bytes, text_field: str, number: int) -> Text:
+    try:
+        features = parse_example(record)
+    except ValueError as error:
+        raise BadRecord(f"not a tf.train.Example ({error})") from error
+    values = features.get(text_field)
+    if values is None:
+        raise BadRecord(
+            f"no feature {text_field!r} (data.text_field); its features are: {', '.join(features)}"
+        )
+    if len(values) != 1:
+        raise BadRecord(f"feature {text_field!r} is not one string but {len(values)}")
+    return text_of(values[0], f"feature {text_field!r}", number)
 
 
 def parse_example(record: bytes) -> dict[str, list[bytes]]:

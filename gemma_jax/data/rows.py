@@ -24,13 +24,13 @@ _OPEN_SHARDS = 64
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Where a segment's targets come from: tokens `start` to `stop` of a document's body.
+    """Where a segment's targets come from: tokens `start` to `stop` of a document's body (which ends in eos).
 
-    `document` counts the documents of this split in the shard. The last token of a body is eos.
+    `place` names the document's file, line or record. `document` counts this split's documents in the shard.
     """
 
     source: str
-    files: tuple[str, ...]
+    place: str
     shard: int
     document: int
     start: int
@@ -39,7 +39,7 @@ class Origin:
 
 class _OpenShard(NamedTuple):
     tokens: TokenStream
-    index: RowIndex
+    row_index: RowIndex
 
 
 class PackedRows:
@@ -78,7 +78,9 @@ class PackedRows:
         shard = self._shards[place]
         try:
             opened = self._open(place)
-            pieces = opened.index.pieces[opened.index.starts[local_row] : opened.index.starts[local_row + 1]]
+            pieces = opened.row_index.pieces[
+                opened.row_index.starts[local_row] : opened.row_index.starts[local_row + 1]
+            ]
             stops = pieces["offset"] + pieces["length"]
             bodies = [
                 np.asarray(opened.tokens[start:stop])
@@ -92,26 +94,26 @@ class PackedRows:
             and all(0 < len(body) and body.max() < self.cache.vocab_size for body in bodies)
         )
         if not whole:
-            raise UserError(
-                f"The cache {shard.directory} is damaged at shard {shard.number}; delete that directory."
-            )
+            raise _damaged(shard)
         packing.fill_row(batch, slot, bodies, bos_id)
 
     def origin(self, row: int) -> list[Origin]:
-        """Where each segment of a row comes from, in order."""
+        """Where each segment of a row comes from, in order. Reads the shard's documents again: seconds."""
         place, local_row = self._locate(row)
-        shard = self._shards[place]
-        stops = np.cumsum(shard.lengths(self.split))
-        index = self._open(place).index
-        origins = []
-        for offset, length in index.pieces[index.starts[local_row] : index.starts[local_row + 1]].tolist():
-            document = int(np.searchsorted(stops, offset, side="right"))
-            start = offset - (int(stops[document - 1]) if document else 0)
-            files = self.cache.source.shards[shard.number].files
-            origins.append(
-                Origin(self.cache.source.name, files, shard.number, document, start, start + length)
+        number = self._shards[place].number
+        lengths = self._shards[place].lengths(self.split)
+        stops = np.cumsum(lengths)
+        index = self._open(place).row_index
+        pieces = index.pieces[index.starts[local_row] : index.starts[local_row + 1]]
+        documents = np.searchsorted(stops, pieces["offset"], side="right")
+        starts = pieces["offset"] - (stops - lengths)[documents]
+        places = self.cache.places(self.split, number, set(documents.tolist()))
+        return [
+            Origin(self.cache.source.name, places[document], number, document, start, start + length)
+            for document, start, length in zip(
+                documents.tolist(), starts.tolist(), pieces["length"].tolist(), strict=True
             )
-        return origins
+        ]
 
     def _locate(self, row: int) -> tuple[int, int]:
         place = bisect.bisect_right(self._row_stops, row)
@@ -133,12 +135,16 @@ class PackedRows:
                 pass  # not built yet, or not whole: it is built below
             lengths = shard.lengths(self.split)
             if lengths.sum() != shard.sizes[self.split].tokens or lengths.min() < 1:
-                raise UserError(
-                    f"The cache {shard.directory} is damaged at shard {shard.number}; delete that directory."
-                )
+                raise _damaged(shard)
             index = packing.build_row_index(lengths, self.sequence_length)
             save_array(pieces_path, index.pieces)
             save_array(starts_path, index.starts)
         except OSError as error:
             raise cache_error(pieces_path, error) from error
         return index
+
+
+def _damaged(shard: CachedShard) -> UserError:
+    return UserError(
+        f"The cache {shard.directory} is damaged at shard {shard.number}; delete that directory."
+    )

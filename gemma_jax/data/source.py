@@ -32,12 +32,17 @@ class Shard:
 
 
 class Text:
-    """A document of text. `digest` is a blake2b hash of its UTF-8, `num_bytes` its length in UTF-8."""
+    """A document of text, or a part of one.
 
-    def __init__(self, text: str):
+    `digest` is a blake2b hash of its UTF-8, `num_bytes` its length in UTF-8, and `number` says which file,
+    line or record of its shard it comes from (see `Source.place`).
+    """
+
+    def __init__(self, text: str, number: int = 0):
         """Raises UnicodeEncodeError when the text holds lone surrogates, which UTF-8 cannot express."""
         encoded = text.encode("utf-8")
         self.text = text
+        self.number = number
         self.num_bytes = len(encoded)
         self.digest = hashlib.blake2b(encoded, digest_size=8).digest()
         self.is_empty = not text
@@ -54,12 +59,13 @@ class Text:
 
 
 class TokenIds:
-    """A document that is token ids already, without bos and eos: int64 [tokens]. Its bytes are not known."""
+    """A document that is token ids already: int64 [tokens]. How many bytes its text has is not known."""
 
     num_bytes = 0
 
-    def __init__(self, ids: NDArray[np.int64]):
+    def __init__(self, ids: NDArray[np.int64], number: int = 0):
         self.ids = ids
+        self.number = number
         self.is_empty = not len(ids)
         self.digest = hashlib.blake2b(ids.astype("<u4").tobytes(), digest_size=8).digest()
 
@@ -69,6 +75,7 @@ class LongText(abc.ABC):
 
     digest: bytes
     num_bytes: int
+    number: int
     is_empty = False
 
     @abc.abstractmethod
@@ -99,6 +106,10 @@ class Source(abc.ABC):
         Raises UserError for a record that cannot be read, or calls `on_skip` where that is the policy.
         """
 
+    @abc.abstractmethod
+    def place(self, shard: Shard, number: int) -> str:
+        """Names the file, line or record that is number `number` of a shard, as a person would."""
+
 
 class BadRecord(Exception):
     """What is wrong with a record, without its place."""
@@ -113,13 +124,13 @@ def refuse_or_skip(problem: str, bad_records: str, on_skip: OnSkip) -> None:
     on_skip(problem)
 
 
-def text_of(value: object, field: str) -> Text:
+def text_of(value: object, field: str, number: int) -> Text:
     """The document in a record's field. Raises BadRecord if it is not text."""
     try:
         if isinstance(value, bytes):
             value = value.decode("utf-8")
         if isinstance(value, str):
-            return Text(value)
+            return Text(value, number)
     except UnicodeDecodeError as error:
         raise BadRecord(f"{field} is not UTF-8 ({error.reason} at byte {error.start})") from error
     except UnicodeEncodeError as error:

@@ -26,7 +26,7 @@ def is_local(path: epath.Path) -> bool:
 
 @contextlib.contextmanager
 def replacing(path: epath.Path) -> Iterator[BinaryIO]:
-    """Opens a temporary file that takes the place of `path` when the block ends well, and is deleted otherwise.
+    """Opens a temporary file that takes the place of `path` if the block ends well, and else is deleted.
 
     A reader, another writer or a kill therefore meets a whole file or none. OSError raised in the block must
     come from writing: it becomes a UserError about the cache.
@@ -49,9 +49,7 @@ def replacing(path: epath.Path) -> Iterator[BinaryIO]:
 
 def cache_error(path: epath.Path, error: OSError) -> UserError:
     remedy = "free some space" if error.errno == errno.ENOSPC else "check it"
-    return UserError(
-        f"The cache file {path} cannot be used ({error}); {remedy}, or set data.cache_dir elsewhere."
-    )
+    return UserError(f"The cache file {path} failed ({error}); {remedy}, or set data.cache_dir elsewhere.")
 
 
 def save_array(path: epath.Path, array: NDArray[Any]) -> None:
@@ -66,11 +64,14 @@ def load_array(path: epath.Path) -> NDArray[Any]:
       ValueError: It is not a whole .npy file of plain values.
       FileNotFoundError: It is not there.
     """
-    if is_local(path):
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    else:
-        with path.open("rb") as stream:
-            array = np.load(stream, allow_pickle=False)
+    try:
+        if is_local(path):
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        else:
+            with path.open("rb") as stream:
+                array = np.load(stream, allow_pickle=False)
+    except EOFError as error:
+        raise ValueError(f"{path} is empty") from error
     if not isinstance(array, np.ndarray):
         raise ValueError(f"{path} is no array")
     return array

@@ -61,7 +61,7 @@ class PythonStdlib(Source):
         self.shards = _group_files([(str(path), stat.st_size) for path, stat in stats])
 
     def read(self, shard: Shard, on_skip: OnSkip) -> Iterator[Document]:
-        for file in shard.files:
+        for number, file in enumerate(shard.files):
             try:
                 with tokenize.open(file) as stream:
                     text = stream.read()
@@ -71,7 +71,10 @@ class PythonStdlib(Source):
             except OSError as error:
                 raise _unreadable(file, error) from error
             if text:
-                yield Text(text)
+                yield Text(text, number)
+
+    def place(self, shard: Shard, number: int) -> str:
+        return shard.files[number]
 
 
 class TextFiles(Source):
@@ -85,12 +88,12 @@ class TextFiles(Source):
         self.shards = _group_files([(file, size) for file, size, _ in listing])
 
     def read(self, shard: Shard, on_skip: OnSkip) -> Iterator[Document]:
-        for file in shard.files:
+        for number, file in enumerate(shard.files):
             try:
                 with reading(file) as stream:
                     content = stream.read(LONG_FILE_BYTES)
                     long = bool(stream.read(1))
-                document = _LongFile(file) if long else Text(content.decode("utf-8"))
+                document = _LongFile(file, number) if long else Text(content.decode("utf-8"), number)
             except UnicodeDecodeError as error:
                 problem = f"{file} is not UTF-8 text: {error.reason} at byte {error.start}"
                 refuse_or_skip(problem, self._bad_records, on_skip)
@@ -98,13 +101,17 @@ class TextFiles(Source):
             if not document.is_empty:
                 yield document
 
+    def place(self, shard: Shard, number: int) -> str:
+        return shard.files[number]
+
 
 class _LongFile(LongText):
     """A text file that is read once to check and hash it, and again for its blocks."""
 
-    def __init__(self, file: str):
+    def __init__(self, file: str, number: int):
         """Raises UnicodeDecodeError with the offset in the file."""
         self._file = file
+        self.number = number
         digest = hashlib.blake2b(digest_size=8)
         self.num_bytes = 0
         for text in self._decoded():
@@ -124,7 +131,7 @@ class _LongFile(LongText):
                     yield decoder.decode(content, final=not content)
                 except UnicodeDecodeError as error:
                     offset = done - kept + error.start
-                    raise UnicodeDecodeError("utf-8", b"\0" * (offset + 1), offset, offset + 1, error.reason)
+                    raise UnicodeDecodeError("utf-8", b"", offset, offset + 1, error.reason) from error
                 if not content:
                     return
                 done += len(content)
@@ -169,22 +176,24 @@ class JsonLines(Source):
         ]
 
     def read(self, shard: Shard, on_skip: OnSkip) -> Iterator[Document]:
-        (file,) = shard.files
-        for number, line in enumerate(_lines(file, shard), start=1):
+        for number, line in enumerate(_lines(shard.files[0], shard), start=1):
             if not line.strip():
                 continue
             try:
-                document = self._document(line)
+                document = self._document(line, number)
             except BadRecord as error:
-                if shard.start:
-                    with reading(file) as stream:
-                        number += _count_lines(stream, shard.start)
-                refuse_or_skip(f"{file}, line {number}: {error}", self._bad_records, on_skip)
+                refuse_or_skip(f"{self.place(shard, number)}: {error}", self._bad_records, on_skip)
                 continue
             if not document.is_empty:
                 yield document
 
-    def _document(self, line: bytes) -> Text:
+    def place(self, shard: Shard, number: int) -> str:
+        if shard.start:
+            with reading(shard.files[0]) as stream:
+                number += _count_lines(stream, shard.start)
+        return f"{shard.files[0]}, line {number}"
+
+    def _document(self, line: bytes, number: int) -> Text:
         try:
             record = json.loads(line.decode("utf-8"))
         except UnicodeDecodeError as error:
@@ -196,7 +205,7 @@ class JsonLines(Source):
         if self._text_field not in record:
             fields = ", ".join(map(str, record)) or "none"
             raise BadRecord(f"no field {self._text_field!r} (data.text_field); its fields are: {fields}")
-        return text_of(record[self._text_field], f"field {self._text_field!r}")
+        return text_of(record[self._text_field], f"field {self._text_field!r}", number)
 
 
 @contextlib.contextmanager
@@ -270,7 +279,7 @@ def _count_lines(stream: BinaryIO, stop: int) -> int:
 
 
 def _zstandard_lines(file: str, stream: BinaryIO) -> Iterator[bytes]:
-    """Lines of a zstd file of one or more frames. The library's own reader takes a cut file for a whole one."""
+    """Lines of a zstd file of one or more frames. (The library's own reader does not notice a cut file.)"""
     try:
         import zstandard
     except ImportError as error:

@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import numpy as np
@@ -88,6 +88,7 @@ class TokenCache:
 
     source: Source
     vocab_size: int
+    held_out: float
     shards: Sequence[CachedShard]
 
     def size(self, split: Split) -> SplitSize:
@@ -97,6 +98,17 @@ class TokenCache:
     def skipped(self) -> int:
         """Records that could not be read and were left out."""
         return sum(shard.skipped for shard in self.shards)
+
+    def places(self, split: Split, shard: int, documents: Collection[int]) -> dict[int, str]:
+        """Names the file, line or record of some of a shard's documents in a split; reads the shard again."""
+        places = {}
+        ordinal = 0
+        for document in self.source.read(self.source.shards[shard], lambda reason: None):
+            if is_held_out(document, self.held_out) == (split == "held_out"):
+                if ordinal in documents:
+                    places[ordinal] = self.source.place(self.source.shards[shard], document.number)
+                ordinal += 1
+        return places
 
 
 def build_token_cache(
@@ -132,30 +144,38 @@ def build_token_cache(
     cached: dict[int, CachedShard] = {}
     first = process_index * count // process_count
     for number in [*range(first, count), *range(first)]:
-
-        def report(shard_bytes: int, shard_tokens: int, shard: Shard = source.shards[number]) -> None:
-            if progress is not None:
-                progress(done_bytes + min(shard_bytes, shard.size), total_bytes, done_tokens + shard_tokens)
-
+        size = source.shards[number].size
         whole = _open_shard(directory, number, dtype)
         if whole is None:
+            report = _progress_of_part(progress, done_bytes, size, total_bytes, done_tokens)
             _write_shard(source, number, tokenizer, held_out, directory, dtype, report)
             whole = _open_shard(directory, number, dtype)
         if whole is None:
             raise UserError(
-                f"The cache {directory} does not keep what is written to it; set data.cache_dir to another place."
+                f"The cache {directory} does not keep what is written to it; set data.cache_dir elsewhere."
             )
         cached[number] = whole
-        done_bytes += source.shards[number].size
-        done_tokens += sum(size.tokens for size in whole.sizes.values())
-        report(0, 0)
+        done_bytes += size
+        done_tokens += sum(split_size.tokens for split_size in whole.sizes.values())
+        if progress is not None:
+            progress(done_bytes, total_bytes, done_tokens)
     _remove_leftovers(directory)
-    cache = TokenCache(source, tokenizer.vocab_size, [cached[number] for number in range(count)])
+    cache = TokenCache(source, tokenizer.vocab_size, held_out, [cached[number] for number in range(count)])
     if not any(cache.size(split).documents for split in SPLITS):
-        raise UserError(
-            f"The corpus {source.name} has no documents ({cache.skipped} were skipped); name another."
-        )
+        raise UserError(f"{source.name} has no documents ({cache.skipped} skipped); name another corpus.")
     return cache
+
+
+def _progress_of_part(
+    progress: Progress | None, bytes_before: int, size: int, total_bytes: int, tokens_before: int
+) -> Callable[[int, int], None]:
+    """Turns the bytes (at most `size` count) and tokens of one shard into progress of the corpus."""
+
+    def report(shard_bytes: int, shard_tokens: int) -> None:
+        if progress is not None:
+            progress(bytes_before + min(shard_bytes, size), total_bytes, tokens_before + shard_tokens)
+
+    return report
 
 
 def _open_shard(directory: epath.Path, number: int, dtype: np.dtype[Any]) -> CachedShard | None:
@@ -242,9 +262,8 @@ class _Batch:
     def __init__(self, tokenizer: "Tokenizer"):
         self._tokenizer = tokenizer
         self._blocks: list[str] = []
-        self._steps: list[
-            tuple[_SplitWriter, bool]
-        ] = []  # the next block goes to this writer, or it ends a document
+        # In order: the next block goes to this writer, or (True) this writer's document ends.
+        self._steps: list[tuple[_SplitWriter, bool]] = []
         self._characters = 0
 
     def add(self, document: Text | LongText, writer: _SplitWriter) -> bool:
@@ -273,7 +292,7 @@ class _Batch:
 def _checked_ids(
     document: TokenIds, source: Source, shard: Shard, tokenizer: "Tokenizer"
 ) -> NDArray[np.int64]:
-    """The ids without a bos in front and an eos behind. Raises UserError for ids that no document can hold."""
+    """The ids without a bos in front and an eos behind. Raises UserError for ids that no document has."""
     ids = document.ids
     if len(ids) and ids[0] == tokenizer.bos_id:
         ids = ids[1:]
@@ -281,14 +300,14 @@ def _checked_ids(
         ids = ids[:-1]
     if len(ids) and ids.max() >= tokenizer.vocab_size:
         raise UserError(
-            f"{source.name}: token id {ids.max()} in {shard.files[0]} is not in the vocabulary of "
-            f"{tokenizer.vocab_size}; give the tokenizer and the width (uint16 or uint32) that it was written with."
+            f"{source.place(shard, document.number)} holds token id {ids.max()}, outside the vocabulary of "
+            f"{tokenizer.vocab_size}; give its own tokenizer and width (uint16 or uint32)."
         )
     for name, control in (("pad", tokenizer.pad_id), ("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id)):
         if (ids == control).any():
             raise UserError(
-                f"{source.name}: a document in {shard.files[0]} holds the {name} id {control}; write one document "
-                "a record, and give the tokenizer and the width (uint16 or uint32) that it was written with."
+                f"{source.place(shard, document.number)} holds the {name} id {control} inside; "
+                "write one document a record, and give its own tokenizer and width (uint16 or uint32)."
             )
     return ids
 

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from gemma_jax.checkpoint.store import CheckpointStore
 from gemma_jax.config import PretrainConfig, to_dict
-from gemma_jax.data.loader import Batch
+from gemma_jax.data.packing import Batch
 from gemma_jax.errors import UserError
 from gemma_jax.sharding import put_batch
 from gemma_jax.training.metrics import RunLog

@@ -84,7 +84,7 @@ class RunLog:
     def message(self, text: str) -> None:
         """One line for the person who watches."""
         if self._first:
-            (self._progress.console if self._progress else self._console).print(text, markup=False, highlight=False)
+            (self._progress.console if self._progress else self._console).print(text, markup=False, highlight=False, soft_wrap=True)
 
     def training(self, entry: Entry, seconds_left: float, announce: bool) -> None:
         """The numbers of a step; `announce` makes a plain line where there is no terminal."""

@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from gemma_jax.config import PretrainConfig
-from gemma_jax.data.loader import Batch
+from gemma_jax.data.packing import Batch
 from gemma_jax.model import abstract_transformer
 from gemma_jax.training.loss import LossSettings, next_token_loss, token_log_probs
 from gemma_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -65,13 +65,18 @@ def loss_and_gradients(
         # Part i takes every parts-th row from row i on: each device then keeps its own rows.
         split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
 
+        def wide(x: jax.Array) -> jax.Array:
+            return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
         def body(sums: tuple[jax.Array, Any], part: Batch) -> tuple[tuple[jax.Array, Any], None]:
             (_, loss), grads = gradient(params, part, total)
-            return (sums[0] + loss, jax.tree.map(jnp.add, sums[1], grads)), None
+            return jax.tree.map(lambda total, x: total + wide(x), sums, (loss, grads)), None
 
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        (loss, grads), _ = lax.scan(body, (jnp.zeros((), total.dtype), zeros), split)
-        return loss, grads
+        first = jax.tree.map(lambda x: x[0], split)
+        (_, loss), grads = jax.eval_shape(gradient, params, first, total)
+        zeros = jax.tree.map(lambda x: wide(jnp.zeros(x.shape, x.dtype)), (loss, grads))
+        (loss, grads), _ = lax.scan(body, zeros, split)
+        return loss, jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, params)
 
     return whole
 
@@ -90,7 +95,7 @@ def make_train_step(config: PretrainConfig, mesh: Mesh) -> TrainStep:
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = StepMetrics(
-            loss, optax.global_norm(grads), jnp.asarray(schedule(state.step)), jnp.sum(batch.loss_weights)
+            loss, optax.tree.norm(grads), jnp.asarray(schedule(state.step)), jnp.sum(batch.loss_weights)
         )
         return TrainState(state.step + 1, params, opt_state), metrics
 

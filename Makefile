@@ -1,0 +1,37 @@
+# Everything a bare clone needs: Python 3.11 or later, make and a package index.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+.PHONY: demo test test-slow lint clean
+
+demo: $(INSTALLED)
+	$(BIN)/python train.py pretrain demo
+	$(BIN)/python sample.py runs/demo --prompt "def fibonacci(n):"
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow"
+
+# pytest ends with 5 where no test is marked slow.
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow || [ $$? -eq 5 ]
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Made again when the dependencies change; the constraints are those of the environment's own Python.
+$(INSTALLED): setup.py constraints/py311.txt constraints/py312.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "gemma_jax needs Python 3.11 or later, and $(PYTHON) is $$($(PYTHON) --version 2>&1); name another: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; \
+	  exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "Installing gemma_jax into .venv (once)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test]" \
+	  --constraint constraints/$$($(BIN)/python -c 'import sys; print("py311" if sys.version_info < (3, 12) else "py312")').txt
+	@touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,253 @@
+"""`gemma pretrain CONFIG`: train a model from random weights, or go on where a run was left."""
+
+import hashlib
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from gemma_jax.config import (
+    PretrainConfig,
+    from_json,
+    load,
+    parse,
+    replace,
+    to_dict,
+    to_json,
+    validate,
+    validate_on_devices,
+)
+from gemma_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from etils import epath
+    from flax import nnx
+    from jax.sharding import Mesh
+
+    from gemma_jax.data.loader import Dataset
+    from gemma_jax.tokenizer import Tokenizer
+
+# What may differ when a run is resumed: where and how fast it goes, not what it computes.
+MAY_CHANGE = ("run_dir", "steps", "existing_run", "compute", "mesh", "checkpoint", "evaluation", "logging", "data.cache_dir")
+
+
+def run(arguments: Sequence[str], prog: str) -> int:
+    """Train to the end of the config's steps; status 75 if a signal asked for a stop before it."""
+    if not arguments or arguments[0].startswith("-"):
+        parse(PretrainConfig(), [a for a in arguments if a in ("-h", "--help")], f"{prog} CONFIG")
+        raise UserError(f"name a config first: {prog} CONFIG, where CONFIG is a file or a name under configs/.")
+    name, *rest = arguments
+    config, name = load(name, PretrainConfig)
+    config = parse(config, rest, f"{prog} {name}")
+    config = replace(config, {"run_dir": config.run_dir or f"runs/{name}"})
+    validate(config)
+
+    from gemma_jax.data.documents import check_source
+
+    for source in config.data.sources:
+        check_source(source)
+    return pretrain(config)
+
+
+def pretrain(config: PretrainConfig) -> int:
+    """Run a config that was validated. Gives the exit status; raises UserError as everything below does."""
+    from etils import epath
+
+    run_dir = epath.Path(config.run_dir).expanduser()
+    _check_existing(run_dir, config)
+
+    import jax
+
+    from gemma_jax.checkpoint.store import CheckpointStore
+    from gemma_jax.sharding import local_rows, make_mesh
+    from gemma_jax.training.interruption import STOPPED_STATUS, StopSignals
+    from gemma_jax.training.loop import train
+    from gemma_jax.training.metrics import RunLog, plot_losses, read_metrics
+    from gemma_jax.training.state import TrainState, abstract_train_state, create_train_state
+    from gemma_jax.training.step import make_train_step
+
+    mesh = make_mesh(config.mesh)
+    validate_on_devices(config, mesh.size)
+    abstract = abstract_train_state(config, mesh)  # a mesh that divides no parameter is told here
+    tokenizer = _tokenizer(config, run_dir)
+    dataset = _dataset(config, tokenizer)
+    if config.existing_run == "overwrite" and run_dir.exists():
+        run_dir.rmtree()
+    run_dir.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(run_dir / "tokenizer.model")
+    (run_dir / "config.json").write_text(to_json(replace(config, {"existing_run": "resume"})))
+
+    store = CheckpointStore(run_dir, config.checkpoint)
+    steps = store.steps()
+    if steps:
+        params, opt_state, record = store.restore(steps[-1], abstract.params, abstract.opt_state)
+        state = TrainState(jax.device_put(jax.numpy.int32(record.step), abstract.step.sharding), params, opt_state)
+    else:
+        state = create_train_state(config, mesh)
+    start = int(state.step)
+    log = RunLog(run_dir, config.steps, start)
+    if start >= config.steps:
+        log.message(f"{run_dir} is complete: {start} steps of {config.steps} are done; raise --steps to go on")
+        log.close()
+        store.close()
+        return 0
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    log.message(
+        f"{'resuming' if start else 'starting'} {run_dir} at step {start} of {config.steps}: "
+        f"{parameters:,} parameters on {mesh.size} {mesh.devices.flat[0].device_kind} devices ({shape})"
+    )
+    batches = dataset.train.iterate(
+        start * config.data.batch_size, config.data.batch_size, local_rows(config.data.batch_size, mesh)
+    )
+    try:
+        with batches, StopSignals() as stop:
+            state = train(
+                config,
+                mesh,
+                state,
+                make_train_step(config, mesh),
+                batches,
+                _evaluation(config, mesh, dataset, tokenizer),
+                store,
+                log,
+                lambda: stop.requested,
+            )
+        store.close()
+    finally:
+        log.close()
+    if int(state.step) < config.steps:
+        log.message(f"stopped at step {int(state.step)}, which is saved; the same command goes on from there")
+        return STOPPED_STATUS
+    curve = run_dir / "loss.png"
+    plot_losses({run_dir.name: read_metrics(run_dir)}, curve)
+    log.message(f"done: {config.steps} steps; the loss curve is in {curve}")
+    return 0
+
+
+def _check_existing(run_dir: "epath.Path", config: PretrainConfig) -> None:
+    path = run_dir / "config.json"
+    if config.existing_run == "overwrite" or not path.exists():
+        return
+    before, now = _flat(to_dict(from_json(path.read_text(), str(path)))), _flat(to_dict(config))
+    changed = [
+        name for name in now if now[name] != before.get(name) and not any(f"{name}.".startswith(f"{m}.") for m in MAY_CHANGE)
+    ]
+    if changed:
+        name = changed[0]
+        raise UserError(
+            f"the run in {run_dir} has {name} {before.get(name)!r}, not {now[name]!r}; give another --run_dir, "
+            "or --existing_run overwrite to delete that run."
+        )
+
+
+def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def _tokenizer(config: PretrainConfig, run_dir: "epath.Path") -> "Tokenizer":
+    """The tokenizer of the run so far, the one that the config names, or one trained on the corpus."""
+    from etils import epath
+
+    from gemma_jax.data.documents import open_source, sample_texts
+    from gemma_jax.tokenizer import Tokenizer
+
+    of_run = run_dir / "tokenizer.model"
+    if config.tokenizer.path:
+        tokenizer = Tokenizer.load(config.tokenizer.path)
+    elif config.existing_run == "resume" and of_run.exists():
+        tokenizer = Tokenizer.load(of_run)
+    else:
+        data = config.data
+        sources = [open_source(s, text_field=data.text_field, bad_records=data.bad_records) for s in data.sources]
+        settings = (config.model.vocab_size, config.tokenizer.train_megabytes, data.held_out)
+        identity = "\n".join([*(source.fingerprint for source in sources), *map(str, settings)])
+        key = hashlib.sha256(identity.encode()).hexdigest()[:16]
+        path = epath.Path(data.cache_dir).expanduser() / "tokenizers" / f"{key}.model"
+        if path.exists():
+            tokenizer = Tokenizer.load(path)
+        else:
+            _say(f"training a tokenizer of {config.model.vocab_size} pieces on {', '.join(data.sources)}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            texts = sample_texts(sources, config.tokenizer.train_megabytes, data.held_out)
+            tokenizer = Tokenizer.train(texts, config.model.vocab_size, path)
+    if tokenizer.vocab_size != config.model.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} pieces, but model.vocab_size is {config.model.vocab_size}; "
+            f"set --model.vocab_size {tokenizer.vocab_size} or give another tokenizer.path."
+        )
+    return tokenizer
+
+
+def _dataset(config: PretrainConfig, tokenizer: "Tokenizer") -> "Dataset":
+    import jax
+
+    from gemma_jax.data.loader import prepare
+
+    started = said = time.monotonic()
+
+    def progress(done: int, total: int, tokens: int) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if now - said >= 5 and tokens:
+            said = now
+            _say(f"tokenising: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB, {tokens / (now - started):,.0f} tokens/s")
+
+    dataset = prepare(
+        config.data,
+        tokenizer,
+        config.seed,
+        progress,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    for s in dataset.statistics:
+        _say(
+            f"{s.name}: {s.train.documents:,} documents, {s.train.tokens:,} tokens in {s.train_rows:,} rows "
+            f"({s.utilisation:.1%} full); held out: {s.held_out.documents:,} documents, {s.held_out.tokens:,} tokens"
+            + (f"; {s.skipped:,} unreadable records skipped" if s.skipped else "")
+        )
+    return dataset
+
+
+def _evaluation(
+    config: PretrainConfig, mesh: "Mesh", dataset: "Dataset", tokenizer: "Tokenizer"
+) -> "Callable[[nnx.State], dict[str, float]] | None":
+    """Held-out loss in nats a token and in bits a byte, or None where nothing is held out."""
+    import math
+
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from gemma_jax.sharding import local_rows, put_batch
+    from gemma_jax.training.step import make_evaluation_step
+
+    if not dataset.held_out.num_rows or not config.evaluation.every:
+        return None
+    size = config.data.batch_size
+    rows = local_rows(size, mesh)
+    step = make_evaluation_step(config, mesh)
+    token_bytes = jnp.asarray(tokenizer.piece_bytes())
+
+    def evaluate(params: "nnx.State") -> dict[str, float]:
+        sums = np.zeros(3)
+        for batch in dataset.held_out.batches(size, config.evaluation.rows, rows):
+            sums += np.asarray(jax.device_get(step(params, put_batch(batch, size, mesh), token_bytes)), np.float64)
+        nats, tokens, num_bytes = sums
+        return {"held_out_loss": nats / tokens, "held_out_bits_per_byte": nats / math.log(2) / num_bytes}
+
+    return evaluate
+
+
+def _say(text: str) -> None:
+    import jax
+
+    if jax.process_index() == 0:
+        print(text, file=sys.stderr, flush=True)

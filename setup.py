@@ -1,0 +1,37 @@
+"""Metadata of the package; pyproject.toml holds the build system and the tools' settings only."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="gemma_jax",
+    version="0.1.0",
+    description="Gemma in JAX: pretrain, fine-tune, sample, evaluate and serve on TPU pods, GPUs and CPU meshes",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["gemma_jax", "gemma_jax.*"]),
+    install_requires=[
+        "array_record>=0.8",
+        "etils[epath]>=1.13",
+        "flax>=0.12.8",
+        "grain>=0.2.18",
+        "jax>=0.10",
+        "matplotlib>=3.10",
+        "numpy>=2.0",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "rich>=13",
+        "sentencepiece[protobuf]>=0.2.3",
+        "tensorflow-datasets>=4.9.10",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda13]"],
+        "data": ["gcsfs", "s3fs", "zstandard"],
+        # No code needs anything for these two yet.
+        "eval": [],
+        "serve": [],
+        "test": ["hypothesis", "mypy", "pytest", "ruff", "zstandard"],
+    },
+    entry_points={"console_scripts": ["gemma = gemma_jax.cli:main"]},
+)

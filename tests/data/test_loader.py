@@ -1,0 +1,288 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from corpora import random_texts, write_texts
+
+from gemma_jax.config.sections import DataConfig
+from gemma_jax.data import source as source_module
+from gemma_jax.data.loader import Dataset, Loader, prepare
+from gemma_jax.data.packing import Batch
+from gemma_jax.errors import UserError
+from gemma_jax.tokenizer import Tokenizer
+
+LENGTH = 48
+
+
+def config(folder: Path, counts: tuple[int, ...] = (60, 25), weights: tuple[float, ...] = ()) -> DataConfig:
+    sources = tuple(
+        write_texts(folder / f"texts{seed}", random_texts(count, seed)) for seed, count in enumerate(counts)
+    )
+    return DataConfig(
+        sources=sources,
+        weights=weights,
+        held_out=0.2,
+        sequence_length=LENGTH,
+        cache_dir=str(folder / "cache"),
+    )
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source_module, "SHARD_BYTES", 8000)
+
+
+@pytest.fixture
+def dataset(tmp_path: Path, tokenizer: Tokenizer, small_shards: None) -> Dataset:
+    return prepare(config(tmp_path), tokenizer, seed=5)
+
+
+def same(a: Batch, b: Batch) -> bool:
+    return all(x.dtype == y.dtype and np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def joined(batches: list[Batch]) -> Batch:
+    return Batch(*(np.concatenate(arrays) for arrays in zip(*batches, strict=True)))
+
+
+def row_keys(batch: Batch) -> list[bytes]:
+    return [
+        tokens.tobytes() + targets.tobytes()
+        for tokens, targets in zip(batch.tokens, batch.targets, strict=True)
+    ]
+
+
+def test_a_batch_has_the_shapes_and_types_that_the_step_expects(dataset: Dataset) -> None:
+    batch = dataset.train.batch(0, 3)
+    assert [(array.shape, array.dtype.name) for array in batch] == [
+        ((3, LENGTH), name) for name in ("int32", "int32", "float32", "int32", "int32")
+    ]
+    assert (batch.tokens[:, 0] == 2).all() and (batch.segment_ids[:, 0] == 1).all()
+
+
+def test_an_epoch_is_every_row_once_and_the_next_has_another_order(dataset: Dataset) -> None:
+    rows = dataset.train.num_rows
+    first, second = (row_keys(dataset.train.batch(epoch * rows, rows)) for epoch in range(2))
+    assert len(set(first)) == rows
+    assert sorted(first) == sorted(second)
+    assert sum(a == b for a, b in zip(first, second, strict=True)) < rows / 4
+    trained = sum(s.train.tokens for s in dataset.statistics)
+    assert dataset.train.batch(0, rows).loss_weights.sum() == trained
+    # Shuffled, not only rotated or reversed.
+    order = [first.index(key) for key in second]
+    assert 0.2 < np.mean(np.diff(order) > 0) < 0.8
+
+
+def test_the_seed_decides_the_order(tmp_path: Path, tokenizer: Tokenizer, dataset: Dataset) -> None:
+    rows = dataset.train.num_rows
+    again = prepare(config(tmp_path), tokenizer, seed=5)
+    assert same(again.train.batch(0, 2 * rows), dataset.train.batch(0, 2 * rows))
+    other = prepare(config(tmp_path), tokenizer, seed=6)
+    assert not same(other.train.batch(0, rows), dataset.train.batch(0, rows))
+    # Grain adds the epoch to the seed: seed 5 in its second epoch must not be seed 6 in its first.
+    assert not same(other.train.batch(0, rows), dataset.train.batch(rows, rows))
+    assert sorted(row_keys(other.train.batch(0, rows))) == sorted(row_keys(dataset.train.batch(0, rows)))
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_hosts_read_their_own_rows_of_the_same_global_batches(dataset: Dataset, hosts: int) -> None:
+    for start in (0, 8, 10_000):
+        whole = dataset.train.batch(start, 8)
+        share = 8 // hosts
+        slices = [dataset.train.batch(start, 8, slice(h * share, (h + 1) * share)) for h in range(hosts)]
+        assert same(joined(slices), whole)
+        # A mesh may also give a host rows that are not neighbours.
+        strided = [dataset.train.batch(start, 8, [*range(h, 8, hosts)]) for h in range(hosts)]
+        assert same(
+            joined(strided), Batch(*(a[np.argsort(np.arange(8) % hosts, kind="stable")] for a in whole))
+        )
+
+
+def test_a_position_is_resumed_by_other_hosts_and_another_batch_size(dataset: Dataset) -> None:
+    whole = dataset.train.batch(0, 24)
+    halves = [dataset.train.iterate(0, 4, slice(h * 2, h * 2 + 2)) for h in range(2)]
+    first = [joined([next(half) for half in halves]) for _ in range(3)]
+    positions = {half.next_row for half in halves}
+    for half in halves:
+        half.close()
+    assert positions == {12}
+    with dataset.train.iterate(12, 6) as resumed:
+        rest = [next(resumed) for _ in range(2)]
+    assert resumed.next_row == 24
+    assert same(joined([*first, *rest]), whole)
+
+
+@pytest.mark.parametrize("weights", [(3.0, 1.0), (1.0, 1.0), (0.2, 0.8)])
+def test_sources_are_mixed_by_weight(
+    tmp_path: Path, tokenizer: Tokenizer, small_shards: None, weights: tuple[float, float]
+) -> None:
+    mixed = prepare(config(tmp_path, weights=weights), tokenizer, seed=1)
+    plain = prepare(config(tmp_path), tokenizer, seed=1)
+    first = plain.statistics[0].train_rows
+    total = plain.train.num_rows
+    single = prepare(config(tmp_path, counts=(60,)), tokenizer, seed=0)
+    of_first = set(row_keys(single.train.batch(0, first)))
+    assert len(of_first) == first < total
+    stream = row_keys(mixed.train.batch(0, 4 * total))
+    from_first = np.array([key in of_first for key in stream])
+    share = weights[0] / sum(weights)
+    assert abs(from_first.mean() - share) < 0.02
+    # In any stretch of the stream, within a row.
+    for start in range(0, len(stream) - 40, 17):
+        assert abs(from_first[start : start + 40].sum() - 40 * share) <= 1.5
+    # Each source goes through all of its rows before it comes to any again, in a new order then.
+    mine = [key for key, is_first in zip(stream, from_first, strict=True) if is_first]
+    epochs = [mine[start : start + first] for start in range(0, len(mine) - first + 1, first)]
+    assert all(set(epoch) == of_first for epoch in epochs)
+    if len(epochs) > 1:
+        assert epochs[0] != epochs[1]
+    again = prepare(config(tmp_path, weights=weights), tokenizer, seed=1)
+    assert same(again.train.batch(777, 9), mixed.train.batch(777, 9))
+
+
+@pytest.mark.parametrize("weights", [(1.0,), (1.0, 1.0, 1.0), (1.0, 0.0), (1.0, -1.0), (1.0, float("nan"))])
+def test_weights_that_do_not_fit(tmp_path: Path, tokenizer: Tokenizer, weights: tuple[float, ...]) -> None:
+    with pytest.raises(UserError, match="data.weights"):
+        prepare(config(tmp_path, weights=weights), tokenizer, seed=1)
+
+
+def test_held_out_rows_come_once_in_a_fixed_order_and_the_last_batch_is_filled_up(dataset: Dataset) -> None:
+    held = dataset.held_out
+    size = 4 if held.num_rows % 4 else 5  # one that does not divide, so that the last batch is filled up
+    assert held.num_rows % size and held.num_rows > 8
+    batches = [*held.batches(size)]
+    assert all(len(batch.tokens) == size for batch in batches)
+    whole = joined(batches)
+    assert same(whole, joined([*held.batches(size)]))
+    filler = -held.num_rows % size
+    assert len(whole.tokens) == held.num_rows + filler
+    assert whole.loss_weights.sum() == dataset.held_out_size.tokens
+    assert (whole.loss_weights[-filler:] == 0).all() and (whole.segment_ids[-filler:] == 0).all()
+    assert (whole.tokens[-filler:] == 0).all()
+    assert (whole.loss_weights[:-filler].sum(axis=1) > 0).all()
+    hosts = [
+        [*held.batches(size, local_rows=slice(h * 2, (h * 2 + 2) if h == 0 else None))] for h in range(2)
+    ]
+    assert all(same(joined([a, b]), batch) for a, b, batch in zip(*hosts, batches, strict=True))
+    some = joined([*held.batches(2, max_rows=5)])
+    assert len(some.tokens) == 6 and (some.loss_weights[5] == 0).all()
+    keys = row_keys(whole)
+    places = [keys.index(key) for key in row_keys(some)[:5]]
+    assert places == sorted(set(places)) and places[-1] > held.num_rows / 2, "not evenly spread"
+    assert len([*held.batches(size, max_rows=10**6)]) == len(batches)
+
+
+def test_nothing_held_out_is_trained_on(dataset: Dataset, tokenizer: Tokenizer) -> None:
+    def document_starts(batch: Batch) -> set[str]:
+        return {
+            tokenizer.decode(targets[segments == segment].tolist()).split(" ")[0]
+            for targets, segments in zip(batch.targets, batch.segment_ids, strict=True)
+            for segment in range(1, segments.max() + 1)
+        }
+
+    names = {text.split(" ")[0] for seed, count in ((0, 60), (1, 25)) for text in random_texts(count, seed)}
+    train = document_starts(dataset.train.batch(0, dataset.train.num_rows)) & names
+    held_out = document_starts(joined([*dataset.held_out.batches(1)])) & names
+    assert len(train) > 50 and len(held_out) > 5
+    assert not train & held_out
+    assert train | held_out == names
+
+
+def test_statistics_count_everything(dataset: Dataset) -> None:
+    for statistics, count in zip(dataset.statistics, (60, 25), strict=True):
+        assert statistics.train.documents + statistics.held_out.documents == count
+        assert statistics.skipped == 0
+        assert 0.9 < statistics.utilisation <= 1
+    assert sum(s.train_rows for s in dataset.statistics) == dataset.train.num_rows
+    assert sum(s.held_out_rows for s in dataset.statistics) == dataset.held_out.num_rows
+
+
+def test_progress_covers_all_sources(tmp_path: Path, tokenizer: Tokenizer, small_shards: None) -> None:
+    calls: list[tuple[int, int, int]] = []
+    done = prepare(config(tmp_path), tokenizer, 0, lambda *call: calls.append(call))
+    assert calls == sorted(calls) and len({total for _, total, _ in calls}) == 1
+    assert calls[-1][0] == calls[-1][1]
+    assert calls[-1][2] == sum(s.train.tokens + s.held_out.tokens for s in done.statistics)
+
+
+def test_origin_names_the_document_of_each_segment(dataset: Dataset, tokenizer: Tokenizer) -> None:
+    for row in (0, 7, 100_000):
+        batch = dataset.train.batch(row, 1)
+        origins = dataset.train.origin(row)
+        assert len(origins) == batch.segment_ids.max()
+        for segment, origin in enumerate(origins, start=1):
+            targets = batch.targets[batch.segment_ids == segment].tolist()
+            body = [*tokenizer.encode(Path(origin.place).read_text(encoding="utf-8")), 1]
+            assert body[origin.start : origin.stop] == targets
+
+
+def test_an_error_of_the_reading_thread_reaches_the_consumer_and_close_ends_it(dataset: Dataset) -> None:
+    class Failing(Loader):
+        def __init__(self, inner: Loader):
+            self.inner = inner
+
+        def batch(self, start_row: int, batch_size: int, local_rows: object = slice(None)) -> Batch:
+            if start_row >= 8:
+                raise OSError("the disk is gone")
+            return self.inner.batch(start_row, batch_size)
+
+    iterator = Failing(dataset.train).iterate(0, 4)
+    assert same(next(iterator), dataset.train.batch(0, 4))
+    assert same(next(iterator), dataset.train.batch(4, 4))
+    for _ in range(2):
+        with pytest.raises(OSError, match="the disk is gone"):
+            next(iterator)
+    assert iterator.next_row == 8
+    iterator.close()
+    iterator.close()
+    assert not iterator._thread._threads or not any(thread.is_alive() for thread in iterator._thread._threads)
+    with pytest.raises(RuntimeError, match="closed"):
+        next(iterator)
+
+
+def test_input_wait_is_measured(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    import time
+
+    inner = dataset.train.batch
+
+    def slow(start_row: int, batch_size: int, local_rows: object = slice(None)) -> Batch:
+        time.sleep(0.05)
+        return inner(start_row, batch_size)
+
+    monkeypatch.setattr(dataset.train, "batch", slow)
+    with dataset.train.iterate(0, 2) as iterator:
+        for _ in range(3):
+            next(iterator)
+        assert 0.1 < iterator.wait_seconds < 1
+
+
+def test_no_documents_to_train_on_is_named(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    everything = DataConfig(
+        sources=(write_texts(tmp_path / "t", ["a"]),), held_out=1.0, cache_dir=str(tmp_path / "cache")
+    )
+    with pytest.raises(UserError, match="no documents to train on"):
+        prepare(everything, tokenizer, 0)
+    with pytest.raises(UserError, match="data.sources is empty"):
+        prepare(DataConfig(sources=()), tokenizer, 0)
+
+
+def test_one_document_is_enough(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    tiny = DataConfig(
+        sources=(write_texts(tmp_path / "t", ["one"]),), held_out=0.0, cache_dir=str(tmp_path / "cache")
+    )
+    dataset = prepare(tiny, tokenizer, 0)
+    batch = dataset.train.batch(0, 4)
+    assert len(set(row_keys(batch))) == 1 and batch.tokens.shape == (4, 2048)
+    assert dataset.held_out.num_rows == 0 and [*dataset.held_out.batches(4)] == []
+
+
+def test_importing_the_floor_stays_light() -> None:
+    heavy = (
+        "{'jax', 'grain', 'tensorflow_datasets', 'tensorflow', 'zstandard', 'array_record', 'sentencepiece'}"
+    )
+    modules = "packing, loader, rows, token_cache, documents, text_source, record_source"
+    script = f"import sys; from gemma_jax.data import {modules}; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

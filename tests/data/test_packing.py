@@ -1,0 +1,119 @@
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gemma_jax.data.packing import (
+    RowIndex,
+    best_fit_decreasing,
+    build_row_index,
+    cut_documents,
+    empty_rows,
+    fill_row,
+)
+
+BOS, EOS, PAD = 2, 1, 0
+
+
+def pack(bodies: list[list[int]], length: int) -> tuple[RowIndex, "np.ndarray"]:
+    stream = np.array([token for body in bodies for token in body])
+    return build_row_index(np.array([len(body) for body in bodies], np.int64), length), stream
+
+
+def test_a_row_is_laid_out_as_the_picture_in_the_docstring_says() -> None:
+    batch = empty_rows(1, 8, PAD)
+    fill_row(batch, 0, [np.array([11, 12, 13, EOS]), np.array([14, 15, EOS])], BOS)
+    assert batch.tokens.tolist() == [[BOS, 11, 12, 13, BOS, 14, 15, PAD]]
+    assert batch.targets.tolist() == [[11, 12, 13, EOS, 14, 15, EOS, PAD]]
+    assert batch.loss_weights.tolist() == [[1, 1, 1, 1, 1, 1, 1, 0]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 0, 1, 2, 0]]
+    assert batch.segment_ids.tolist() == [[1, 1, 1, 1, 2, 2, 2, 0]]
+    assert [array.dtype.name for array in batch] == ["int32", "int32", "float32", "int32", "int32"]
+
+
+def test_a_long_document_is_cut_into_pieces_and_only_its_last_ends_in_eos() -> None:
+    body = [10, 11, 12, 13, 14, EOS]
+    index, stream = pack([body], 4)
+    assert len(index) == 2
+    batch = empty_rows(2, 4, PAD)
+    for row in range(2):
+        pieces = index.pieces[index.starts[row] : index.starts[row + 1]]
+        fill_row(batch, row, [stream[o : o + n] for o, n in pieces.tolist()], BOS)
+    assert batch.tokens.tolist() == [[BOS, 10, 11, 12], [BOS, 14, PAD, PAD]]
+    assert batch.targets.tolist() == [[10, 11, 12, 13], [14, EOS, PAD, PAD]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3], [0, 1, 0, 0]]
+
+
+@settings(max_examples=200, deadline=None)
+@given(lengths=st.lists(st.integers(1, 100), min_size=1, max_size=60), sequence_length=st.integers(1, 40))
+def test_every_token_of_every_document_is_predicted_exactly_once(
+    lengths: list[int], sequence_length: int
+) -> None:
+    # Token values are their own place in the stream, and so name document and position.
+    bodies = [list(range(3 + sum(lengths[:i]), 3 + sum(lengths[: i + 1]))) for i in range(len(lengths))]
+    index, stream = pack(bodies, sequence_length)
+    batch = empty_rows(len(index), sequence_length, PAD)
+    for row in range(len(index)):
+        pieces = index.pieces[index.starts[row] : index.starts[row + 1]].tolist()
+        assert pieces
+        fill_row(batch, row, [stream[o : o + n] for o, n in pieces], BOS)
+    used = batch.loss_weights == 1
+    assert sorted(batch.targets[used].tolist()) == stream.tolist()
+    assert (batch.segment_ids[used] > 0).all()
+    assert (batch.targets[~used] == PAD).all() and (batch.tokens[~used] == PAD).all()
+    assert (batch.segment_ids[~used] == 0).all() and (batch.loss_weights[~used] == 0).all()
+    starts_document = {body[0] for body in bodies}
+    for tokens, targets, positions, segments in zip(
+        batch.tokens, batch.targets, batch.positions, batch.segment_ids, strict=True
+    ):
+        for segment in range(1, segments.max() + 1):
+            where = segments == segment
+            assert positions[where].tolist() == list(range(where.sum()))
+            body = targets[where]
+            assert tokens[where].tolist() == [BOS, *body[:-1]]
+            assert (np.diff(body) == 1).all()
+            assert not starts_document.intersection(body[1:].tolist()), "a segment holds two documents"
+            assert (body[0] - 3) in np.cumsum([0, *lengths]) or len(body) <= sequence_length
+
+
+@settings(max_examples=200, deadline=None)
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=80), capacity=st.integers(30, 40))
+def test_packing_equals_naive_best_fit_decreasing(lengths: list[int], capacity: int) -> None:
+    free: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        fits = [place for place, space in enumerate(free) if space >= length]
+        if fits:
+            free[min(fits, key=lambda place: free[place])] -= length
+        else:
+            free.append(capacity - length)
+    bins = best_fit_decreasing(np.array(lengths), capacity)
+    assert sorted(capacity - np.bincount(bins, weights=lengths)) == sorted(free)
+
+
+def test_a_million_documents_pack_tightly_in_seconds() -> None:
+    lengths = np.maximum(1, np.random.default_rng(0).lognormal(5.5, 1.2, 1_000_000)).astype(np.int64)
+    start = time.process_time()
+    index = build_row_index(lengths, 2048)
+    assert time.process_time() - start < 5
+    assert lengths.sum() / (len(index) * 2048) > 0.999
+
+
+def test_rows_follow_the_order_of_documents() -> None:
+    index = build_row_index(np.random.default_rng(0).integers(1, 50, 500), 64)
+    first = index.pieces["offset"][index.starts[:-1]]
+    assert (np.diff(first) > 0).all()
+    again = build_row_index(np.random.default_rng(0).integers(1, 50, 500), 64)
+    assert (again.pieces == index.pieces).all() and (again.starts == index.starts).all()
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 1000])
+def test_one_short_document_is_one_row(length: int) -> None:
+    index = build_row_index(np.array([length]), 1000)
+    assert index.starts.tolist() == [0, 1]
+    assert index.pieces.tolist() == [(0, length)]
+
+
+def test_pieces_are_cut_from_the_front() -> None:
+    assert cut_documents(np.array([5, 2, 8]), 4).tolist() == [(0, 4), (4, 1), (5, 2), (7, 4), (11, 4)]

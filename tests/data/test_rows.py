@@ -1,0 +1,130 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from corpora import cache_of, open_default, random_texts
+
+from gemma_jax.data import packing
+from gemma_jax.data import rows as rows_module
+from gemma_jax.data import source as source_module
+from gemma_jax.data.packing import Batch, empty_rows
+from gemma_jax.data.rows import PackedRows
+from gemma_jax.data.source import Text, is_held_out
+from gemma_jax.data.token_cache import SPLITS, TokenCache, build_token_cache
+from gemma_jax.errors import UserError
+from gemma_jax.tokenizer import Tokenizer
+
+LENGTH = 64
+
+
+@pytest.fixture
+def cache(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> TokenCache:
+    monkeypatch.setattr(source_module, "SHARD_BYTES", 8000)
+    return cache_of(random_texts(120), tokenizer, tmp_path, held_out=0.2)
+
+
+def read_all(rows: PackedRows, tokenizer: Tokenizer) -> Batch:
+    batch = empty_rows(len(rows), rows.sequence_length, tokenizer.pad_id)
+    for row in range(len(rows)):
+        rows.read_into(batch, row, row, tokenizer.bos_id)
+    return batch
+
+
+@pytest.mark.parametrize("open_shards", [1, 64])
+def test_all_documents_can_be_put_together_from_all_rows(
+    cache: TokenCache, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, open_shards: int
+) -> None:
+    monkeypatch.setattr(rows_module, "_OPEN_SHARDS", open_shards)
+    assert len(cache.shards) > 3
+    texts = random_texts(120)
+    for split in SPLITS:
+        rows = PackedRows(cache, split, LENGTH)
+        batch = read_all(rows, tokenizer)
+        bodies: dict[str, list[tuple[int, list[int]]]] = {}
+        for row in range(len(rows)):
+            for segment, origin in enumerate(rows.origin(row), start=1):
+                targets = batch.targets[row][batch.segment_ids[row] == segment].tolist()
+                assert len(targets) == origin.stop - origin.start
+                bodies.setdefault(origin.place, []).append((origin.start, targets))
+        mine = {
+            str(Path(cache.source.shards[0].files[0]).parent / f"{number:06d}.txt"): text
+            for number, text in enumerate(texts)
+            if is_held_out(Text(text), 0.2) == (split == "held_out")
+        }
+        rebuilt = {place: sum((ids for _, ids in sorted(parts)), []) for place, parts in bodies.items()}
+        assert rebuilt == {place: [*tokenizer.encode(text), 1] for place, text in mine.items()}
+        assert batch.loss_weights.sum() == cache.size(split).tokens
+        assert rows.utilisation == batch.loss_weights.mean()
+
+
+def test_the_index_is_kept_and_used_again(
+    cache: TokenCache, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = read_all(PackedRows(cache, "train", LENGTH), tokenizer)
+    kept = packing.build_row_index
+    monkeypatch.setattr(packing, "build_row_index", None)
+    again = PackedRows(cache, "train", LENGTH)
+    assert all((a == b).all() for a, b in zip(first, read_all(again, tokenizer), strict=True))
+    monkeypatch.setattr(packing, "build_row_index", kept)
+    other = PackedRows(cache, "train", 2 * LENGTH)
+    assert len(other) < len(again)
+
+
+@pytest.mark.parametrize("kind", ["pieces", "starts"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "empty", "foreign"])
+def test_a_damaged_index_is_built_again(
+    cache: TokenCache, tokenizer: Tokenizer, kind: str, damage: str
+) -> None:
+    first = read_all(PackedRows(cache, "train", LENGTH), tokenizer)
+    path = Path(cache.shards[1].path("train", f"rows-{LENGTH}.{kind}.npy"))
+    if damage == "gone":
+        path.unlink()
+    elif damage == "foreign":
+        np.save(path, np.arange(3.0))
+    else:
+        path.write_bytes(path.read_bytes()[:-5] if damage == "cut" else b"")
+    again = read_all(PackedRows(cache, "train", LENGTH), tokenizer)
+    assert all((a == b).all() for a, b in zip(first, again, strict=True))
+
+
+def test_damage_under_way_is_named_and_never_trained_on(cache: TokenCache, tokenizer: Tokenizer) -> None:
+    rows = PackedRows(cache, "train", LENGTH)
+    ids = Path(cache.shards[0].path("train", "ids"))
+    ids.write_bytes(b"\xff\xff" * (ids.stat().st_size // 2))
+    with pytest.raises(UserError, match="is damaged at shard 0; delete that directory"):
+        read_all(rows, tokenizer)
+    ids.unlink()
+    with pytest.raises(UserError, match="00000.train.ids"):
+        read_all(PackedRows(cache, "train", LENGTH), tokenizer)
+
+
+def test_lengths_that_do_not_fit_the_ids_are_named(cache: TokenCache, tokenizer: Tokenizer) -> None:
+    lengths = cache.shards[0].lengths("train").copy()
+    lengths[0] += 1
+    np.save(Path(cache.shards[0].path("train", "lengths.npy")), lengths)
+    with pytest.raises(UserError, match="is damaged at shard 0"):
+        PackedRows(cache, "train", LENGTH)
+
+
+def test_a_tiny_corpus_is_one_row(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    cache = cache_of(["tiny"], tokenizer, tmp_path)
+    assert len(PackedRows(cache, "train", 1000)) == 1
+    assert len(PackedRows(cache, "held_out", 1000)) == 0
+
+
+@pytest.mark.parametrize("length", [512, 2048])
+def test_rows_of_the_standard_library_are_full(tmp_path: Path, length: int) -> None:
+    """With one token for eight bytes instead of a real tokenizer, which would take ten seconds."""
+
+    class Stub(Tokenizer):
+        def __init__(self) -> None:
+            self.vocab_size = 512
+            self.fingerprint = "stub"
+
+        def encode_batch(self, texts: "list[str]", num_threads: int = -1) -> list[list[int]]:  # type: ignore[override]  # narrower on purpose
+            return [[300] * (len(text) // 8) for text in texts]
+
+    cache = build_token_cache(open_default("python-stdlib"), Stub(), held_out=0.01, cache_dir=str(tmp_path))
+    rows = PackedRows(cache, "train", length)
+    assert rows.utilisation > 0.99
+    assert cache.size("train").documents > 500

@@ -1,0 +1,77 @@
+"""Blocked cross entropy against the plain one, in value, gradient and memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gemma_jax.testing import assert_same, assert_same_on_meshes, cpu_mesh, relative_difference
+from gemma_jax.training.loss import LossSettings, next_token_loss, token_log_probs
+
+B, L, D, V, ROWS = 4, 22, 16, 120, 128
+
+
+def inputs(dtype=np.float64):
+    rng = np.random.default_rng(0)
+    hidden, table = rng.normal(size=(B, L, D)), rng.normal(size=(ROWS, D))
+    weights = rng.integers(0, 2, (B, L)) * rng.uniform(0.5, 2, (B, L))
+    return hidden.astype(dtype), table.astype(dtype), rng.integers(0, V, (B, L)), weights.astype(dtype)
+
+
+def plain_loss(hidden, table, targets, weights, z_loss: float):
+    """With all logits at once, from jax's own functions."""
+    logits = hidden @ table[:V].T
+    log_probs = jax.nn.log_softmax(logits)
+    cross_entropy = -jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
+    penalty = z_loss * jnp.square(jax.nn.logsumexp(logits, axis=-1))
+    return jnp.sum(weights * (cross_entropy + penalty)), jnp.sum(weights * cross_entropy)
+
+
+@pytest.mark.parametrize("block", [1, 8, 11, 64])
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_blocked_equals_plain_in_value_and_gradient(block: int, z_loss: float) -> None:
+    """Blocks that divide the length, that leave a rest, and that are longer than the row."""
+    with jax.enable_x64(True):
+        hidden, table, targets, weights = inputs()
+        settings = LossSettings(V, block, z_loss, cpu_mesh(1))
+        # A factor in front, because the backward pass must scale what the forward pass formed.
+        blocked = lambda h, e: 3.5 * next_token_loss(h, e, targets, weights, settings)[0]  # noqa: E731
+        plain = lambda h, e: 3.5 * plain_loss(h, e, targets, weights, z_loss)[0]  # noqa: E731
+        actual = jax.value_and_grad(blocked, (0, 1))(hidden, table)
+        assert_same(actual, jax.value_and_grad(plain, (0, 1))(hidden, table), 1e-12)
+        total, reported = next_token_loss(hidden, table, targets, weights, settings)
+        assert_same((total, reported), plain_loss(hidden, table, targets, weights, z_loss), 1e-12)
+        log_probs = token_log_probs(hidden, table, targets, settings)
+        assert relative_difference(-jnp.sum(weights * log_probs), reported) < 1e-12
+
+
+def test_the_same_on_meshes_that_split_rows_and_vocabulary() -> None:
+    hidden, table, targets, weights = inputs(np.float32)
+
+    def value_and_gradient(mesh):
+        settings = LossSettings(V, 8, 0.01, mesh)
+        function = lambda h, e: next_token_loss(h, e, targets, weights, settings)[0]  # noqa: E731
+        return jax.jit(jax.value_and_grad(function, (0, 1)))(hidden, table)
+
+    assert_same_on_meshes(value_and_gradient, [cpu_mesh(1), cpu_mesh(8, fsdp=4, tensor=2), cpu_mesh(4, tensor=4)])
+
+
+def test_logits_never_exist_whole() -> None:
+    """The compiled gradient needs less memory than one float32 [B, L, V] tensor, as the plain loss does not."""
+    rows, length, vocabulary = 2, 512, 16_384
+    whole = 4 * rows * length * vocabulary
+    shapes = [((rows, length, 32), jnp.float32), ((vocabulary, 32), jnp.float32)]
+    shapes += [((rows, length), jnp.int32), ((rows, length), jnp.float32)]
+    arguments = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
+    settings = LossSettings(vocabulary, 64, 0.0, cpu_mesh(1))
+
+    def memory(loss) -> int:
+        compiled = jax.jit(jax.grad(loss, (0, 1))).lower(*arguments).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    def plain(h, e, t, w):
+        log_probs = jax.nn.log_softmax(h @ e.T)
+        return -jnp.sum(w * jnp.take_along_axis(log_probs, t[..., None], axis=-1)[..., 0])
+
+    assert memory(lambda h, e, t, w: next_token_loss(h, e, t, w, settings)[0]) < whole / 2
+    assert memory(plain) > whole

@@ -1,0 +1,209 @@
+"""The training step: the same numbers on any mesh, in any number of parts, packed or not."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from gemma_jax.config import PRESETS, OptimizerConfig, PretrainConfig, TransformerConfig, replace
+from gemma_jax.data.packing import Batch
+from gemma_jax.sharding import local_rows, named_arrays, put_batch
+from gemma_jax.testing import assert_same, assert_same_on_meshes, cpu_mesh
+from gemma_jax.training.optimizer import decays, learning_rate_schedule
+from gemma_jax.training.state import abstract_train_state, create_train_state
+from gemma_jax.training.step import loss_and_gradients, make_evaluation_step, make_train_step
+
+B, L = 8, 24
+CONFIG = PretrainConfig(
+    steps=10, model=PRESETS["gemma_tiny"], optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2)
+)
+FLOAT64 = {"compute.dtype": "float64", "compute.param_dtype": "float64"}
+
+
+def packed_batch(model: TransformerConfig, seed: int = 0) -> Batch:
+    """Rows of two segments with padding of various lengths at the end, as numpy arrays [B, L]."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, model.vocab_size, (B, L)).astype(np.int32)
+    targets = rng.integers(0, model.vocab_size, (B, L)).astype(np.int32)
+    positions, segments = np.zeros((B, L), np.int32), np.zeros((B, L), np.int32)
+    for row in range(B):
+        cut, end = 5 + row, L - 2 * (row % 4)
+        positions[row, :cut], positions[row, cut:end] = np.arange(cut), np.arange(end - cut)
+        segments[row, :cut], segments[row, cut:end] = 1, 2
+    return Batch(tokens, targets, (segments > 0).astype(np.float32), positions, segments)
+
+
+def three_steps(config: PretrainConfig, mesh: Mesh):
+    """First loss and gradients, then losses and parameters of three steps."""
+    state = create_train_state(config, mesh)
+    first = put_batch(packed_batch(config.model), B, mesh)
+    loss, grads = jax.jit(loss_and_gradients(config, mesh))(state.params, first)
+    results = [loss, grads]
+    step = make_train_step(config, mesh)
+    for seed in range(3):
+        state, metrics = step(state, put_batch(packed_batch(config.model, seed), B, mesh))
+        results += [metrics.loss, metrics.grad_norm]
+    return [*results, state.params]
+
+
+def test_loss_gradients_and_steps_on_eight_devices_equal_those_on_one() -> None:
+    meshes = [
+        cpu_mesh(1),
+        cpu_mesh(8, fsdp=8),
+        cpu_mesh(8, fsdp=4, tensor=2),
+        cpu_mesh(8, fsdp=2, tensor=4),
+        cpu_mesh(8, data=2, fsdp=2, tensor=2),
+    ]
+    with jax.enable_x64(True):
+        assert_same_on_meshes(lambda mesh: three_steps(replace(CONFIG, FLOAT64), mesh), meshes, 1e-10)
+
+
+def test_one_key_value_head_is_copied_to_every_tensor_device() -> None:
+    config = replace(CONFIG, {"model.num_kv_heads": 1, **FLOAT64})
+    with jax.enable_x64(True):
+        assert_same_on_meshes(
+            lambda mesh: three_steps(config, mesh), [cpu_mesh(1), cpu_mesh(8, fsdp=2, tensor=4)], 1e-10
+        )
+
+
+def test_accumulation_equals_the_large_batch() -> None:
+    """Parts hold different numbers of weighted targets, so a mean of means would be wrong."""
+    mesh = cpu_mesh(2)
+    with jax.enable_x64(True):
+        whole = three_steps(replace(CONFIG, FLOAT64), mesh)
+        for parts in (2, 4):
+            in_parts = three_steps(replace(CONFIG, {"optimizer.accumulation_steps": parts, **FLOAT64}), mesh)
+            assert_same(in_parts, whole, 1e-10)
+
+
+def test_packed_rows_give_the_loss_and_gradients_of_the_same_segments_alone() -> None:
+    packed = packed_batch(CONFIG.model)
+    alone = []
+    for row in range(B):
+        for segment in (1, 2):
+            where = packed.segment_ids[row] == segment
+            fields = [np.zeros(L, x.dtype) for x in packed]
+            for field, source in zip(fields, packed, strict=True):
+                field[: where.sum()] = source[row][where]
+            fields[4] = np.minimum(fields[4], 1)
+            alone.append(fields)
+    separate = Batch(*(np.stack(column) for column in zip(*alone, strict=True)))
+    assert separate.loss_weights.sum() == packed.loss_weights.sum()
+    with jax.enable_x64(True):
+        config, mesh = replace(CONFIG, FLOAT64), cpu_mesh(1)
+        params = create_train_state(config, mesh).params
+        run = jax.jit(loss_and_gradients(config, mesh))
+        assert_same(run(params, separate), run(params, packed), 1e-10)
+
+
+def test_state_lies_on_the_mesh() -> None:
+    """Parameters and both moments are split; no array is copied that could be split."""
+    mesh = cpu_mesh(8, fsdp=4, tensor=2)
+    state = create_train_state(CONFIG, mesh)
+    moments = [name for name in named_arrays(state) if ".mu." in name or ".nu." in name]
+    assert len(moments) == 2 * len(named_arrays(state.params))
+    for name, value in named_arrays(state).items():
+        if value.ndim:
+            parts = 4 if name.endswith("norm") else 8
+            assert value.addressable_shards[0].data.size == value.size // parts, name
+
+
+def test_the_step_keeps_shardings_and_reuses_the_memory_of_its_state() -> None:
+    mesh = cpu_mesh(4, fsdp=2, tensor=2)
+    abstract = abstract_train_state(CONFIG, mesh)
+    batch = put_batch(packed_batch(CONFIG.model), B, mesh)
+    compiled = make_train_step(CONFIG, mesh).lower(abstract, batch).compile()
+    state_bytes = sum(np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(abstract))
+    assert compiled.memory_analysis().alias_size_in_bytes >= state_bytes
+    state, _ = make_train_step(CONFIG, mesh)(create_train_state(CONFIG, mesh), batch)
+    for actual, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
+        assert actual.sharding.is_equivalent_to(wanted.sharding, actual.ndim)
+
+
+def test_the_compiled_step_holds_no_whole_logits() -> None:
+    """A float32 [B, L, V] tensor alone would be larger than all temporary memory of the step."""
+    config = replace(CONFIG, {"model.vocab_size": 65_536, "model.context_length": 512, "compute.loss_block": 16})
+    mesh, shape = cpu_mesh(1), (B, 512)
+    kinds = (np.int32, np.int32, np.float32, np.int32, np.int32)
+    batch = Batch(*(jax.ShapeDtypeStruct(shape, kind) for kind in kinds))
+    compiled = make_train_step(config, mesh).lower(abstract_train_state(config, mesh), batch).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * shape[0] * shape[1] * config.model.vocab_size / 2
+
+
+def test_decay_spares_the_norm_scales_and_nothing_else() -> None:
+    """Stacked norm scales have two dimensions, like matrices: rank alone would decay them."""
+    params = create_train_state(CONFIG, cpu_mesh(1)).params
+    assert {name for name, decay in named_arrays(decays(params)).items() if not decay} == {
+        "blocks.attention_norm",
+        "blocks.feed_forward_norm",
+        "final_norm",
+    }
+    # One step without a gradient moves by decay alone.
+    config = replace(CONFIG, {"optimizer.weight_decay": 0.5, "optimizer.warmup_steps": 0, "optimizer.clip_norm": 0.0})
+    batch = packed_batch(CONFIG.model)._replace(loss_weights=np.zeros((B, L), np.float32))
+    before = jax.device_get(named_arrays(create_train_state(config, cpu_mesh(1)).params))
+    after, _ = make_train_step(config, cpu_mesh(1))(create_train_state(config, cpu_mesh(1)), batch)
+    shrunk = 1 - 0.5 * config.optimizer.learning_rate
+    for name, value in named_arrays(after.params).items():
+        factor = 1.0 if name.endswith("norm") else shrunk
+        np.testing.assert_allclose(value, before[name] * factor, rtol=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "warmup-stable-decay", "constant"])
+def test_schedules_rise_to_the_peak_and_end_where_the_config_says(schedule: str) -> None:
+    config = OptimizerConfig(schedule=schedule, learning_rate=2.0, warmup_steps=10, final_fraction=0.1)
+    rate = [float(learning_rate_schedule(config, 100)(step)) for step in range(101)]
+    np.testing.assert_allclose(rate[:10], 0.2 * np.arange(1, 11), rtol=1e-6)
+    assert max(rate) == pytest.approx(2.0)
+    assert rate[100] == pytest.approx(2.0 if schedule == "constant" else 0.2)
+    assert all(later <= earlier + 1e-6 for earlier, later in zip(rate[9:], rate[10:], strict=False))
+    if schedule == "warmup-stable-decay":
+        assert rate[79] == pytest.approx(2.0) and rate[90] == pytest.approx(1.1, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion"])
+def test_every_optimizer_lowers_the_loss_on_a_mesh(name: str) -> None:
+    rate = {"adamw": 1e-2, "adafactor": 1e-2, "lion": 1e-3}[name]
+    changes = {"optimizer.name": name, "optimizer.learning_rate": rate, "optimizer.warmup_steps": 0, "steps": 40}
+    config = replace(CONFIG, changes)
+    mesh = cpu_mesh(4, fsdp=2, tensor=2)
+    state, step = create_train_state(config, mesh), make_train_step(config, mesh)
+    batch = put_batch(packed_batch(config.model), B, mesh)
+    losses = []
+    for _ in range(40):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics.loss))
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_gradients_are_clipped_by_their_global_norm() -> None:
+    """With plain sums of squares in Adam's moments after one step, clipping scales the first moment."""
+    mesh, batch = cpu_mesh(1), packed_batch(CONFIG.model)
+    config = replace(CONFIG, {"optimizer.clip_norm": 0.25})
+    _, grads = jax.jit(loss_and_gradients(config, mesh))(create_train_state(config, mesh).params, batch)
+    state, metrics = make_train_step(config, mesh)(create_train_state(config, mesh), batch)
+    assert float(metrics.grad_norm) > 0.25
+    moments = {n.split(".mu.")[1]: v for n, v in named_arrays(state.opt_state).items() if ".mu." in n}
+    factor = 0.25 / float(metrics.grad_norm) * (1 - config.optimizer.b1)
+    assert_same(moments, jax.tree.map(lambda g: g * factor, named_arrays(grads)), 1e-5)
+
+
+def test_held_out_sums_count_nats_tokens_and_bytes() -> None:
+    mesh, batch = cpu_mesh(2), packed_batch(CONFIG.model)
+    state = create_train_state(CONFIG, mesh)
+    token_bytes = np.arange(CONFIG.model.vocab_size, dtype=np.int32) % 7
+    sums = make_evaluation_step(CONFIG, mesh)(state.params, put_batch(batch, B, mesh), token_bytes)
+    loss, _ = jax.jit(loss_and_gradients(CONFIG, mesh))(state.params, put_batch(batch, B, mesh))
+    assert float(sums.tokens) == batch.loss_weights.sum()
+    assert float(sums.nats / sums.tokens) == pytest.approx(float(loss), rel=1e-5)
+    assert float(sums.bytes) == (batch.loss_weights * token_bytes[batch.targets]).sum()
+
+
+def test_every_device_holds_its_own_rows() -> None:
+    mesh = cpu_mesh(8, data=2, fsdp=2, tensor=2)
+    assert local_rows(B, mesh) == list(range(B))
+    rows = put_batch(np.arange(B * 3).reshape(B, 3), B, mesh)
+    assert {shard.data.shape for shard in rows.addressable_shards} == {(B // 4, 3)}
+    np.testing.assert_array_equal(rows, np.arange(B * 3).reshape(B, 3))
+    assert jnp.shape(rows) == (B, 3)
