@@ -5,7 +5,7 @@ from setuptools import find_packages, setup
 setup(
     name="gemma_jax",
     version="0.1.0",
-    description="Gemma in JAX: pretrain, fine-tune, sample, evaluate and serve on TPU pods, GPUs and CPU meshes",
+    description="Gemma in JAX: pretrain, fine-tune, sample, evaluate and serve on TPUs, GPUs and CPU meshes",
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",

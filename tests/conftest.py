@@ -3,11 +3,17 @@
 import os
 from pathlib import Path
 
+import jax
 import pytest
 
 from gemma_jax.testing import use_cpu_devices
 
 use_cpu_devices(8)
+
+# Most of the suite's time is compiling, and many tests compile the same programs.
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".jax_cache"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture(scope="session")

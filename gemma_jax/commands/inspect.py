@@ -36,7 +36,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
     count, bytes_a_device = 0, 0
     leaves = jax.tree_util.tree_leaves_with_path(abstract, is_leaf=lambda x: isinstance(x, nnx.Variable))
     for (path, variable), sharding in zip(leaves, jax.tree.leaves(placed), strict=True):
-        value = variable[...]
+        value = variable.get_value()
         held = math.prod(sharding.shard_shape(value.shape)) * value.dtype.itemsize
         count, bytes_a_device = count + value.size, bytes_a_device + held
         axes, partition = logical_axes(variable), sharding.spec

@@ -127,8 +127,11 @@ def _parse_tokens(spec: str) -> tuple[str, str]:
 
 
 def _is_tfds_directory(spec: str) -> bool:
-    path = epath.Path(spec).expanduser()
-    return not _GLOB_CHARACTERS.search(spec) and (path / "dataset_info.json").exists()
+    try:
+        path = epath.Path(spec).expanduser()
+        return not _GLOB_CHARACTERS.search(spec) and (path / "dataset_info.json").exists()
+    except ImportError as error:
+        raise _missing_package(spec, error) from error
 
 
 def _matching_files(spec: str, pattern: str) -> list[str]:
@@ -162,10 +165,14 @@ def _matching_bucket_files(spec: str, pattern: str) -> list[str]:
             found = epath.Path("/".join(parts[:literal])).glob("/".join(parts[literal:]))
             files = [file for file in found if not file.is_dir()]
     except ImportError as error:
-        raise UserError(f"{spec} needs a package for its file system: {error}.") from error
+        raise _missing_package(spec, error) from error
     if not files:
         raise UserError(f"No corpus {spec!r}: nothing in the bucket matches it; check the address.")
     return sorted(os.fspath(file) for file in files)
+
+
+def _missing_package(spec: str, error: ImportError) -> UserError:
+    return UserError(f"{spec} needs a package for its file system: {error}.")
 
 
 def _suggestion(pattern: str) -> str:

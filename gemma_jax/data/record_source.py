@@ -73,7 +73,7 @@ class _ArrayRecords(_Records):
         self.bad_records = bad_records
         stats = [(file, os.stat(file)) for file in files]
         listing = [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
-        self.fingerprint = hash_of("array_record", bad_records, settings, listing, source_module.SHARD_BYTES)
+        self.fingerprint = hash_of("array_record", bad_records, settings, listing)
         self.shards = [
             shard
             for file, stat in stats
@@ -157,7 +157,6 @@ class TfdsRecords(_Records):
             text_field,
             bad_records,
             [(path, stat.length, int(stat.mtime)) for path, stat in stats],
-            source_module.SHARD_BYTES,
         )
         self.shards = list(_record_shards(spec, len(self._records), split.num_bytes))
 

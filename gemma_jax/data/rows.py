@@ -19,7 +19,8 @@ from gemma_jax.data.token_cache import CachedShard, Split, TokenCache
 from gemma_jax.errors import UserError
 
 _OPEN_SHARDS = 64
-"""Shards whose files stay open: a memory map holds a file descriptor, and 1,024 are a common limit."""
+"""Shards whose files stay open, over all corpora: each has three memory maps, each of those holds a file
+descriptor, and 1,024 are a common limit."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,9 +56,8 @@ class PackedRows:
         self.split = split
         self.sequence_length = sequence_length
         self._shards = [shard for shard in cache.shards if shard.sizes[split].documents]
-        counts = [len(self._index(shard)) for shard in self._shards]
+        counts = [len(_open_index(shard, split, sequence_length)) for shard in self._shards]
         self._row_stops = list(itertools.accumulate(counts))
-        self._open = functools.lru_cache(_OPEN_SHARDS)(self._open_shard)
 
     def __len__(self) -> int:
         return self._row_stops[-1] if self._row_stops else 0
@@ -77,7 +77,7 @@ class PackedRows:
         place, local_row = self._locate(row)
         shard = self._shards[place]
         try:
-            opened = self._open(place)
+            opened = _open_shard(shard, self.split, self.sequence_length)
             pieces = opened.row_index.pieces[
                 opened.row_index.starts[local_row] : opened.row_index.starts[local_row + 1]
             ]
@@ -100,16 +100,16 @@ class PackedRows:
     def origin(self, row: int) -> list[Origin]:
         """Where each segment of a row comes from, in order. Reads the shard's documents again: seconds."""
         place, local_row = self._locate(row)
-        number = self._shards[place].number
-        lengths = self._shards[place].lengths(self.split)
+        shard = self._shards[place]
+        lengths = shard.lengths(self.split)
         stops = np.cumsum(lengths)
-        index = self._open(place).row_index
+        index = _open_shard(shard, self.split, self.sequence_length).row_index
         pieces = index.pieces[index.starts[local_row] : index.starts[local_row + 1]]
         documents = np.searchsorted(stops, pieces["offset"], side="right")
         starts = pieces["offset"] - (stops - lengths)[documents]
-        places = self.cache.places(self.split, number, set(documents.tolist()))
+        places = self.cache.places(self.split, shard.number, set(documents.tolist()))
         return [
-            Origin(self.cache.source.name, places[document], number, document, start, start + length)
+            Origin(self.cache.source.name, places[document], shard.number, document, start, start + length)
             for document, start, length in zip(
                 documents.tolist(), starts.tolist(), pieces["length"].tolist(), strict=True
             )
@@ -119,29 +119,32 @@ class PackedRows:
         place = bisect.bisect_right(self._row_stops, row)
         return place, row - (self._row_stops[place - 1] if place else 0)
 
-    def _open_shard(self, place: int) -> _OpenShard:
-        shard = self._shards[place]
-        return _OpenShard(shard.tokens(self.split), self._index(shard))
 
-    def _index(self, shard: CachedShard) -> RowIndex:
-        pieces_path = shard.path(self.split, f"rows-{self.sequence_length}.pieces.npy")
-        starts_path = shard.path(self.split, f"rows-{self.sequence_length}.starts.npy")
+@functools.lru_cache(_OPEN_SHARDS)
+def _open_shard(shard: CachedShard, split: Split, sequence_length: int) -> _OpenShard:
+    return _OpenShard(shard.tokens(split), _open_index(shard, split, sequence_length))
+
+
+def _open_index(shard: CachedShard, split: Split, sequence_length: int) -> RowIndex:
+    """The index beside the shard, which is built where it is missing or not whole."""
+    pieces_path = shard.path(split, f"rows-{sequence_length}.pieces.npy")
+    starts_path = shard.path(split, f"rows-{sequence_length}.starts.npy")
+    try:
         try:
-            try:
-                index = RowIndex(load_array(pieces_path), load_array(starts_path))
-                if index.pieces.dtype == packing.PIECE and index.starts[-1] == len(index.pieces):
-                    return index
-            except (FileNotFoundError, ValueError, IndexError):
-                pass  # not built yet, or not whole: it is built below
-            lengths = shard.lengths(self.split)
-            if lengths.sum() != shard.sizes[self.split].tokens or lengths.min() < 1:
-                raise _damaged(shard)
-            index = packing.build_row_index(lengths, self.sequence_length)
-            save_array(pieces_path, index.pieces)
-            save_array(starts_path, index.starts)
-        except OSError as error:
-            raise cache_error(pieces_path, error) from error
-        return index
+            index = RowIndex(load_array(pieces_path), load_array(starts_path))
+            if index.pieces.dtype == packing.PIECE and index.starts[-1] == len(index.pieces):
+                return index
+        except (FileNotFoundError, ValueError, IndexError):
+            pass  # not built yet, or not whole
+        lengths = shard.lengths(split)
+        if lengths.sum() != shard.sizes[split].tokens or lengths.min() < 1:
+            raise _damaged(shard)
+        index = packing.build_row_index(lengths, sequence_length)
+        save_array(pieces_path, index.pieces)
+        save_array(starts_path, index.starts)
+    except OSError as error:
+        raise cache_error(pieces_path, error) from error
+    return index
 
 
 def _damaged(shard: CachedShard) -> UserError:

@@ -160,7 +160,7 @@ class JsonLines(Source):
         self._text_field = text_field
         self._bad_records = bad_records
         listing = [(file, *_size_and_time(file)) for file in files]
-        self.fingerprint = hash_of("jsonl", text_field, bad_records, listing, source_module.SHARD_BYTES)
+        self.fingerprint = hash_of("jsonl", text_field, bad_records, listing)
         step = source_module.SHARD_BYTES
         self.shards = [
             shard

@@ -67,7 +67,7 @@ class CachedShard:
     directory: epath.Path
     number: int
     dtype: np.dtype[Any]
-    sizes: dict[Split, SplitSize]
+    sizes: dict[Split, SplitSize] = dataclasses.field(hash=False)
     skipped: int
 
     def path(self, split: Split, ending: str) -> epath.Path:
@@ -130,7 +130,8 @@ def build_token_cache(
       UserError: A document or a cache file cannot be read or written, ids are not of this vocabulary, or the
         corpus has no documents.
     """
-    key = hash_of(_FORMAT, source.fingerprint, tokenizer.fingerprint, held_out)[:32]
+    shards = [dataclasses.astuple(shard) for shard in source.shards]
+    key = hash_of(_FORMAT, source.fingerprint, shards, tokenizer.fingerprint, held_out)[:32]
     directory = epath.Path(cache_dir).expanduser() / "tokens" / key
     try:
         directory.mkdir(parents=True, exist_ok=True)

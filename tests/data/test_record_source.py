@@ -14,7 +14,8 @@ from gemma_jax.data.record_source import parse_example
 from gemma_jax.data.source import Source, TokenIds
 from gemma_jax.errors import UserError
 
-tfds = pytest.importorskip("tensorflow_datasets")
+pytest.importorskip("tensorflow_datasets", reason="tensorflow-datasets is not installed")
+import tensorflow_datasets as tfds  # noqa: E402  # only where it is installed
 
 
 def write_records(path: Path, records: Sequence[bytes]) -> str:
@@ -94,7 +95,15 @@ def test_a_bad_record_is_named_or_skipped(tmp_path: Path, record: bytes, says: s
 
 
 @pytest.mark.parametrize(
-    "record", [b"", b"\n", b"\n\x05ab", b"plain text", b"\n\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff"]
+    "record",
+    [
+        b"",
+        b"\n",
+        b"\n\x05ab",
+        b"plain text",
+        example(text="x").replace(b"\n", b"\x08", 1),
+        b"\n\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff",
+    ],
 )
 def test_what_is_no_example_is_refused(record: bytes) -> None:
     with pytest.raises(ValueError):

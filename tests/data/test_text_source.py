@@ -78,15 +78,20 @@ def test_the_fingerprint_changes_with_the_files_and_the_settings(tmp_path: Path)
 
 
 @pytest.mark.parametrize("long", [False, True])
+@pytest.mark.parametrize(
+    "bad", ["naïve 数 ".encode() + b"\xff and more", b"abcd\xe6\xff", "abc数".encode()[:-1]]
+)
 def test_a_byte_that_is_not_utf8_names_file_and_offset_or_skips_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, long: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, long: bool, bad: bytes
 ) -> None:
     if long:
-        monkeypatch.setattr(text_source, "LONG_FILE_BYTES", 10)
+        monkeypatch.setattr(text_source, "LONG_FILE_BYTES", 4)
         monkeypatch.setattr(text_source, "_READ_BYTES", 5)
     (tmp_path / "a.txt").write_text("good")
-    (tmp_path / "b.txt").write_bytes("naïve 数 ".encode() + b"\xff and more")
-    with pytest.raises(UserError, match=r"b\.txt is not UTF-8 text: .* at byte 11"):
+    (tmp_path / "b.txt").write_bytes(bad)
+    with pytest.raises(UnicodeDecodeError) as expected:
+        bad.decode()
+    with pytest.raises(UserError, match=rf"b\.txt is not UTF-8 text: .* at byte {expected.value.start};"):
         read(open_default(str(tmp_path / "*.txt")))
     texts, skipped = read(open_default(str(tmp_path / "*.txt"), bad_records="skip"))
     assert texts == ["good"]

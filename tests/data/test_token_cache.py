@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from corpora import cache_of, open_default, random_texts, write_texts
+from etils import epath
 
 from gemma_jax.data import source as source_module
 from gemma_jax.data import storage, text_source, token_cache
@@ -183,7 +184,7 @@ def test_a_full_disk_is_one_clear_sentence_and_leaves_only_whole_shards(
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
-    path = storage.epath.Path(tmp_path / "file")
+    path = epath.Path(tmp_path / "file")
     path.write_text("old")
     with pytest.raises(KeyboardInterrupt), storage.replacing(path) as stream:
         stream.write(b"new")

@@ -1,0 +1,218 @@
+"""Runs as a person starts, stops, resumes and spoils them."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from gemma_jax.cli import main
+from gemma_jax.config import (
+    PRESETS,
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    MeshConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    replace,
+    to_json,
+)
+from gemma_jax.training import interruption
+from gemma_jax.training.metrics import read_metrics
+
+WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau".split()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of small documents of random words, and the cache beside it."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+    for number in range(60):
+        (folder / f"{number}.txt").write_text(" ".join(rng.choice(WORDS, 80)), encoding="utf-8")
+    return folder
+
+
+def config_file(tmp_path: Path, corpus: Path, **changes: object) -> str:
+    config = PretrainConfig(
+        run_dir=str(tmp_path / "run"),
+        steps=8,
+        model=replace(PRESETS["gemma_tiny"], {"vocab_size": 430}),
+        data=DataConfig(
+            sources=(f"{corpus}/*.txt",),
+            sequence_length=32,
+            batch_size=8,
+            held_out=0.2,
+            cache_dir=str(corpus / "cache"),
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
+        mesh=MeshConfig(cpu_devices=2),
+        checkpoint=CheckpointConfig(every=4),
+        evaluation=EvaluationConfig(every=4, rows=8),
+        logging=LoggingConfig(every=1),
+    )
+    path = tmp_path / "config.json"
+    path.write_text(to_json(config))
+    return str(path)
+
+
+class StopAfter:
+    """Stands for the signals: asks for a stop after so many steps."""
+
+    steps = 0
+
+    def __init__(self) -> None:
+        self.left = self.steps
+
+    @property
+    def requested(self) -> bool:
+        self.left -= 1
+        return self.left <= 0
+
+    def __enter__(self) -> "StopAfter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+
+def saved_arrays(run: Path, step: int) -> dict[str, np.ndarray]:
+    from orbax.checkpoint import v1 as ocp
+
+    loaded = ocp.load_checkpointables(run / "checkpoints" / str(step), {"params": None, "opt_state": None})
+    return {f"{part}.{name}": np.asarray(x) for part, tree in loaded.items() for name, x in tree.items()}
+
+
+def test_a_stopped_run_resumes_to_bitwise_the_same_end(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_file(tmp_path, corpus)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main(["pretrain", config, "--run_dir", str(whole)]) == 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(interruption, "StopSignals", type("StopAfter3", (StopAfter,), {"steps": 3}))
+        assert main(["pretrain", config, "--run_dir", str(parts)]) == interruption.STOPPED_STATUS == 75
+    assert [entry["step"] for entry in read_metrics(parts) if "loss" in entry][-1] == 3
+    assert "stopped at step 3" in capsys.readouterr().err
+    assert main(["pretrain", config, "--run_dir", str(parts)]) == 0
+    assert "resuming" in capsys.readouterr().err
+
+    expected, actual = saved_arrays(whole, 8), saved_arrays(parts, 8)
+    assert expected.keys() == actual.keys() and len(expected) > 30
+    for name in expected:
+        np.testing.assert_array_equal(actual[name], expected[name], err_msg=name)
+
+    def numbers(run: Path) -> list[dict[str, float]]:
+        return [
+            {k: v for k, v in entry.items() if k not in ("time", "tokens_per_second")} for entry in read_metrics(run)
+        ]
+
+    assert numbers(parts) == numbers(whole)
+
+
+def test_a_run_leaves_what_the_next_tools_need(tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One short run, looked at from every side."""
+    config, run = config_file(tmp_path, corpus), tmp_path / "run"
+    assert main(["pretrain", config]) == 0
+    saved = json.loads((run / "config.json").read_text())
+    assert saved["experiment"] == "pretrain" and saved["steps"] == 8
+    held_out = [entry for entry in read_metrics(run) if "held_out_loss" in entry]
+    assert [entry["step"] for entry in held_out] == [4, 8]
+    assert held_out[1]["held_out_bits_per_byte"] < held_out[0]["held_out_bits_per_byte"]
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+    # Complete: it says so and does nothing.
+    before = sorted((p, p.stat().st_mtime_ns) for p in (run / "checkpoints").rglob("*"))
+    capsys.readouterr()
+    assert main(["pretrain", str(run)]) == 0
+    assert "is complete" in capsys.readouterr().err
+    assert sorted((p, p.stat().st_mtime_ns) for p in (run / "checkpoints").rglob("*")) == before
+
+    # The run itself is a CONFIG, for more steps.
+    assert main(["pretrain", str(run), "--steps", "10"]) == 0
+    assert "resuming" in capsys.readouterr().err
+
+    # Another model must not be mixed into it; overwriting is possible when asked for.
+    assert main(["pretrain", str(run), "--optimizer.learning_rate", "0.5"]) == 2
+    assert "optimizer.learning_rate 0.01, not 0.5" in capsys.readouterr().err
+    assert main(["pretrain", str(run), "--optimizer.learning_rate", "0.02", "--existing_run", "overwrite"]) == 0
+    assert "starting" in capsys.readouterr().err
+
+    # Sampling, from the run and from one of its steps.
+    for checkpoint in (run, run / "checkpoints" / "8"):
+        assert main(["sample", str(checkpoint), "--prompt", "alpha beta", "--max_new_tokens", "4", "--json"]) == 0
+        line = json.loads(capsys.readouterr().out)
+        assert line["prompt"] == "alpha beta" and len(line["token_ids"]) <= 4
+    assert main(["inspect", str(run)]) == 0
+    assert "blocks.attention.q" in capsys.readouterr().out
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, run = config_file(tmp_path, corpus), tmp_path / "run"
+    assert main(["pretrain", config, "--steps", "4"]) == 0
+    record_path = run / "checkpoints" / "4" / "run" / "data.json"
+    record = json.loads(record_path.read_text())
+    record["fingerprints"]["params"]["embedding"] ^= 1
+    record_path.write_text(json.dumps(record))
+    assert main(["sample", str(run), "--prompt", "alpha"]) == 2
+    assert "damaged: embedding" in capsys.readouterr().err
+    record_path.write_text("{")
+    assert main(["sample", str(run), "--prompt", "alpha"]) == 2
+    assert "not a whole checkpoint" in capsys.readouterr().err
+
+
+BAD = {
+    "no corpus": (["--data.sources", "/nowhere/*.txt"], "/nowhere/*.txt"),
+    "unknown corpus": (["--data.sources", "python-stdlb"], "python-stdlib"),
+    "tokenizer is no model": (["--tokenizer.path", "{config}"], "config.json"),
+    "no tokenizer": (["--tokenizer.path", "/nowhere.model"], "/nowhere.model"),
+    "more devices than there are": (["--mesh.fsdp", "64", "--mesh.cpu_devices", "0"], "64 devices"),
+    "batch": (["--data.batch_size", "7"], "use 8"),
+    "context": (["--data.sequence_length", "300"], "model.context_length, 256"),
+    "heads": (["--model.num_kv_heads", "3"], "num_heads"),
+    "parameter": (["--model.embed_dim", "33"], "axis 'embed' of size 33"),
+    "key": (["--optimizer.learning_rat", "1"], "did you mean --optimizer.learning_rate?"),
+    "type": (["--steps", "many"], "many"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "told"), BAD.values(), ids=BAD)
+def test_mistakes_end_in_one_sentence_and_harm_nothing(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
+) -> None:
+    config = config_file(tmp_path, corpus)
+    assert main(["pretrain", config, *(argument.format(config=config) for argument in arguments)]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and told in lines[0], lines
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_vocabulary_that_does_not_match_the_model(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from gemma_jax.tokenizer import Tokenizer
+
+    Tokenizer.train((path.read_text() for path in corpus.glob("*.txt")), 420, tmp_path / "other.model")
+    assert main(["pretrain", config_file(tmp_path, corpus), "--tokenizer.path", str(tmp_path / "other.model")]) == 2
+    assert "--model.vocab_size 420" in capsys.readouterr().err
+
+
+def test_an_empty_document_is_no_corpus(tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty.txt").touch()
+    config = config_file(tmp_path, corpus)
+    assert main(["pretrain", config, "--data.sources", str(tmp_path / "empty.txt")]) == 2
+    assert "empty.txt" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_at_its_step(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_file(tmp_path, corpus)
+    overflow = ["--optimizer.learning_rate", "1e38", "--optimizer.clip_norm", "0"]
+    assert main(["pretrain", config, *overflow, "--optimizer.warmup_steps", "0"]) == 2
+    assert "the loss of step" in capsys.readouterr().err
+    assert jax.device_count() == 8
