@@ -27,7 +27,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
-        "data": ["gcsfs", "s3fs", "zstandard"],
+        "data": ["gcsfs", "zstandard"],
         # No code needs anything for these two yet.
         "eval": [],
         "serve": [],

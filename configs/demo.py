@@ -1,4 +1,4 @@
-"""A small Gemma for two CPU cores and a few minutes: `make demo` trains it on this machine's own Python sources."""
+"""A small Gemma for two CPU cores and a few minutes, trained on this machine's own Python sources."""
 
 from gemma_jax.config import (
     PRESETS,

@@ -76,7 +76,7 @@ class Gemma:
         def logits(params: nnx.State, tokens: jax.Array) -> jax.Array:
             model = nnx.merge(graphdef, params)
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-            hidden, _ = model(tokens, positions, jnp.ones_like(tokens))
+            hidden = model(tokens, positions, jnp.ones_like(tokens))
             return model.logits(hidden)[..., : config.vocab_size]
 
         self._logits = jax.jit(logits)
@@ -106,7 +106,8 @@ class Gemma:
             preset = name.removeprefix(RANDOM)
             if preset not in PRESETS:
                 raise UserError(
-                    f"there is no preset {preset!r}{suggestion(preset, PRESETS)}; the presets are {', '.join(PRESETS)}."
+                    f"there is no preset {preset!r}{suggestion(preset, PRESETS)}; "
+                    f"the presets are {', '.join(PRESETS)}."
                 )
             config = PRESETS[preset]
             return cls(config, init_params(config, compute, device_mesh, seed=0), None, device_mesh, compute)
@@ -154,19 +155,23 @@ class Gemma:
         try:
             tokens = np.asarray(token_ids)
         except ValueError as error:
-            raise UserError("the rows of token_ids have different lengths; call once for each length.") from error
+            raise UserError(
+                "the rows of token_ids have different lengths; call once for each length."
+            ) from error
         if tokens.ndim != 2 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
             raise UserError(
                 f"token_ids has shape {tokens.shape} and dtype {tokens.dtype}, but must be [B, L] integers."
             )
         if tokens.shape[1] > self.config.context_length:
             raise UserError(
-                f"token_ids has rows of {tokens.shape[1]} tokens, longer than the context, {self.config.context_length}."
+                f"token_ids has rows of {tokens.shape[1]} tokens, longer than the model's context of "
+                f"{self.config.context_length}; shorten them."
             )
         wrong = tokens[(tokens < 0) | (tokens >= self.config.vocab_size)]
         if wrong.size:
             raise UserError(
-                f"token id {wrong[0]} is out of range; the model's ids go from 0 to {self.config.vocab_size - 1}."
+                f"token id {wrong[0]} is out of range; "
+                f"the model's ids go from 0 to {self.config.vocab_size - 1}."
             )
         parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         padded = np.pad(tokens, [(0, -len(tokens) % parts), (0, 0)]).astype(np.int32)

@@ -155,7 +155,7 @@ def shardings(tree: Tree, mesh: Mesh) -> Tree:
         axes = logical_axes(leaf)
 
         def of_array(array: Any) -> NamedSharding:
-            # Adafactor keeps statistics of rows and columns under a parameter's name: small, and not of its axes.
+            # Adafactor keeps statistics of rows and columns under a parameter's name: not of its axes.
             if len(array.shape) != len(axes):
                 return NamedSharding(mesh, P())
             return NamedSharding(mesh, partition_spec(axes, array.shape, mesh, parameter_name(path)))

@@ -32,7 +32,9 @@ def hidden_states(params: dict[str, np.ndarray], tokens: list[int], base: float 
     group = heads // p["blocks.attention.k"].shape[2]
     x = p["embedding"][tokens] * math.sqrt(p["embedding"].shape[1])
     for layer in range(layers):
-        weight = {name.removeprefix("blocks."): v[layer] for name, v in p.items() if name.startswith("blocks.")}
+        weight = {
+            name.removeprefix("blocks."): v[layer] for name, v in p.items() if name.startswith("blocks.")
+        }
         y = norm(x, weight["attention_norm"])
         out = np.zeros_like(x)
         for head in range(heads):

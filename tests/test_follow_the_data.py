@@ -10,7 +10,16 @@ import numpy as np
 
 from gemma_jax import Gemma
 from gemma_jax.checkpoint.store import CheckpointStore
-from gemma_jax.config import PRESETS, DataConfig, MeshConfig, OptimizerConfig, PretrainConfig, replace, to_dict, validate
+from gemma_jax.config import (
+    PRESETS,
+    DataConfig,
+    MeshConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    replace,
+    to_dict,
+    validate,
+)
 from gemma_jax.data.documents import open_source, sample_texts
 from gemma_jax.data.loader import prepare
 from gemma_jax.sharding import local_rows, put_batch
@@ -59,7 +68,9 @@ def test_text_file_to_sampled_text(tmp_path: Path) -> None:
     state = create_train_state(config, mesh)
     train_step = make_train_step(config, mesh)
     losses = []
-    with dataset.train.iterate(0, config.data.batch_size, local_rows(config.data.batch_size, mesh)) as batches:
+    with dataset.train.iterate(
+        0, config.data.batch_size, local_rows(config.data.batch_size, mesh)
+    ) as batches:
         for _ in range(config.steps):
             state, metrics = train_step(state, put_batch(next(batches), config.data.batch_size, mesh))
             losses.append(float(metrics.loss))

@@ -90,7 +90,9 @@ class CheckpointStore:
             keep.append(policies.EveryNSteps(config.keep_every))
         if config.keep_best:
             keep.append(
-                policies.BestN(get_metric_fn=lambda metrics: metrics["loss"], reverse=True, n=config.keep_best)
+                policies.BestN(
+                    get_metric_fn=lambda metrics: metrics["loss"], reverse=True, n=config.keep_best
+                )
             )
         self.folder = epath.Path(run_dir) / STEPS_FOLDER
         self._orbax = ocp.training.Checkpointer(
@@ -124,7 +126,9 @@ class CheckpointStore:
           held_out_loss: nats a token, for keep_best.
         """
         arrays = {"params": named_arrays(params), "opt_state": named_arrays(opt_state)}
-        record = RunRecord(step, rows_seen, config, {name: fingerprints(tree) for name, tree in arrays.items()})
+        record = RunRecord(
+            step, rows_seen, config, {name: fingerprints(tree) for name, tree in arrays.items()}
+        )
         metrics = None if held_out_loss is None else {"loss": held_out_loss}
         self._orbax.save_checkpointables_async(
             step, {**arrays, "run": dataclasses.asdict(record)}, metrics=metrics, overwrite=True
@@ -178,13 +182,17 @@ def load_arrays(step_folder: epath.PathLike, abstract: dict[str, Any], record: R
             loaded = ocp.load_checkpointables(step_folder, wanted)
         except (ValueError, OSError, KeyError, TypeError, ocp.errors.InvalidLayoutError) as error:
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"the checkpoint {step_folder} cannot be read ({first}); choose another step.") from error
+            raise UserError(
+                f"the checkpoint {step_folder} cannot be read ({first}); choose another step."
+            ) from error
     for part, arrays in loaded.items():
         if any(arrays[name].dtype != on_disk[part][name].dtype for name in arrays):
             continue  # cast while loading: the bits are not those that were saved
         for name, value in fingerprints(arrays).items():
             if value != record.fingerprints[part][name]:
-                raise UserError(f"the checkpoint {step_folder} is damaged: {name} has changed; choose another step.")
+                raise UserError(
+                    f"the checkpoint {step_folder} is damaged: {name} has changed; choose another step."
+                )
     return {part: with_arrays(tree, loaded[part]) for part, tree in abstract.items()}
 
 
@@ -192,7 +200,9 @@ def _compare(wanted: Arrays, on_disk: Arrays, origin: epath.PathLike) -> None:
     for name in sorted(wanted.keys() | on_disk.keys()):
         if name not in on_disk or name not in wanted:
             where = "is missing from" if name not in on_disk else "is not part of the model but is in"
-            raise UserError(f"{name} {where} the checkpoint {origin}; it belongs to another model or optimizer.")
+            raise UserError(
+                f"{name} {where} the checkpoint {origin}; it belongs to another model or optimizer."
+            )
         if tuple(wanted[name].shape) != tuple(on_disk[name].shape):
             raise UserError(
                 f"{name} has shape {tuple(on_disk[name].shape)} in the checkpoint {origin}, but "
@@ -211,7 +221,9 @@ def step_folder(checkpoint: epath.PathLike) -> tuple[epath.Path, epath.Path]:
     """
     path = epath.Path(checkpoint).expanduser()
     if not path.exists():
-        raise UserError(f"there is no checkpoint {checkpoint!s}; give a run directory, one of its steps, or random:PRESET.")
+        raise UserError(
+            f"there is no checkpoint {checkpoint!s}; give a run directory, a step of one, or random:PRESET."
+        )
     if (path / "run" / "data.json").exists():
         return path, path.parent.parent
     folder = path / STEPS_FOLDER

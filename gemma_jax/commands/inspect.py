@@ -11,7 +11,9 @@ from gemma_jax.errors import UserError
 def run(arguments: Sequence[str], prog: str) -> int:
     """Print a line a parameter: shape, dtype, logical axes, partition, bytes on one device."""
     if not arguments or arguments[0].startswith("-"):
-        parse(PretrainConfig(), [a for a in arguments if a in ("-h", "--help")], f"{prog} CONFIG_OR_CHECKPOINT")
+        parse(
+            PretrainConfig(), [a for a in arguments if a in ("-h", "--help")], f"{prog} CONFIG_OR_CHECKPOINT"
+        )
         raise UserError(f"name a config, a preset or a checkpoint: {prog} CONFIG_OR_CHECKPOINT.")
     name, *rest = arguments
     config = parse(_config(name), rest, f"{prog} {name}")

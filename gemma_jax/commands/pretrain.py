@@ -28,14 +28,26 @@ if TYPE_CHECKING:
     from gemma_jax.tokenizer import Tokenizer
 
 # What may differ when a run is resumed: where and how fast it goes, not what it computes.
-MAY_CHANGE = ("run_dir", "steps", "existing_run", "compute", "mesh", "checkpoint", "evaluation", "logging", "data.cache_dir")
+MAY_CHANGE = (
+    "run_dir",
+    "steps",
+    "existing_run",
+    "compute",
+    "mesh",
+    "checkpoint",
+    "evaluation",
+    "logging",
+    "data.cache_dir",
+)
 
 
 def run(arguments: Sequence[str], prog: str) -> int:
     """Train to the end of the config's steps; status 75 if a signal asked for a stop before it."""
     if not arguments or arguments[0].startswith("-"):
         parse(PretrainConfig(), [a for a in arguments if a in ("-h", "--help")], f"{prog} CONFIG")
-        raise UserError(f"name a config first: {prog} CONFIG, where CONFIG is a file or a name under configs/.")
+        raise UserError(
+            f"name a config first: {prog} CONFIG, where CONFIG is a file or a name under configs/."
+        )
     name, *rest = arguments
     config, name = load(name, PretrainConfig)
     config = parse(config, rest, f"{prog} {name}")
@@ -81,13 +93,17 @@ def pretrain(config: PretrainConfig) -> int:
     steps = store.steps()
     if steps:
         params, opt_state, record = store.restore(steps[-1], abstract.params, abstract.opt_state)
-        state = TrainState(jax.device_put(jax.numpy.int32(record.step), abstract.step.sharding), params, opt_state)
+        state = TrainState(
+            jax.device_put(jax.numpy.int32(record.step), abstract.step.sharding), params, opt_state
+        )
     else:
         state = create_train_state(config, mesh)
     start = int(state.step)
     log = RunLog(run_dir, config.steps, start)
     if start >= config.steps:
-        log.message(f"{run_dir} is complete: {start} steps of {config.steps} are done; raise --steps to go on")
+        log.message(
+            f"{run_dir} is complete: {start} steps of {config.steps} are done; raise --steps to go on"
+        )
         log.close()
         store.close()
         return 0
@@ -131,13 +147,15 @@ def _check_existing(run_dir: "epath.Path", config: PretrainConfig) -> None:
         return
     before, now = _flat(to_dict(from_json(path.read_text(), str(path)))), _flat(to_dict(config))
     changed = [
-        name for name in now if now[name] != before.get(name) and not any(f"{name}.".startswith(f"{m}.") for m in MAY_CHANGE)
+        name
+        for name in now
+        if now[name] != before.get(name) and not any(f"{name}.".startswith(f"{m}.") for m in MAY_CHANGE)
     ]
     if changed:
         name = changed[0]
         raise UserError(
-            f"the run in {run_dir} has {name} {before.get(name)!r}, not {now[name]!r}; give another --run_dir, "
-            "or --existing_run overwrite to delete that run."
+            f"the run in {run_dir} has {name} {before.get(name)!r}, not {now[name]!r}; "
+            "give another --run_dir, or --existing_run overwrite to delete that run."
         )
 
 
@@ -165,7 +183,9 @@ def _tokenizer(config: PretrainConfig, run_dir: "epath.Path") -> "Tokenizer":
         tokenizer = Tokenizer.load(of_run)
     else:
         data = config.data
-        sources = [open_source(s, text_field=data.text_field, bad_records=data.bad_records) for s in data.sources]
+        sources = [
+            open_source(s, text_field=data.text_field, bad_records=data.bad_records) for s in data.sources
+        ]
         settings = (config.model.vocab_size, config.tokenizer.train_megabytes, data.held_out)
         identity = "\n".join([*(source.fingerprint for source in sources), *map(str, settings)])
         key = hashlib.sha256(identity.encode()).hexdigest()[:16]
@@ -179,8 +199,8 @@ def _tokenizer(config: PretrainConfig, run_dir: "epath.Path") -> "Tokenizer":
             tokenizer = Tokenizer.train(texts, config.model.vocab_size, path)
     if tokenizer.vocab_size != config.model.vocab_size:
         raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} pieces, but model.vocab_size is {config.model.vocab_size}; "
-            f"set --model.vocab_size {tokenizer.vocab_size} or give another tokenizer.path."
+            f"the tokenizer has {tokenizer.vocab_size} pieces, but model.vocab_size is "
+            f"{config.model.vocab_size}; set --model.vocab_size {tokenizer.vocab_size} or give another tokenizer.path."
         )
     return tokenizer
 
@@ -197,7 +217,8 @@ def _dataset(config: PretrainConfig, tokenizer: "Tokenizer") -> "Dataset":
         now = time.monotonic()
         if now - said >= 5 and tokens:
             said = now
-            _say(f"tokenising: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB, {tokens / (now - started):,.0f} tokens/s")
+            speed = tokens / (now - started)
+            _say(f"tokenising: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB, {speed:,.0f} tokens/s")
 
     dataset = prepare(
         config.data,
@@ -210,7 +231,8 @@ def _dataset(config: PretrainConfig, tokenizer: "Tokenizer") -> "Dataset":
     for s in dataset.statistics:
         _say(
             f"{s.name}: {s.train.documents:,} documents, {s.train.tokens:,} tokens in {s.train_rows:,} rows "
-            f"({s.utilisation:.1%} full); held out: {s.held_out.documents:,} documents, {s.held_out.tokens:,} tokens"
+            f"({s.utilisation:.1%} full); "
+            f"held out: {s.held_out.documents:,} documents, {s.held_out.tokens:,} tokens"
             + (f"; {s.skipped:,} unreadable records skipped" if s.skipped else "")
         )
     return dataset
@@ -239,7 +261,9 @@ def _evaluation(
     def evaluate(params: "nnx.State") -> dict[str, float]:
         sums = np.zeros(3)
         for batch in dataset.held_out.batches(size, config.evaluation.rows, rows):
-            sums += np.asarray(jax.device_get(step(params, put_batch(batch, size, mesh), token_bytes)), np.float64)
+            sums += np.asarray(
+                jax.device_get(step(params, put_batch(batch, size, mesh), token_bytes)), np.float64
+            )
         nats, tokens, num_bytes = sums
         return {"held_out_loss": nats / tokens, "held_out_bits_per_byte": nats / math.log(2) / num_bytes}
 

@@ -4,13 +4,14 @@ import argparse
 import dataclasses
 import importlib.util
 import os
+import re
 import sys
 import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
-from gemma_jax.config.serialization import from_json, replace, suggestion
+from gemma_jax.config.serialization import EXPERIMENTS, from_json, from_record, replace, suggestion, to_dict
 from gemma_jax.errors import UserError
 
 Config = TypeVar("Config")
@@ -69,27 +70,27 @@ def parse(config: Config, arguments: Sequence[str], prog: str) -> Config:
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=110),
     )
     _add_options(parser, config)
-    # Both spellings of an option are common; the fields have underscores.
-    spelled = [_underscored(argument) for argument in arguments]
+    options = [o for action in parser._actions for o in action.option_strings if o.startswith("--")]
+    # Both spellings of an option are common, --top-k and --top_k; anything else is left as it was typed.
+    spellings = {_underscored(option): option for option in options}
+    spelled = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        spelled.append(spellings.get(_underscored(name), name) + equals + value)
     values, unknown = parser.parse_known_args(spelled)
     if unknown:
-        known = [o for action in parser._actions for o in action.option_strings]
         word = unknown[0].split("=")[0]
-        # A field without its section (--learning_rate) is the commonest slip.
-        with_section = [o for o in known if word.startswith("--") and o.endswith("." + word[2:])]
-        hint = f"; did you mean {with_section[0]}?" if with_section else suggestion(word, known)
+        bare = _underscored(word.lstrip("-"))
+        # The commonest slips: a field without its section (--learning_rate), or cut short (--temp).
+        likely = [o for o in options if bare and (o.endswith(f".{bare}") or o.startswith(f"--{bare}"))]
+        hint = f"; did you mean {likely[0]}?" if likely else suggestion(word, options)
         raise UserError(f"unknown option {word}{hint} (see `{prog} --help`).")
     changes = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(values).items()}
     return replace(config, changes)
 
 
-def _underscored(argument: str) -> str:
-    if not argument.startswith("--"):
-        return argument
-    name, equals, value = argument.partition("=")
-    negated = name.startswith("--no-")
-    name = ("--no-" + name[5:].replace("-", "_")) if negated else "--" + name[2:].replace("-", "_")
-    return name + equals + value
+def _underscored(name: str) -> str:
+    return name.replace("-", "_")
 
 
 def config_folders() -> list[Path]:
@@ -107,13 +108,14 @@ def load(name: str, kind: type[Config]) -> tuple[Config, str]:
     Raises:
       UserError: nothing there, a file that defines no `config`, or a config of another kind.
     """
+    # os.path asks without raising where a name is too long or a folder may not be read; Path does not.
     path = Path(os.path.expanduser(name))
-    if path.is_dir() and (path / "config.json").is_file():
+    if os.path.isfile(path / "config.json"):
         path = path / "config.json"
-    elif not path.suffix and not path.is_file():
-        found = [folder / f"{name}.py" for folder in config_folders() if (folder / f"{name}.py").is_file()]
+    elif not os.path.isfile(path):
+        found = [folder / f"{name}.py" for folder in config_folders() if os.path.isfile(folder / f"{name}.py")]
         path = found[0] if found else path
-    if not path.is_file():
+    if not os.path.isfile(path):
         names = sorted({p.stem for folder in config_folders() for p in folder.glob("*.py")})
         raise UserError(
             f"no config {name!r}{suggestion(name, names)} (a file, a run directory, or one of: {', '.join(names)})."
@@ -125,13 +127,24 @@ def load(name: str, kind: type[Config]) -> tuple[Config, str]:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not UTF-8 text, so it is no config.") from error
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}.") from error
         config = from_json(text, str(path))
     if not isinstance(config, kind):
         raise UserError(f"{path} holds a {type(config).__name__}, but a {kind.__name__} is needed here.")
+    if path.suffix == ".py":
+        # Python checks no types: PretrainConfig(steps="100") would fail much later.
+        config = from_record(to_dict(config), str(path))
     return config, path.parent.name if path.name == "config.json" else path.stem
 
 
 def _run_config_file(path: Path) -> Any:
+    """The `config` that a file of the user defines.
+
+    Raises:
+      UserError: the file raises an exception, which is told with its line, or defines no `config`.
+    """
+    path = path.absolute()  # as trace-backs name it
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -139,9 +152,13 @@ def _run_config_file(path: Path) -> Any:
     written, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     try:
         spec.loader.exec_module(module)
-    except (SyntaxError, TypeError, NameError, ImportError, AttributeError) as error:
-        line = error.lineno if isinstance(error, SyntaxError) else _last_line(error, path)
-        raise UserError(f"{path}, line {line}: {error}.") from error
+    except UserError:
+        raise
+    except SyntaxError as error:
+        raise UserError(f"{error.filename or path}, line {error.lineno}: {error.msg}.") from error
+    except Exception as error:  # whatever it is, the user's own file raised it
+        told = f"{type(error).__name__}: {error}{_mistyped_field(error)}"
+        raise UserError(f"{path}, line {_last_line(error, path)}: {told}.") from error
     finally:
         sys.dont_write_bytecode = written
     if not hasattr(module, "config"):
@@ -157,3 +174,14 @@ def _last_line(error: BaseException, path: Path) -> int:
             lines.append(trace.tb_lineno)
         trace = trace.tb_next
     return lines[-1]
+
+
+def _mistyped_field(error: Exception) -> str:
+    """The suggestion for PretrainConfig(step=100), whose message Python writes."""
+    unexpected = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    if unexpected is None:
+        return ""
+    sections = [f.type for kind in EXPERIMENTS.values() for f in dataclasses.fields(kind)]
+    classes = [*EXPERIMENTS.values(), *filter(dataclasses.is_dataclass, sections)]
+    owners = [c for c in classes if str(error).startswith(f"{c.__name__}.")]
+    return suggestion(unexpected[1], [f.name for owner in owners for f in dataclasses.fields(owner)])

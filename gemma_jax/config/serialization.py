@@ -68,7 +68,7 @@ def from_dict(cls: type[Config], data: Any, origin: str, prefix: str = "") -> Co
     if not isinstance(data, dict):
         raise UserError(f"{origin}: {prefix.rstrip('.') or 'the config'} must be an object, not {data!r}.")
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]  # cls is a dataclass
-    values = {}
+    values: dict[str, Any] = {}
     for key, value in data.items():
         if key not in fields:
             raise UserError(f"{origin}: unknown key {prefix}{key}{suggestion(str(key), fields)}.")

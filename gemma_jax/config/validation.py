@@ -9,6 +9,7 @@ from gemma_jax.config.sections import MeshConfig, TransformerConfig
 from gemma_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor")
+LARGEST_SEED = 2**32 - 1  # jax.random.key drops higher bits without a word
 
 
 def _require(condition: bool, message: str) -> None:
@@ -20,7 +21,7 @@ def _require_at_least(config: object, section: str, limits: Mapping[str, float])
     for name, least in limits.items():
         value = getattr(config, name)
         _require(
-            math.isfinite(value) and value >= least,
+            least <= value < math.inf,  # no float() of an integer that may be of any size
             f"{section}{name} is {value}, but must be at least {least} and finite.",
         )
 
@@ -47,7 +48,8 @@ def validate(config: PretrainConfig) -> None:
     """
     model, data, optimizer = config.model, config.data, config.optimizer
     validate_model(model)
-    _require_at_least(config, "", {"steps": 1, "seed": 0})
+    _require_at_least(config, "", {"steps": 1})
+    _validate_seed(config.seed)
     _require_at_least(data, "data.", {"sequence_length": 1, "batch_size": 1, "held_out": 0.0})
     _require_at_least(
         optimizer,
@@ -97,10 +99,15 @@ def validate_sample(config: SampleConfig) -> None:
     """Raises:
     UserError: naming the setting that is out of range.
     """
-    _require_at_least(config, "", {"max_new_tokens": 1, "temperature": 0.0, "top_k": 0, "seed": 0})
+    _require_at_least(config, "", {"max_new_tokens": 1, "temperature": 0.0, "top_k": 0})
+    _validate_seed(config.seed)
     _require(0 < config.top_p <= 1, f"top_p is {config.top_p}, but must be above 0 and at most 1.")
     _require_at_least(config.compute, "compute.", {"scan_unroll": 1, "loss_block": 1})
     validate_mesh(config.mesh)
+
+
+def _validate_seed(seed: int) -> None:
+    _require(0 <= seed <= LARGEST_SEED, f"seed is {seed}, but must be from 0 to {LARGEST_SEED}.")
 
 
 def validate_mesh(mesh: MeshConfig) -> None:

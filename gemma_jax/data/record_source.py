@@ -1,6 +1,7 @@
 """Corpora of records: ArrayRecord files of text or token ids, and TFDS datasets. Never imports TensorFlow."""
 
 import abc
+import difflib
 import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -178,9 +179,14 @@ def find_builder(spec: str) -> "tfds.core.DatasetBuilder":
         if not spec.startswith("tfds:"):
             return tfds.builder_from_directory(spec)
         builder = tfds.builder(spec.removeprefix("tfds:"))
-    except (tfds.core.DatasetNotFoundError, ValueError, OSError) as error:
+    except tfds.core.DatasetNotFoundError as error:
+        names = tfds.list_builders(with_community_datasets=False)
+        near = difflib.get_close_matches(spec.removeprefix("tfds:"), names, 1)
+        remedy = f"did you mean tfds:{near[0]}?" if near else "tfds.list_builders() lists the names."
+        raise UserError(f"No corpus {spec!r}: TFDS has no dataset of this name; {remedy}") from error
+    except (ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"No corpus {spec!r}: TFDS says: {reason}") from error
+        raise UserError(f"{spec} cannot be opened; TFDS says: {reason}") from error
     if not builder.is_prepared():
         raise UserError(
             f"{spec} is not prepared in {builder.data_dir}; prepare it there with "

@@ -14,13 +14,12 @@ import numpy as np
 
 from gemma_jax.data import packing
 from gemma_jax.data.packing import Batch, RowIndex
-from gemma_jax.data.storage import TokenStream, cache_error, load_array, save_array
+from gemma_jax.data.storage import TokenFile, cache_error, load_array, save_array
 from gemma_jax.data.token_cache import CachedShard, Split, TokenCache
 from gemma_jax.errors import UserError
 
 _OPEN_SHARDS = 64
-"""Shards whose files stay open, over all corpora: each has three memory maps, each of those holds a file
-descriptor, and 1,024 are a common limit."""
+"""Shards whose files stay open, over all corpora: each has three files, and 1,024 are a common limit."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Origin:
 
 
 class _OpenShard(NamedTuple):
-    tokens: TokenStream
+    tokens: TokenFile
     row_index: RowIndex
 
 
@@ -55,6 +54,7 @@ class PackedRows:
         self.cache = cache
         self.split = split
         self.sequence_length = sequence_length
+        _open_shard.cache_clear()  # a damaged file may have been replaced since it was opened
         self._shards = [shard for shard in cache.shards if shard.sizes[split].documents]
         counts = [len(_open_index(shard, split, sequence_length)) for shard in self._shards]
         self._row_stops = list(itertools.accumulate(counts))
@@ -83,15 +83,17 @@ class PackedRows:
             ]
             stops = pieces["offset"] + pieces["length"]
             bodies = [
-                np.asarray(opened.tokens[start:stop])
+                opened.tokens.read(start, stop)
                 for start, stop in zip(pieces["offset"].tolist(), stops.tolist(), strict=True)
             ]
         except OSError as error:
             raise cache_error(shard.path(self.split, "ids"), error) from error
+        except ValueError as error:
+            raise _damaged(shard) from error
         whole = (
             [len(body) for body in bodies] == pieces["length"].tolist()
             and 0 < sum(map(len, bodies)) <= self.sequence_length
-            and all(0 < len(body) and body.max() < self.cache.vocab_size for body in bodies)
+            and all(len(body) > 0 and body.max() < self.cache.vocab_size for body in bodies)
         )
         if not whole:
             raise _damaged(shard)

@@ -23,11 +23,10 @@ from numpy.typing import NDArray
 
 from gemma_jax.data.source import LongText, Shard, Source, Text, TokenIds, hash_of, is_held_out
 from gemma_jax.data.storage import (
-    TokenStream,
+    TokenFile,
     cache_error,
     is_local,
     load_array,
-    open_tokens,
     replacing,
     save_array,
 )
@@ -73,9 +72,9 @@ class CachedShard:
     def path(self, split: Split, ending: str) -> epath.Path:
         return self.directory / f"{self.number:05d}.{split}.{ending}"
 
-    def tokens(self, split: Split) -> TokenStream:
-        """The ids of all documents one after the other, each followed by eos. The split must not be empty."""
-        return open_tokens(self.path(split, "ids"), self.dtype)
+    def tokens(self, split: Split) -> TokenFile:
+        """The ids of all documents one after the other, each followed by eos."""
+        return TokenFile(self.path(split, "ids"), self.dtype)
 
     def lengths(self, split: Split) -> NDArray[np.int64]:
         """int64 [documents]: tokens of each document, eos included."""

@@ -7,14 +7,12 @@ key/value head, H head dim.
 import jax
 import jax.numpy as jnp
 
+from gemma_jax.model.ops import Integers
 from gemma_jax.weights.product import precision
 
 
 def attention_mask(
-    query_positions: jax.Array,
-    query_segments: jax.Array,
-    key_positions: jax.Array,
-    key_segments: jax.Array,
+    query_positions: Integers, query_segments: Integers, key_positions: Integers, key_segments: Integers
 ) -> jax.Array:
     """True where a query may see a key: the same segment, and not later than the query.
 
@@ -29,7 +27,7 @@ def attention_mask(
     """
     same = query_segments[:, :, None] == key_segments[:, None, :]
     not_later = key_positions[:, None, :] <= query_positions[:, :, None]
-    return same & not_later
+    return jnp.asarray(same & not_later)
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gemma_jax.config import TransformerConfig
+from gemma_jax.model.ops import Integers
 from gemma_jax.sharding import constrain
 
 KEYS_AXES = ("layers", "batch", "length", "kv_heads", "head_dim")
@@ -44,7 +45,7 @@ class KVCache:
         """Where the next `new` tokens of each row go: [B, new]. Out-of-range writes are dropped."""
         return self.lengths[:, None] + jnp.arange(new, dtype=jnp.int32)
 
-    def extended(self, positions: jax.Array, segments: jax.Array) -> "KVCache":
+    def extended(self, positions: Integers, segments: Integers) -> "KVCache":
         """The cache with the positions and segments of new tokens; their keys and values follow.
 
         Args:
@@ -57,5 +58,5 @@ class KVCache:
             self,
             positions=self.positions.at[rows, slots].set(positions.astype(jnp.int32), mode="drop"),
             segments=self.segments.at[rows, slots].set(segments.astype(jnp.int32), mode="drop"),
-            lengths=self.lengths + jnp.sum(segments != 0, axis=1, dtype=jnp.int32),
+            lengths=self.lengths + jnp.sum(jnp.asarray(segments) != 0, axis=1, dtype=jnp.int32),
         )

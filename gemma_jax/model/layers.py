@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from gemma_jax.config import TransformerConfig
-from gemma_jax.model.ops import gelu, rms_norm, rope
+from gemma_jax.model.ops import Integers, gelu, rms_norm, rope
 from gemma_jax.sharding import constrain
 from gemma_jax.weights import product
 
@@ -53,7 +53,7 @@ class Attention(nnx.Module):
         self.o = weight(rngs, (layers, N, H, D), ("layers", "heads", "head_dim", "embed"), N * H, dtype)
         self.config = config
 
-    def __call__(self, x: jax.Array, positions: jax.Array, attend: Attend) -> jax.Array:
+    def __call__(self, x: jax.Array, positions: Integers, attend: Attend) -> jax.Array:
         """[B, L, D], [B, L] -> [B, L, D]."""
         config = self.config
         q = rope(product(x, self.q[...]), positions, config.rope_base) * config.head_dim**-0.5
@@ -90,7 +90,7 @@ class Block(nnx.Module):
         self.epsilon = config.norm_epsilon
         self.mesh = mesh
 
-    def __call__(self, x: jax.Array, positions: jax.Array, attend: Attend) -> jax.Array:
+    def __call__(self, x: jax.Array, positions: Integers, attend: Attend) -> jax.Array:
         """[B, L, D], [B, L] -> [B, L, D]."""
         x = constrain(x, RESIDUAL, self.mesh)
         x += self.attention(rms_norm(x, self.attention_norm[...], self.epsilon), positions, attend)

@@ -5,6 +5,9 @@ Shape legend: B batch, L length, D embed, N heads, H head dim.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+Integers = jax.Array | np.ndarray
 
 
 def _at_least_float32(dtype: jax.typing.DTypeLike) -> jnp.dtype:
@@ -30,7 +33,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
     return (wide * jax.lax.rsqrt(mean_square + epsilon) * (1 + scale.astype(wide.dtype))).astype(x.dtype)
 
 
-def rope(x: jax.Array, positions: jax.Array, base: float) -> jax.Array:
+def rope(x: jax.Array, positions: Integers, base: float) -> jax.Array:
     """Rotary position embedding in the split-halves convention (Su et al., 2021).
 
     Angles and rotation are float32 whatever the activations are: bfloat16 cannot tell position 4095
@@ -59,7 +62,7 @@ def gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=True)
 
 
-def embed(table: jax.Array, tokens: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+def embed(table: jax.Array, tokens: Integers, dtype: jax.typing.DTypeLike) -> jax.Array:
     """Rows of the embedding table times sqrt(D), the factor rounded to the activation dtype.
 
     Args:

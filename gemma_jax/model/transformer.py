@@ -15,7 +15,7 @@ from gemma_jax.config import ComputeConfig, TransformerConfig
 from gemma_jax.model.attention import attend, attention_mask
 from gemma_jax.model.cache import KVCache
 from gemma_jax.model.layers import RESIDUAL, Block, weight, zeros
-from gemma_jax.model.ops import embed, rms_norm
+from gemma_jax.model.ops import Integers, embed, rms_norm
 from gemma_jax.sharding import constrain, platform, shardings
 from gemma_jax.weights.product import precision
 
@@ -46,38 +46,17 @@ class Transformer(nnx.Module):
         """Dtype of activations."""
         return compute_dtype(self.compute, self.mesh)
 
-    def __call__(
-        self, tokens: jax.Array, positions: jax.Array, segments: jax.Array, cache: KVCache | None = None
-    ) -> tuple[jax.Array, KVCache | None]:
-        """Hidden states of tokens, which see earlier tokens of their segment, those in the cache too.
+    def __call__(self, tokens: Integers, positions: Integers, segments: Integers) -> jax.Array:
+        """Hidden states of whole sequences, each token seeing the earlier ones of its segment.
 
         Args:
-          tokens: [B, L] integers.
-          positions: [B, L] integers, each token's place in its segment.
-          segments: [B, L] integers; 0 is padding.
-          cache: what came before, or None.
+          tokens: [B, L].
+          positions: [B, L], each token's place in its segment.
+          segments: [B, L]; 0 is padding.
 
         Returns:
-          [B, L, D] after the final norm, and the cache with the new tokens in it (None if none was given).
+          [B, L, D] after the final norm.
         """
-        x = constrain(embed(self.embedding[...], tokens, self.dtype), RESIDUAL, self.mesh)
-        if cache is None:
-            x = self._scan(x, positions, segments)
-        else:
-            x, cache = self._scan_with_cache(x, positions, segments, cache)
-        return rms_norm(x, self.final_norm[...], self.config.norm_epsilon), cache
-
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """[..., D] -> [..., V] float32; rows that only pad the vocabulary are -inf."""
-        wide = jnp.promote_types(hidden.dtype, jnp.float32)
-        table = self.embedding[...].astype(hidden.dtype)
-        over = ((hidden.ndim - 1,), (1,))
-        logits = lax.dot_general(
-            hidden, table, (over, ((), ())), precision=precision(hidden.dtype), preferred_element_type=wide
-        )
-        return mask_padding_rows(logits, self.config.vocab_size)
-
-    def _scan(self, x: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
         mask = attention_mask(positions, segments, positions, segments)
         graphdef, stacked = nnx.split(self.blocks)
 
@@ -87,20 +66,29 @@ class Transformer(nnx.Module):
 
         if self.compute.remat == "full":
             body = jax.checkpoint(body, prevent_cse=False)
-        return lax.scan(body, x, stacked, unroll=self.compute.scan_unroll)[0]
+        x, _ = lax.scan(body, self._embed(tokens), stacked, unroll=self.compute.scan_unroll)
+        return self._normed(x)
 
-    def _scan_with_cache(
-        self, x: jax.Array, positions: jax.Array, segments: jax.Array, cache: KVCache
+    def extend(
+        self, cache: KVCache, tokens: Integers, positions: Integers, segments: Integers
     ) -> tuple[jax.Array, KVCache]:
-        rows, slots = jnp.arange(x.shape[0])[:, None], cache.slots(x.shape[1])
+        """Hidden states of the next tokens of each row, which see what is in the cache too.
+
+        Args:
+          cache: what came before.
+          tokens, positions, segments: [B, L] as in `__call__`; padding stands at the end of a row.
+
+        Returns:
+          [B, L, D] after the final norm, and the cache with the new tokens in it.
+        """
+        rows, slots = jnp.arange(tokens.shape[0])[:, None], cache.slots(tokens.shape[1])
         cache = cache.extended(positions, segments)
         mask = attention_mask(positions, segments, cache.positions, cache.segments)
         graphdef, stacked = nnx.split(self.blocks)
+        Carry = tuple[jax.Array, jax.Array, jax.Array]
 
         # The cache is carried, not scanned over, so that each layer writes its new slots in place.
-        def body(
-            carry: tuple[jax.Array, jax.Array, jax.Array], scanned: tuple[jax.Array, nnx.State]
-        ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
+        def body(carry: Carry, scanned: tuple[jax.Array, nnx.State]) -> tuple[Carry, None]:
             x, keys, values = carry
             layer, state = scanned
 
@@ -113,11 +101,26 @@ class Transformer(nnx.Module):
             x = nnx.merge(graphdef, state)(x, positions, remember_and_attend)
             return (x, keys, values), None
 
+        start = (self._embed(tokens), cache.keys, cache.values)
         layers = jnp.arange(self.config.num_layers)
-        (x, keys, values), _ = lax.scan(
-            body, (x, cache.keys, cache.values), (layers, stacked), unroll=self.compute.scan_unroll
+        (x, keys, values), _ = lax.scan(body, start, (layers, stacked), unroll=self.compute.scan_unroll)
+        return self._normed(x), dataclasses.replace(cache, keys=keys, values=values)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[..., D] -> [..., V] float32; rows that only pad the vocabulary are -inf."""
+        wide = jnp.promote_types(hidden.dtype, jnp.float32)
+        table = self.embedding[...].astype(hidden.dtype)
+        over = ((hidden.ndim - 1,), (1,))
+        logits = lax.dot_general(
+            hidden, table, (over, ((), ())), precision=precision(hidden.dtype), preferred_element_type=wide
         )
-        return x, dataclasses.replace(cache, keys=keys, values=values)
+        return mask_padding_rows(logits, self.config.vocab_size)
+
+    def _embed(self, tokens: Integers) -> jax.Array:
+        return constrain(embed(self.embedding[...], tokens, self.dtype), RESIDUAL, self.mesh)
+
+    def _normed(self, x: jax.Array) -> jax.Array:
+        return rms_norm(x, self.final_norm[...], self.config.norm_epsilon)
 
 
 def mask_padding_rows(logits: jax.Array, vocab_size: int) -> jax.Array:

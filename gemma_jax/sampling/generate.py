@@ -91,12 +91,14 @@ class Generator:
             raise UserError("a prompt has no tokens; give it at least the <bos> token.")
         if len(prompt) >= context:
             raise UserError(
-                f"a prompt has {len(prompt)} tokens, but the model's context of {context} leaves room for at most "
-                f"{context - 1} before a new one; shorten the prompt."
+                f"a prompt has {len(prompt)} tokens, but the model's context of {context} leaves room for at "
+                f"most {context - 1} before a new one; shorten the prompt."
             )
         wrong = [token for token in prompt if not 0 <= token < vocabulary]
         if wrong:
-            raise UserError(f"token id {wrong[0]} is out of range; the model's ids go from 0 to {vocabulary - 1}.")
+            raise UserError(
+                f"token id {wrong[0]} is out of range; the model's ids go from 0 to {vocabulary - 1}."
+            )
 
     def generate(
         self, prompts: Sequence[Sequence[int]], settings: SamplingSettings, end_tokens: Sequence[int]
@@ -113,7 +115,7 @@ class Generator:
         """
         for state in self._run(prompts, settings, end_tokens, settings.max_new_tokens):
             last = state
-        return self._completions(last, len(prompts), len_limit=settings.max_new_tokens)
+        return _completions(last, len(prompts), settings.max_new_tokens)
 
     def _run(
         self,
@@ -162,17 +164,6 @@ class Generator:
             made += steps
             yield state
 
-    def _completions(self, state: DecodeState, rows: int, len_limit: int) -> list[Completion]:
-        tokens, log_probs, counts, ended = jax.device_get(
-            (state.tokens, state.log_probs, state.counts, state.ended)
-        )
-        completions = []
-        for row in range(rows):
-            new = int(counts[row]) - int(ended[row])
-            reason: FinishReason = "stop" if ended[row] else "length" if counts[row] >= len_limit else "context"
-            completions.append(Completion(tokens[row, :new].tolist(), log_probs[row, :new].tolist(), reason))
-        return completions
-
     def _prefill_impl(
         self,
         params: nnx.State,
@@ -193,7 +184,7 @@ class Generator:
         positions = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32), (B, P))
         segments = (positions < lengths[:, None]).astype(jnp.int32)
         cache = KVCache.empty(self.config, B, slots, model.dtype, self.mesh)
-        hidden, cache = model(tokens, positions, segments, cache)
+        hidden, cache = model.extend(cache, tokens, positions, segments)
         last = jnp.maximum(lengths - 1, 0)
         newest = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
         state = DecodeState(
@@ -225,7 +216,7 @@ class Generator:
             # Done rows run along as padding: they write nothing into their part of the cache.
             segments = (~state.done).astype(jnp.int32)[:, None]
             positions = state.cache.lengths[:, None]
-            hidden, cache = model(state.last[:, None], positions, segments, state.cache)
+            hidden, cache = model.extend(state.cache, state.last[:, None], positions, segments)
             state = dataclasses.replace(state, cache=cache)
             return step + 1, _with_next_token(state, model.logits(hidden[:, 0]), end_tokens)
 
@@ -247,3 +238,16 @@ def _with_next_token(state: DecodeState, logits: jax.Array, end_tokens: jax.Arra
         counts=state.counts + live,
         ended=state.ended | (live & jnp.isin(chosen, end_tokens)),
     )
+
+
+def _completions(state: DecodeState, rows: int, max_new_tokens: int) -> list[Completion]:
+    tokens, log_probs, counts, ended = jax.device_get(
+        (state.tokens, state.log_probs, state.counts, state.ended)
+    )
+    completions = []
+    for row in range(rows):
+        new = int(counts[row]) - int(ended[row])
+        full: FinishReason = "length" if counts[row] >= max_new_tokens else "context"
+        reason: FinishReason = "stop" if ended[row] else full
+        completions.append(Completion(tokens[row, :new].tolist(), log_probs[row, :new].tolist(), reason))
+    return completions

@@ -10,7 +10,7 @@ STOPPED_STATUS = 75
 
 
 class StopSignals:
-    """Within this context SIGTERM and Ctrl-C ask for a stop after the current step; a second Ctrl-C ends at once."""
+    """Within this context SIGTERM and Ctrl-C ask for a stop after the step; a second Ctrl-C ends at once."""
 
     def __init__(self) -> None:
         self.requested = False

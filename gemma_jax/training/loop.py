@@ -118,7 +118,10 @@ def train(
         read(pending)
         pending = (step, metrics)
         stopping = stop_requested() and step < config.steps
-        evaluating, saving = evaluate is not None and due(config.evaluation.every), due(config.checkpoint.every)
+        evaluating, saving = (
+            evaluate is not None and due(config.evaluation.every),
+            due(config.checkpoint.every),
+        )
         if not (evaluating or saving or stopping):
             continue
         read(pending)

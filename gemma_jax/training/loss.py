@@ -12,10 +12,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
 from gemma_jax.model import mask_padding_rows
+from gemma_jax.model.ops import Integers
 from gemma_jax.sharding import constrain
 from gemma_jax.weights.product import precision
 
@@ -29,7 +31,7 @@ class LossSettings(NamedTuple):
     mesh: Mesh
 
 
-def _blocks(x: jax.Array, block: int) -> jax.Array:
+def _blocks(x: jax.Array | np.ndarray, block: int) -> jax.Array:
     """[B, L, ...] -> [blocks, B, b, ...], zeros filling the last block."""
     B, L = x.shape[:2]
     x = jnp.pad(x, [(0, 0), (0, -L % block)] + [(0, 0)] * (x.ndim - 2))
@@ -46,9 +48,15 @@ def _block_logits(hidden: jax.Array, table: jax.Array, settings: LossSettings) -
     """[B, b, D], [V, D] -> [B, b, V] in at least float32."""
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
     logits = lax.dot_general(
-        hidden, table, (((2,), (1,)), ((), ())), precision=precision(hidden.dtype), preferred_element_type=wide
+        hidden,
+        table,
+        (((2,), (1,)), ((), ())),
+        precision=precision(hidden.dtype),
+        preferred_element_type=wide,
     )
-    return mask_padding_rows(constrain(logits, ("batch", "length", "vocab"), settings.mesh), settings.vocab_size)
+    return mask_padding_rows(
+        constrain(logits, ("batch", "length", "vocab"), settings.mesh), settings.vocab_size
+    )
 
 
 def _target_logits(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -56,7 +64,7 @@ def _target_logits(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def token_log_probs(
-    hidden: jax.Array, embedding: jax.Array, targets: jax.Array, settings: LossSettings
+    hidden: jax.Array, embedding: jax.Array, targets: Integers, settings: LossSettings
 ) -> jax.Array:
     """Log-probability of each target, in nats.
 
@@ -83,7 +91,11 @@ def token_log_probs(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def next_token_loss(
-    hidden: jax.Array, embedding: jax.Array, targets: jax.Array, weights: jax.Array, settings: LossSettings
+    hidden: jax.Array,
+    embedding: jax.Array,
+    targets: Integers,
+    weights: jax.Array | np.ndarray,
+    settings: LossSettings,
 ) -> tuple[jax.Array, jax.Array]:
     """Weighted sum of the cross entropy of each target, in nats.
 
@@ -105,8 +117,8 @@ def next_token_loss(
 def _loss_and_gradients(
     hidden: jax.Array,
     embedding: jax.Array,
-    targets: jax.Array,
-    weights: jax.Array,
+    targets: Integers,
+    weights: jax.Array | np.ndarray,
     settings: LossSettings,
     with_gradients: bool,
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array] | None]:
@@ -136,7 +148,11 @@ def _loss_and_gradients(
         return (total, reported + cross_entropy, d_table), d_h
 
     block = min(settings.block, hidden.shape[1])
-    start = (jnp.zeros((), wide), jnp.zeros((), wide), jnp.zeros(embedding.shape, wide) if with_gradients else None)
+    start = (
+        jnp.zeros((), wide),
+        jnp.zeros((), wide),
+        jnp.zeros(embedding.shape, wide) if with_gradients else None,
+    )
     blocks = tuple(_blocks(x, block) for x in (hidden, targets, weights.astype(wide)))
     (total, reported, d_table), d_hidden = lax.scan(body, start, blocks)
     if d_table is None or d_hidden is None:
@@ -145,7 +161,11 @@ def _loss_and_gradients(
 
 
 def _forward(
-    hidden: jax.Array, embedding: jax.Array, targets: jax.Array, weights: jax.Array, settings: LossSettings
+    hidden: jax.Array,
+    embedding: jax.Array,
+    targets: Integers,
+    weights: jax.Array | np.ndarray,
+    settings: LossSettings,
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array] | None]:
     return _loss_and_gradients(hidden, embedding, targets, weights, settings, with_gradients=True)
 
@@ -155,7 +175,12 @@ def _backward(
 ) -> tuple[jax.Array, jax.Array, None, None]:
     d_hidden, d_embedding = gradients
     scale, _ = cotangents
-    return (d_hidden * scale).astype(d_hidden.dtype), (d_embedding * scale).astype(d_embedding.dtype), None, None
+    return (
+        (d_hidden * scale).astype(d_hidden.dtype),
+        (d_embedding * scale).astype(d_embedding.dtype),
+        None,
+        None,
+    )
 
 
 next_token_loss.defvjp(_forward, _backward)

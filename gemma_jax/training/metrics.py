@@ -84,13 +84,15 @@ class RunLog:
     def message(self, text: str) -> None:
         """One line for the person who watches."""
         if self._first:
-            (self._progress.console if self._progress else self._console).print(text, markup=False, highlight=False, soft_wrap=True)
+            (self._progress.console if self._progress else self._console).print(
+                text, markup=False, highlight=False, soft_wrap=True
+            )
 
     def training(self, entry: Entry, seconds_left: float, announce: bool) -> None:
         """The numbers of a step; `announce` makes a plain line where there is no terminal."""
         shown = (
-            f"loss {entry['loss']:.3f}  lr {entry['learning_rate']:.2e}  {entry['tokens_per_second']:,.0f} tokens/s"
-            f"  {duration(seconds_left)} left"
+            f"loss {entry['loss']:.3f}  lr {entry['learning_rate']:.2e}  "
+            f"{entry['tokens_per_second']:,.0f} tokens/s  {duration(seconds_left)} left"
         )
         if self._progress:
             self._progress.update(self._task, completed=entry["step"], description=shown)
@@ -135,10 +137,16 @@ def plot_losses(runs: dict[str, list[Entry]], path: epath.PathLike) -> None:
         training = [(e["step"], e["loss"]) for e in entries if "loss" in e]
         held_out = [(e["step"], e["held_out_loss"]) for e in entries if "held_out_loss" in e]
         if training:
-            axes.plot(*zip(*training, strict=True), color=color, linewidth=1.2, alpha=0.8, label=f"{name}: training")
+            axes.plot(
+                *zip(*training, strict=True), color=color, linewidth=1.2, alpha=0.8, label=f"{name}: training"
+            )
         if held_out:
             axes.plot(
-                *zip(*held_out, strict=True), color=color, linestyle="--", marker="o", markersize=4,
+                *zip(*held_out, strict=True),
+                color=color,
+                linestyle="--",
+                marker="o",
+                markersize=4,
                 label=f"{name}: held out",
             )
     axes.set_xlabel("step")

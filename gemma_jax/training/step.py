@@ -49,7 +49,7 @@ def loss_and_gradients(
 
     def objective(params: nnx.State, batch: Batch, total: jax.Array) -> tuple[jax.Array, jax.Array]:
         model = nnx.merge(graphdef, params)
-        hidden, _ = model(batch.tokens, batch.positions, batch.segment_ids)
+        hidden = model(batch.tokens, batch.positions, batch.segment_ids)
         minimised, reported = next_token_loss(
             hidden, model.embedding[...], batch.targets, batch.loss_weights, settings
         )
@@ -118,7 +118,7 @@ def make_evaluation_step(config: PretrainConfig, mesh: Mesh) -> Callable[..., He
 
     def evaluate(params: nnx.State, batch: Batch, token_bytes: jax.Array) -> HeldOutSums:
         model = nnx.merge(graphdef, params)
-        hidden, _ = model(batch.tokens, batch.positions, batch.segment_ids)
+        hidden = model(batch.tokens, batch.positions, batch.segment_ids)
         log_probs = token_log_probs(hidden, model.embedding[...], batch.targets, settings)
         weights = batch.loss_weights
         return HeldOutSums(

@@ -63,7 +63,7 @@ def test_documents_and_cache_in_a_bucket_equal_those_on_disk(
             for rows, batch in zip((a, b), batches, strict=True):
                 rows.read_into(batch, 0, row, 2)
             assert all((x == y).all() for x, y in zip(*batches, strict=True))
-    assert not [path for path in epath.Path("gs://bucket/cache/tokens").glob("*/*.tmp")]
+    assert not list(epath.Path("gs://bucket/cache/tokens").glob("*/*.tmp"))
 
 
 def test_json_lines_in_a_bucket(bucket: epath.Path) -> None:

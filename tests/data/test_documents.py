@@ -22,6 +22,7 @@ from gemma_jax.tokenizer import Tokenizer
         ("tokens:uint8:{folder}/x", "tokens:uint16:PATH or tokens:uint32:PATH"),
         ("tokens:uint16:{folder}/x", "{folder}/x"),
         ("tfds:no_such_dataset", "no_such_dataset"),
+        ("tfds:imdb_revews", "did you mean tfds:imdb_reviews?"),
     ],
 )
 def test_an_unknown_corpus_is_named_and_a_near_one_suggested(tmp_path: Path, spec: str, says: str) -> None:

@@ -37,7 +37,7 @@ def forward(config: TransformerConfig, compute: ComputeConfig = FLOAT32):
 
     def run(params, tokens, positions, segments):
         model = nnx.merge(graphdef, params)
-        hidden, _ = model(tokens, positions, segments)
+        hidden = model(tokens, positions, segments)
         return model.logits(hidden)
 
     return jax.jit(run)
@@ -48,7 +48,9 @@ def simple_rows(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape), np.ones_like(tokens)
 
 
-@pytest.mark.parametrize("config", [MULTI_QUERY, TINY, MULTI_HEAD], ids=["one-kv-head", "grouped", "multi-head"])
+@pytest.mark.parametrize(
+    "config", [MULTI_QUERY, TINY, MULTI_HEAD], ids=["one-kv-head", "grouped", "multi-head"]
+)
 def test_logits_equal_a_plain_numpy_gemma(config: TransformerConfig) -> None:
     tokens = np.random.default_rng(1).integers(0, config.vocab_size, (2, 17))
     with jax.enable_x64(True):
@@ -83,7 +85,7 @@ def test_prefill_and_decode_equal_one_forward_pass_in_a_ragged_batch() -> None:
         @jax.jit
         def extend(params, tokens, positions, segments, cache):
             model = nnx.merge(graphdef, params)
-            hidden, cache = model(tokens, positions, segments, cache)
+            hidden, cache = model.extend(cache, tokens, positions, segments)
             return model.logits(hidden), cache
 
         cache = KVCache.empty(TINY, 4, slots, jnp.float64, mesh)
@@ -105,7 +107,9 @@ def test_packed_row_equals_the_same_sequences_alone() -> None:
     pieces = [rng.integers(0, TINY.vocab_size, n) for n in (5, 9, 4)]
     row = np.concatenate([*pieces, np.zeros(3, int)])[None]
     positions = np.concatenate([*(np.arange(len(p)) for p in pieces), np.zeros(3, int)])[None]
-    segments = np.concatenate([*(np.full(len(p), i + 1) for i, p in enumerate(pieces)), np.zeros(3, int)])[None]
+    segments = np.concatenate([*(np.full(len(p), i + 1) for i, p in enumerate(pieces)), np.zeros(3, int)])[
+        None
+    ]
     with jax.enable_x64(True):
         params = random_params(TINY, FLOAT64)
         packed = np.asarray(forward(TINY, FLOAT64)(params, row, positions, segments))[0]
@@ -130,11 +134,11 @@ def test_no_gradient_reaches_a_later_token_or_another_document() -> None:
     params = random_params(TINY)
 
     def outputs(embeddings: jax.Array) -> jax.Array:
-        # Six tokens of their own in the first six rows of the table: the gradient of a row is that of its place.
+        # Tokens 0 to 5, each once: the gradient of a row of the table is that of its place.
         arrays = named_arrays(params)
         arrays["embedding"] = arrays["embedding"].at[:6].set(embeddings)
         model = nnx.merge(graphdef, with_arrays(params, arrays))
-        hidden, _ = model(np.arange(6)[None], positions, segments)
+        hidden = model(np.arange(6)[None], positions, segments)
         return hidden[0]
 
     jacobian = jax.jacrev(outputs)(named_arrays(params)["embedding"][:6])  # [output, D, input, D]
@@ -150,7 +154,9 @@ def test_no_gradient_reaches_a_later_token_or_another_document() -> None:
     ]
 
 
-@pytest.mark.parametrize("changes", [{"scan_unroll": 2}, {"remat": "full"}, {"remat": "full", "scan_unroll": 2}])
+@pytest.mark.parametrize(
+    "changes", [{"scan_unroll": 2}, {"remat": "full"}, {"remat": "full", "scan_unroll": 2}]
+)
 def test_scanned_equals_unrolled_and_rematerialised(changes: dict[str, object]) -> None:
     tokens = np.random.default_rng(4).integers(0, TINY.vocab_size, (2, 12))
 

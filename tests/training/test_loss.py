@@ -53,11 +53,13 @@ def test_the_same_on_meshes_that_split_rows_and_vocabulary() -> None:
         function = lambda h, e: next_token_loss(h, e, targets, weights, settings)[0]  # noqa: E731
         return jax.jit(jax.value_and_grad(function, (0, 1)))(hidden, table)
 
-    assert_same_on_meshes(value_and_gradient, [cpu_mesh(1), cpu_mesh(8, fsdp=4, tensor=2), cpu_mesh(4, tensor=4)])
+    assert_same_on_meshes(
+        value_and_gradient, [cpu_mesh(1), cpu_mesh(8, fsdp=4, tensor=2), cpu_mesh(4, tensor=4)]
+    )
 
 
 def test_logits_never_exist_whole() -> None:
-    """The compiled gradient needs less memory than one float32 [B, L, V] tensor, as the plain loss does not."""
+    """The compiled gradient needs less memory than one float32 [B, L, V] tensor; the plain one more."""
     rows, length, vocabulary = 2, 512, 16_384
     whole = 4 * rows * length * vocabulary
     shapes = [((rows, length, 32), jnp.float32), ((vocabulary, 32), jnp.float32)]

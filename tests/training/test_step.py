@@ -114,7 +114,9 @@ def test_the_step_keeps_shardings_and_reuses_the_memory_of_its_state() -> None:
     abstract = abstract_train_state(CONFIG, mesh)
     batch = put_batch(packed_batch(CONFIG.model), B, mesh)
     compiled = make_train_step(CONFIG, mesh).lower(abstract, batch).compile()
-    state_bytes = sum(np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(abstract))
+    state_bytes = sum(
+        np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(abstract)
+    )
     assert compiled.memory_analysis().alias_size_in_bytes >= state_bytes
     state, _ = make_train_step(CONFIG, mesh)(create_train_state(CONFIG, mesh), batch)
     for actual, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
@@ -123,12 +125,16 @@ def test_the_step_keeps_shardings_and_reuses_the_memory_of_its_state() -> None:
 
 def test_the_compiled_step_holds_no_whole_logits() -> None:
     """A float32 [B, L, V] tensor alone would be larger than all temporary memory of the step."""
-    config = replace(CONFIG, {"model.vocab_size": 65_536, "model.context_length": 512, "compute.loss_block": 16})
+    config = replace(
+        CONFIG, {"model.vocab_size": 65_536, "model.context_length": 512, "compute.loss_block": 16}
+    )
     mesh, shape = cpu_mesh(1), (B, 512)
     kinds = (np.int32, np.int32, np.float32, np.int32, np.int32)
     batch = Batch(*(jax.ShapeDtypeStruct(shape, kind) for kind in kinds))
     compiled = make_train_step(config, mesh).lower(abstract_train_state(config, mesh), batch).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 4 * shape[0] * shape[1] * config.model.vocab_size / 2
+    assert (
+        compiled.memory_analysis().temp_size_in_bytes < 4 * shape[0] * shape[1] * config.model.vocab_size / 2
+    )
 
 
 def test_decay_spares_the_norm_scales_and_nothing_else() -> None:
@@ -140,7 +146,9 @@ def test_decay_spares_the_norm_scales_and_nothing_else() -> None:
         "final_norm",
     }
     # One step without a gradient moves by decay alone.
-    config = replace(CONFIG, {"optimizer.weight_decay": 0.5, "optimizer.warmup_steps": 0, "optimizer.clip_norm": 0.0})
+    config = replace(
+        CONFIG, {"optimizer.weight_decay": 0.5, "optimizer.warmup_steps": 0, "optimizer.clip_norm": 0.0}
+    )
     batch = packed_batch(CONFIG.model)._replace(loss_weights=np.zeros((B, L), np.float32))
     before = jax.device_get(named_arrays(create_train_state(config, cpu_mesh(1)).params))
     after, _ = make_train_step(config, cpu_mesh(1))(create_train_state(config, cpu_mesh(1)), batch)
@@ -165,7 +173,12 @@ def test_schedules_rise_to_the_peak_and_end_where_the_config_says(schedule: str)
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "lion"])
 def test_every_optimizer_lowers_the_loss_on_a_mesh(name: str) -> None:
     rate = {"adamw": 1e-2, "adafactor": 1e-2, "lion": 1e-3}[name]
-    changes = {"optimizer.name": name, "optimizer.learning_rate": rate, "optimizer.warmup_steps": 0, "steps": 40}
+    changes = {
+        "optimizer.name": name,
+        "optimizer.learning_rate": rate,
+        "optimizer.warmup_steps": 0,
+        "steps": 40,
+    }
     config = replace(CONFIG, changes)
     mesh = cpu_mesh(4, fsdp=2, tensor=2)
     state, step = create_train_state(config, mesh), make_train_step(config, mesh)
