@@ -36,7 +36,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "gemma", commands: 
         # A command imports what it needs only after its config has been read: mistakes are told at once.
         return importlib.import_module(f"gemma_jax.commands.{name}").run(rest, f"{prog} {name}")
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # One line, whatever a file name or another library's message brought into it.
+        print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
         return 2
 
 

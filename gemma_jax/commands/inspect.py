@@ -1,10 +1,19 @@
 """`gemma inspect CONFIG_OR_CHECKPOINT`: how each parameter lies on the mesh, by shapes alone."""
 
 import math
+import os
 from collections.abc import Sequence
-from pathlib import Path
 
-from gemma_jax.config import PRESETS, PretrainConfig, from_record, load, parse, validate_mesh, validate_model
+from gemma_jax.config import (
+    PRESETS,
+    PretrainConfig,
+    from_record,
+    load,
+    parse,
+    suggestion,
+    validate_mesh,
+    validate_model,
+)
 from gemma_jax.errors import UserError
 
 
@@ -53,10 +62,20 @@ def run(arguments: Sequence[str], prog: str) -> int:
 
 
 def _config(name: str) -> PretrainConfig:
-    if name in PRESETS:
-        return PretrainConfig(model=PRESETS[name])
-    if (Path(name) / "run" / "data.json").is_file():
+    preset = name.removeprefix("random:")  # as `gemma sample` is given it
+    if preset in PRESETS:
+        return PretrainConfig(model=PRESETS[preset])
+    if preset != name:
+        raise UserError(
+            f"there is no preset {preset!r}{suggestion(preset, PRESETS)}; "
+            f"the presets are {', '.join(PRESETS)}."
+        )
+    folder = os.path.expanduser(name)
+    if os.path.isfile(os.path.join(folder, "run", "data.json")):
         from gemma_jax.checkpoint import store
 
-        return from_record(store.run_record(name).config, name)
+        config = from_record(store.run_record(folder).config, name)
+        if not isinstance(config, PretrainConfig):
+            raise UserError(f"{name} holds a {type(config).__name__}, which has no model.")
+        return config
     return load(name, PretrainConfig)[0]

@@ -80,7 +80,7 @@ def parse(config: Config, arguments: Sequence[str], prog: str) -> Config:
     values, unknown = parser.parse_known_args(spelled)
     if unknown:
         word = unknown[0].split("=")[0]
-        bare = _underscored(word.lstrip("-"))
+        bare = word.lstrip("-").replace("-", "_")
         # The commonest slips: a field without its section (--learning_rate), or cut short (--temp).
         likely = [o for o in options if bare and (o.endswith(f".{bare}") or o.startswith(f"--{bare}"))]
         hint = f"; did you mean {likely[0]}?" if likely else suggestion(word, options)
@@ -90,7 +90,7 @@ def parse(config: Config, arguments: Sequence[str], prog: str) -> Config:
 
 
 def _underscored(name: str) -> str:
-    return name.replace("-", "_")
+    return name[:2] + name[2:].replace("-", "_")
 
 
 def config_folders() -> list[Path]:
@@ -113,12 +113,15 @@ def load(name: str, kind: type[Config]) -> tuple[Config, str]:
     if os.path.isfile(path / "config.json"):
         path = path / "config.json"
     elif not os.path.isfile(path):
-        found = [folder / f"{name}.py" for folder in config_folders() if os.path.isfile(folder / f"{name}.py")]
+        found = [
+            folder / f"{name}.py" for folder in config_folders() if os.path.isfile(folder / f"{name}.py")
+        ]
         path = found[0] if found else path
     if not os.path.isfile(path):
         names = sorted({p.stem for folder in config_folders() for p in folder.glob("*.py")})
         raise UserError(
-            f"no config {name!r}{suggestion(name, names)} (a file, a run directory, or one of: {', '.join(names)})."
+            f"no config {name!r}{suggestion(name, names)} "
+            f"(a file, a run directory, or one of: {', '.join(names)})."
         )
     if path.suffix == ".py":
         config = _run_config_file(path)
@@ -157,8 +160,8 @@ def _run_config_file(path: Path) -> Any:
     except SyntaxError as error:
         raise UserError(f"{error.filename or path}, line {error.lineno}: {error.msg}.") from error
     except Exception as error:  # whatever it is, the user's own file raised it
-        told = f"{type(error).__name__}: {error}{_mistyped_field(error)}"
-        raise UserError(f"{path}, line {_last_line(error, path)}: {told}.") from error
+        where = f"{path}, line {_last_line(error, path)}"
+        raise UserError(f"{where}: {type(error).__name__}: {error}{_mistyped_field(error) or '.'}") from error
     finally:
         sys.dont_write_bytecode = written
     if not hasattr(module, "config"):
@@ -181,7 +184,8 @@ def _mistyped_field(error: Exception) -> str:
     unexpected = re.search(r"unexpected keyword argument '(\w+)'", str(error))
     if unexpected is None:
         return ""
-    sections = [f.type for kind in EXPERIMENTS.values() for f in dataclasses.fields(kind)]
-    classes = [*EXPERIMENTS.values(), *filter(dataclasses.is_dataclass, sections)]
-    owners = [c for c in classes if str(error).startswith(f"{c.__name__}.")]
-    return suggestion(unexpected[1], [f.name for owner in owners for f in dataclasses.fields(owner)])
+    fields = [field for kind in EXPERIMENTS.values() for field in dataclasses.fields(kind)]
+    fields += [
+        f for field in fields if dataclasses.is_dataclass(field.type) for f in dataclasses.fields(field.type)
+    ]
+    return suggestion(unexpected[1], {field.name for field in fields})

@@ -63,7 +63,9 @@ class DataConfig:
     bad_records: Literal["error", "skip"] = setting(
         "error", "A record that is broken or lacks its text ends the run, or is skipped and counted."
     )
-    held_out: float = setting(0.01, "Share of documents held out for evaluation, chosen by their text's hash.")
+    held_out: float = setting(
+        0.01, "Share of documents held out for evaluation, chosen by their text's hash."
+    )
     sequence_length: int = setting(2048, "Tokens in a row.")
     batch_size: int = setting(8, "Rows in a global batch.")
     cache_dir: str = setting("~/.cache/gemma_jax", "Where tokenised corpora are kept and found again.")

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import reprlib
 import typing
 from typing import Any, Literal, TypeVar
 
@@ -13,6 +14,10 @@ Config = TypeVar("Config")
 
 EXPERIMENTS = {"pretrain": PretrainConfig, "sample": SampleConfig}
 
+# How messages show what was read: a few words of it, however long or deep it is.
+_shown = reprlib.Repr()
+_shown.maxstring = _shown.maxother = 100
+
 
 def suggestion(word: str, known: typing.Iterable[str]) -> str:
     """`; did you mean X?` for the nearest known word, or nothing."""
@@ -22,7 +27,7 @@ def suggestion(word: str, known: typing.Iterable[str]) -> str:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Plain dictionary of a config, with the kind of experiment under `experiment`."""
-    kinds = [kind for kind, cls in EXPERIMENTS.items() if type(config) is cls]
+    kinds = [kind for kind, cls in EXPERIMENTS.items() if isinstance(config, cls)]
     return {"experiment": kinds[0], **dataclasses.asdict(config)}
 
 
@@ -54,7 +59,7 @@ def from_record(data: Any, origin: str) -> Any:
         raise UserError(f"{origin} has no key 'experiment', so it is not a config of gemma_jax.")
     kind = data["experiment"]
     if not isinstance(kind, str) or kind not in EXPERIMENTS:
-        raise UserError(f"{origin}: experiment {kind!r} is not one of {', '.join(EXPERIMENTS)}.")
+        raise UserError(f"{origin}: experiment {_shown.repr(kind)} is not one of {', '.join(EXPERIMENTS)}.")
     fields = {key: value for key, value in data.items() if key != "experiment"}
     return from_dict(EXPERIMENTS[kind], fields, origin)
 
@@ -66,12 +71,16 @@ def from_dict(cls: type[Config], data: Any, origin: str, prefix: str = "") -> Co
       UserError: an unknown key or a value of another type.
     """
     if not isinstance(data, dict):
-        raise UserError(f"{origin}: {prefix.rstrip('.') or 'the config'} must be an object, not {data!r}.")
+        raise UserError(
+            f"{origin}: {prefix.rstrip('.') or 'the config'} must be an object, not {_shown.repr(data)}."
+        )
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]  # cls is a dataclass
     values: dict[str, Any] = {}
     for key, value in data.items():
         if key not in fields:
-            raise UserError(f"{origin}: unknown key {prefix}{key}{suggestion(str(key), fields)}.")
+            raise UserError(
+                f"{origin}: unknown key {_shown.repr(f'{prefix}{key}')}{suggestion(str(key), fields) or '.'}"
+            )
         annotation = fields[key].type
         if dataclasses.is_dataclass(annotation):
             values[key] = from_dict(typing.cast(type, annotation), value, origin, f"{prefix}{key}.")
@@ -86,17 +95,22 @@ def _checked(annotation: Any, value: Any, name: str) -> Any:
     if origin is Literal:
         choices = typing.get_args(annotation)
         if value not in choices:
-            raise UserError(f"{name} must be one of {', '.join(map(str, choices))}, not {value!r}.")
+            raise UserError(
+                f"{name} must be one of {', '.join(map(str, choices))}, not {_shown.repr(value)}."
+            )
         return value
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise UserError(f"{name} must be a list, not {value!r}.")
+            raise UserError(f"{name} must be a list, not {_shown.repr(value)}.")
         return tuple(_checked(typing.get_args(annotation)[0], item, name) for item in value)
     if annotation is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise UserError(f"{name} is {_shown.repr(value)}, too large for a number.") from error
     if not isinstance(value, annotation) or (isinstance(value, bool) and annotation is not bool):
         wanted = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}[annotation]
-        raise UserError(f"{name} must be {wanted}, not {value!r}.")
+        raise UserError(f"{name} must be {wanted}, not {_shown.repr(value)}.")
     return value
 
 
@@ -109,4 +123,6 @@ def replace(config: Config, changes: typing.Mapping[str, Any]) -> Config:
 
 def _replaced(config: Any, names: list[str], value: Any) -> Any:
     head, *rest = names
-    return dataclasses.replace(config, **{head: _replaced(getattr(config, head), rest, value) if rest else value})
+    return dataclasses.replace(
+        config, **{head: _replaced(getattr(config, head), rest, value) if rest else value}
+    )

@@ -9,6 +9,7 @@ from gemma_jax.config.sections import MeshConfig, TransformerConfig
 from gemma_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor")
+TOO_LARGE = 2**31  # for any number here: on devices, integers have 32 bits
 LARGEST_SEED = 2**32 - 1  # jax.random.key drops higher bits without a word
 
 
@@ -21,8 +22,8 @@ def _require_at_least(config: object, section: str, limits: Mapping[str, float])
     for name, least in limits.items():
         value = getattr(config, name)
         _require(
-            least <= value < math.inf,  # no float() of an integer that may be of any size
-            f"{section}{name} is {value}, but must be at least {least} and finite.",
+            least <= value < TOO_LARGE,
+            f"{section}{name} is {value}, but must be at least {least} and below {TOO_LARGE}.",
         )
 
 
@@ -35,9 +36,12 @@ def validate_model(model: TransformerConfig) -> None:
     _require_at_least(model, "model.", {"rope_base": 1.0, "norm_epsilon": 0.0})
     _require(
         model.num_heads % model.num_kv_heads == 0,
-        f"model.num_kv_heads is {model.num_kv_heads}, which does not divide model.num_heads, {model.num_heads}.",
+        f"model.num_kv_heads is {model.num_kv_heads}, which does not divide "
+        f"model.num_heads, {model.num_heads}.",
     )
-    _require(model.head_dim % 2 == 0, f"model.head_dim is {model.head_dim}, but rotary positions need it even.")
+    _require(
+        model.head_dim % 2 == 0, f"model.head_dim is {model.head_dim}, but rotary positions need it even."
+    )
 
 
 def validate(config: PretrainConfig) -> None:
@@ -58,7 +62,9 @@ def validate(config: PretrainConfig) -> None:
         | {"weight_decay": 0.0, "z_loss": 0.0, "b1": 0.0, "b2": 0.0},
     )
     _require_at_least(config.compute, "compute.", {"scan_unroll": 1, "loss_block": 1})
-    _require_at_least(config.checkpoint, "checkpoint.", {"every": 1, "keep_last": 1, "keep_every": 0, "keep_best": 0})
+    _require_at_least(
+        config.checkpoint, "checkpoint.", {"every": 1, "keep_last": 1, "keep_every": 0, "keep_best": 0}
+    )
     _require_at_least(config.evaluation, "evaluation.", {"every": 0, "rows": 1})
     _require_at_least(config.logging, "logging.", {"every": 1})
     _require_at_least(config.tokenizer, "tokenizer.", {"train_megabytes": 0.001})
@@ -74,7 +80,8 @@ def validate(config: PretrainConfig) -> None:
     _require(data.held_out < 1, "data.held_out is 1, which leaves nothing to train on.")
     _require(
         data.sequence_length <= model.context_length,
-        f"data.sequence_length is {data.sequence_length}, longer than model.context_length, {model.context_length}.",
+        f"data.sequence_length is {data.sequence_length}, longer than "
+        f"model.context_length, {model.context_length}.",
     )
     _require(
         data.batch_size % optimizer.accumulation_steps == 0,
@@ -84,7 +91,8 @@ def validate(config: PretrainConfig) -> None:
     _require(len(data.sources) > 0, "data.sources is empty; name a corpus, such as python-stdlib.")
     _require(
         len(data.weights) in (0, len(data.sources)),
-        f"data.weights has {len(data.weights)} entries for {len(data.sources)} data.sources; give one each, or none.",
+        f"data.weights has {len(data.weights)} entries for {len(data.sources)} data.sources; "
+        "give one each, or none.",
     )
     _require(
         all(math.isfinite(w) and w > 0 for w in data.weights),
@@ -116,9 +124,14 @@ def validate_mesh(mesh: MeshConfig) -> None:
     """
     sizes = {axis: getattr(mesh, axis) for axis in MESH_AXES}
     for axis, size in sizes.items():
-        _require(size == -1 or size >= 1, f"mesh.{axis} is {size}, but must be 1 or more, or -1 for all that are left.")
+        _require(
+            size == -1 or size >= 1,
+            f"mesh.{axis} is {size}, but must be 1 or more, or -1 for all that are left.",
+        )
     free = [axis for axis, size in sizes.items() if size == -1]
-    _require(len(free) <= 1, f"mesh.{' and mesh.'.join(free)} are both -1; only one axis can take what is left.")
+    _require(
+        len(free) <= 1, f"mesh.{' and mesh.'.join(free)} are both -1; only one axis can take what is left."
+    )
     _require(mesh.cpu_devices >= 0, f"mesh.cpu_devices is {mesh.cpu_devices}, but must be 0 or more.")
     if mesh.cpu_devices:
         mesh_shape(mesh, mesh.cpu_devices)
@@ -135,8 +148,8 @@ def mesh_shape(mesh: MeshConfig, device_count: int) -> tuple[int, int, int]:
     asked = " x ".join(f"{axis} {size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
     _require(
         fixed <= device_count,
-        f"the mesh ({asked}) needs {fixed} devices, but there {'is' if device_count == 1 else 'are'} {device_count}; "
-        "make an axis smaller, or set mesh.cpu_devices.",
+        f"the mesh ({asked}) needs {fixed} devices, but there {'is' if device_count == 1 else 'are'} "
+        f"{device_count}; make an axis smaller, or set mesh.cpu_devices.",
     )
     _require(
         device_count % fixed == 0 and (-1 in sizes or fixed == device_count),

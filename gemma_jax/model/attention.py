@@ -42,13 +42,44 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
       [B, L, N, H] in q's dtype.
     """
     B, L, N, H = q.shape
-    K = k.shape[2]
-    grouped = q.reshape(B, L, K, N // K, H)
+    S, K = k.shape[1:3]
+    G = N // K
+    # The queries that share a key head form one matrix: on CPU the products and their gradients then run
+    # 1.2 to 1.4 times as fast as einsums over all axes (docs/log.md).
+    q = q.reshape(B, L, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * L, H)
+    k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    scores = jnp.einsum(
-        "BLKGH,BSKH->BKGLS", grouped, k, precision=precision(q.dtype), preferred_element_type=wide
-    )
-    scores = jnp.where(mask[:, None, None, :, :], scores, jnp.finfo(wide).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    out = jnp.einsum("BKGLS,BSKH->BLKGH", weights, v, precision=precision(q.dtype))
-    return out.reshape(B, L, N, H)
+    scores = jnp.einsum("BKQH,BKSH->BKQS", q, k, precision=precision(q.dtype), preferred_element_type=wide)
+    scores = jnp.where(mask[:, None, None], scores.reshape(B, K, G, L, S), jnp.finfo(wide).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype).reshape(B, K, G * L, S)
+    out = jnp.einsum("BKQS,BKSH->BKQH", weights, v, precision=precision(q.dtype))
+    return out.reshape(B, K, G, L, H).transpose(0, 3, 1, 2, 4).reshape(B, L, N, H)
+
+
+def causal_attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, positions: Integers, segments: Integers
+) -> jax.Array:
+    """Attention of whole rows to themselves, without the products that the mask would throw away.
+
+    Queries go in blocks, each against the keys up to its own end: half of the work of `attend` on a long row,
+    and the scores of one block at a time.
+
+    Args:
+      q: [B, L, N, H], already scaled.
+      k, v: [B, L, K, H].
+      positions, segments: [B, L]; within a segment positions rise from slot to slot.
+
+    Returns:
+      [B, L, N, H] in q's dtype.
+    """
+    L = q.shape[1]
+    # Each block is a part of the compiled program: 128 queries, but at most 16 blocks.
+    block = max(128, -(-L // 16))
+    outputs = []
+    for start in range(0, L, block):
+        queries, keys = slice(start, start + block), slice(0, start + block)
+        mask = attention_mask(
+            positions[:, queries], segments[:, queries], positions[:, keys], segments[:, keys]
+        )
+        outputs.append(attend(q[:, queries], k[:, keys], v[:, keys], mask))
+    return jnp.concatenate(outputs, axis=1) if len(outputs) > 1 else outputs[0]

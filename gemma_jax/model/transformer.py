@@ -12,12 +12,12 @@ from jax import lax
 from jax.sharding import Mesh
 
 from gemma_jax.config import ComputeConfig, TransformerConfig
-from gemma_jax.model.attention import attend, attention_mask
+from gemma_jax.model.attention import attend, attention_mask, causal_attend
 from gemma_jax.model.cache import KVCache
 from gemma_jax.model.layers import RESIDUAL, Block, weight, zeros
 from gemma_jax.model.ops import Integers, embed, rms_norm
 from gemma_jax.sharding import constrain, platform, shardings
-from gemma_jax.weights.product import precision
+from gemma_jax.weights import product
 
 
 def compute_dtype(compute: ComputeConfig, mesh: Mesh) -> jnp.dtype:
@@ -57,12 +57,11 @@ class Transformer(nnx.Module):
         Returns:
           [B, L, D] after the final norm.
         """
-        mask = attention_mask(positions, segments, positions, segments)
         graphdef, stacked = nnx.split(self.blocks)
 
         def body(x: jax.Array, state: nnx.State) -> tuple[jax.Array, None]:
             block = nnx.merge(graphdef, state)
-            return block(x, positions, lambda q, k, v: attend(q, k, v, mask)), None
+            return block(x, positions, lambda q, k, v: causal_attend(q, k, v, positions, segments)), None
 
         if self.compute.remat == "full":
             body = jax.checkpoint(body, prevent_cse=False)
@@ -109,11 +108,7 @@ class Transformer(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., D] -> [..., V] float32; rows that only pad the vocabulary are -inf."""
         wide = jnp.promote_types(hidden.dtype, jnp.float32)
-        table = self.embedding[...].astype(hidden.dtype)
-        over = ((hidden.ndim - 1,), (1,))
-        logits = lax.dot_general(
-            hidden, table, (over, ((), ())), precision=precision(hidden.dtype), preferred_element_type=wide
-        )
+        logits = product(hidden, self.embedding[...].T, dtype=wide)
         return mask_padding_rows(logits, self.config.vocab_size)
 
     def _embed(self, tokens: Integers) -> jax.Array:

@@ -24,7 +24,7 @@ def keep_top_p(logits: jax.Array, top_p: jax.Array) -> jax.Array:
     descending = -jnp.sort(-logits, axis=-1)
     probabilities = jax.nn.softmax(descending, axis=-1)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    kept = (before < top_p[:, None]) | (top_p[:, None] >= 1)
+    kept = (before < top_p[:, None]) | (before == 0) | (top_p[:, None] >= 1)
     threshold = jnp.min(jnp.where(kept, descending, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits >= threshold, logits, -jnp.inf)
 
@@ -50,7 +50,9 @@ def select(
     """
 
     def sample(_: None) -> jax.Array:
-        scaled = logits / jnp.where(temperature > 0, temperature, 1)[:, None]
+        # Differences from the largest: a temperature close to 0 makes no infinity of them that could win.
+        scaled = logits - jnp.max(logits, axis=-1, keepdims=True)
+        scaled /= jnp.where(temperature > 0, temperature, 1)[:, None]
         scaled = jax.lax.cond(jnp.any(top_k > 0), lambda x: keep_top_k(x, top_k), lambda x: x, scaled)
         scaled = jax.lax.cond(jnp.any(top_p < 1), lambda x: keep_top_p(x, top_p), lambda x: x, scaled)
         sampled = jax.vmap(jax.random.categorical)(keys, scaled)

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from gemma_jax.model import mask_padding_rows
 from gemma_jax.model.ops import Integers
 from gemma_jax.sharding import constrain
-from gemma_jax.weights.product import precision
+from gemma_jax.weights.product import precision, product
 
 
 class LossSettings(NamedTuple):
@@ -47,13 +47,7 @@ def _whole(blocks: jax.Array, length: int) -> jax.Array:
 def _block_logits(hidden: jax.Array, table: jax.Array, settings: LossSettings) -> jax.Array:
     """[B, b, D], [V, D] -> [B, b, V] in at least float32."""
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
-    logits = lax.dot_general(
-        hidden,
-        table,
-        (((2,), (1,)), ((), ())),
-        precision=precision(hidden.dtype),
-        preferred_element_type=wide,
-    )
+    logits = product(hidden, table.T, dtype=wide)
     return mask_padding_rows(
         constrain(logits, ("batch", "length", "vocab"), settings.mesh), settings.vocab_size
     )
@@ -124,7 +118,6 @@ def _loss_and_gradients(
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array] | None]:
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
     table = embedding.astype(hidden.dtype)
-    exact = precision(hidden.dtype)
 
     Sums = tuple[jax.Array, jax.Array, jax.Array | None]
 
@@ -132,18 +125,25 @@ def _loss_and_gradients(
         h, t, w = block
         total, reported, d_table = sums
         logits = _block_logits(h, table, settings)
-        log_partition = jax.nn.logsumexp(logits, axis=-1)
+        # The exponentials serve the log-partition and the gradient.
+        largest = jnp.max(logits, axis=-1, keepdims=True)
+        exponentials = jnp.exp(logits - largest)
+        partition = jnp.sum(exponentials, axis=-1, keepdims=True)
+        log_partition = (jnp.log(partition) + largest)[..., 0]
         cross_entropy = jnp.sum(w * (log_partition - _target_logits(logits, t)))
         total += cross_entropy + settings.z_loss * jnp.sum(w * jnp.square(log_partition))
         if d_table is None:
             return (total, reported + cross_entropy, None), None
-        probabilities = jnp.exp(logits - log_partition[..., None])
         is_target = jnp.arange(logits.shape[-1]) == t[..., None]
-        d_logits = (1 + 2 * settings.z_loss * log_partition[..., None]) * probabilities - is_target
+        d_logits = (1 + 2 * settings.z_loss * log_partition[..., None]) * exponentials / partition - is_target
         d_logits = (w[..., None] * d_logits).astype(h.dtype)
-        d_h = lax.dot_general(d_logits, table, (((2,), (0,)), ((), ())), precision=exact)
-        d_table += lax.dot_general(
-            d_logits, h, (((0, 1), (0, 1)), ((), ())), precision=exact, preferred_element_type=wide
+        d_h = product(d_logits, table)
+        # As two matrices, for the reason that weights.product gives.
+        d_table += lax.dot(
+            d_logits.reshape(-1, d_logits.shape[-1]).T,
+            h.reshape(-1, h.shape[-1]),
+            precision=precision(h.dtype),
+            preferred_element_type=wide,
         )
         return (total, reported + cross_entropy, d_table), d_h
 

@@ -195,6 +195,12 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert files_of(tmp_path) == {"file": b"old"}
+    # A whole write leaves what a reader has open as it was: it takes the name, never the file.
+    with path.open("rb") as reader:
+        with storage.replacing(path) as stream:
+            stream.write(b"new")
+        assert reader.read() == b"old"
+    assert files_of(tmp_path) == {"file": b"new"}
 
 
 def test_a_cache_that_cannot_be_made_is_named(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -1,0 +1,265 @@
+"""Configs from a command line, and the files that name them."""
+
+import dataclasses
+import os
+import re
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from gemma_jax.config import (
+    PRESETS,
+    DataConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    SampleConfig,
+    load,
+    parse,
+    replace,
+    to_json,
+)
+from gemma_jax.config.serialization import EXPERIMENTS
+from gemma_jax.errors import UserError
+
+
+def leaves(config: Any, prefix: str = "") -> dict[str, tuple[Any, Any, str]]:
+    """Type, default and meaning of every field, by dotted name."""
+    found: dict[str, tuple[Any, Any, str]] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            found |= leaves(value, f"{prefix}{field.name}.")
+        else:
+            found[prefix + field.name] = (field.type, value, field.metadata.get("help", ""))
+    return found
+
+
+@pytest.mark.parametrize("kind", EXPERIMENTS.values())
+def test_help_tells_the_type_the_default_and_the_meaning_of_every_field(
+    kind: type, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as done:
+        parse(kind(), ["--help"], "gemma test")
+    assert done.value.code == 0
+    # One entry an option, each on one line: descriptions are folded, so spaces are made one.
+    text = capsys.readouterr().out
+    entries = {
+        match[1]: " ".join(match[0].split())
+        for match in re.finditer(r"^  --([\w.]+).*\n(?:^ {10,}\S.*\n)*", text, re.MULTILINE)
+    }
+    fields = leaves(kind())
+    assert entries.keys() == fields.keys()
+    for name, (annotation, default, meaning) in fields.items():
+        assert len(meaning) >= 10 and meaning.endswith("."), f"{name} has no meaning: {meaning!r}"
+        entry = entries[name]
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+        assert meaning in entry, entry
+        assert f"(default: {shown or 'empty'})" in entry, entry
+        if annotation is bool:
+            assert f"--{name}, --no-{name}" in entry
+        elif typing.get_origin(annotation) is Literal:
+            assert "{" + ",".join(typing.get_args(annotation)) + "}" in entry
+        elif typing.get_origin(annotation) is tuple:
+            assert f"{typing.get_args(annotation)[0].__name__.upper()} [" in entry
+        else:
+            assert f"--{name} {annotation.__name__.upper()} " in entry
+
+
+def test_the_default_that_help_shows_is_that_of_the_config(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse(PretrainConfig(steps=4321), ["-h"], "gemma test")
+    assert "(default: 4321)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", EXPERIMENTS.values())
+def test_every_field_can_be_set(kind: type) -> None:
+    """Each option changes its own field, to the type that the field has, and no other."""
+    for name, (annotation, default, _) in leaves(kind()).items():
+        if annotation is bool:
+            arguments, expected = [f"--{name}"], True
+        elif typing.get_origin(annotation) is Literal:
+            expected = next(choice for choice in typing.get_args(annotation) if choice != default)
+            arguments = [f"--{name}", expected]
+        elif typing.get_origin(annotation) is tuple:
+            item = typing.get_args(annotation)[0](7)
+            arguments, expected = [f"--{name}", str(item), str(item)], (item, item)
+        else:
+            expected = annotation(77)
+            arguments = [f"--{name}", str(expected)]
+        assert parse(kind(), arguments, "gemma test") == replace(kind(), {name: expected}), name
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--top_k", "5", "--compute.scan_unroll", "2"],
+    ["--top-k", "5", "--compute.scan-unroll", "2"],
+    ["--top_k=5", "--compute.scan-unroll=2"],
+    ["--top-k=4", "--top_k=5", "--compute.scan_unroll=2"],
+])  # fmt: skip
+def test_both_spellings_of_an_option(arguments: list[str]) -> None:
+    config = parse(SampleConfig(), arguments, "gemma test")
+    assert config == replace(SampleConfig(), {"top_k": 5, "compute.scan_unroll": 2})
+
+
+def test_negative_and_scientific_numbers() -> None:
+    config = parse(PretrainConfig(), ["--mesh.fsdp", "-1", "--optimizer.learning_rate", "1e-3"], "gemma test")
+    assert config == PretrainConfig(optimizer=OptimizerConfig(learning_rate=0.001))
+
+
+def test_bools_are_switched_on_and_off() -> None:
+    assert parse(SampleConfig(), ["--json"], "gemma test").json is True
+    assert parse(SampleConfig(json=True), ["--no-json"], "gemma test").json is False
+    assert parse(SampleConfig(json=True), ["--no_json"], "gemma test").json is False
+
+
+def test_tuples_are_lists_of_words_or_repeated_options_and_replace_the_default() -> None:
+    sources = lambda *words: parse(PretrainConfig(), words, "gemma test").data.sources  # noqa: E731
+    assert sources("--data.sources", "a", "b") == ("a", "b")
+    assert sources("--data.sources", "a", "--data.sources", "b") == ("a", "b")
+    assert sources() == DataConfig().sources
+    assert parse(PretrainConfig(), ["--data.weights", "1", ".5"], "gemma test").data.weights == (1.0, 0.5)
+
+
+@pytest.mark.parametrize("prompt", ["--a-b c-d", "a-b=c-d", "--top-k is an option", "__json", "-", "100%", ""])
+def test_the_value_of_an_option_is_left_as_it_was_typed(prompt: str) -> None:
+    assert parse(SampleConfig(), ["--prompt", prompt], "gemma test").prompt == (prompt,)
+
+
+def test_a_value_that_looks_like_an_option_can_be_given_after_an_equals_sign() -> None:
+    assert parse(SampleConfig(), ["--prompt=--top-k"], "gemma test").prompt == ("--top-k",)
+
+
+WRONG = {
+    "type": (["--steps", "many"], "--steps: invalid int value: 'many'"),
+    "number for an integer": (["--steps", "1e3"], "--steps: invalid int value: '1e3'"),
+    "float": (["--optimizer.b1", "x"], "--optimizer.b1: invalid float value: 'x'"),
+    "one of a tuple": (["--data.weights", "1", "x"], "--data.weights: invalid float value: 'x'"),
+    "choice": (["--compute.remat", "all"], "--compute.remat: invalid choice: 'all'"),
+    "no value": (["--steps"], "--steps: expected one argument"),
+    "no value of a tuple": (["--data.sources"], "--data.sources: expected at least one argument"),
+    "typing slip": (["--optimizer.learning_rat", "1"], "did you mean --optimizer.learning_rate?"),
+    "no section": (["--learning_rate", "1"], "did you mean --optimizer.learning_rate?"),
+    "no section, hyphens": (["--learning-rate=1"], "did you mean --optimizer.learning_rate?"),
+    "cut short": (["--mesh.cpu", "2"], "did you mean --mesh.cpu_devices?"),
+    "no dashes": (["steps", "5"], "unknown option steps; did you mean --steps?"),
+    "one dash": (["-steps", "5"], "did you mean --steps?"),
+    "nothing like it": (["--zzzzzzzzzzzz", "5"], "unknown option --zzzzzzzzzzzz (see `gemma test --help`)."),
+    "nothing at all": (["--", "x"], "unknown option"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "told"), WRONG.values(), ids=WRONG)
+def test_wrong_options_are_told_in_one_sentence(arguments: list[str], told: str) -> None:
+    with pytest.raises(UserError) as error:
+        parse(PretrainConfig(), arguments, "gemma test")
+    message = str(error.value)
+    assert told in message and "\n" not in message and message.endswith("(see `gemma test --help`).")
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to work in, with a config of its own."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    source = "from gemma_jax.config import PretrainConfig\n\nconfig = PretrainConfig(steps=12)\n"
+    (tmp_path / "configs" / "mine.py").write_text(source)
+    (tmp_path / "run.v1").mkdir()
+    (tmp_path / "run.v1" / "config.json").write_text(to_json(PretrainConfig(steps=13)))
+    (tmp_path / "saved.json").write_text(to_json(PretrainConfig(steps=14)))
+    return tmp_path
+
+
+@pytest.mark.parametrize(("name", "steps", "experiment"), [
+    ("mine", 12, "mine"),
+    ("configs/mine.py", 12, "mine"),
+    ("run.v1", 13, "run.v1"),
+    ("run.v1/config.json", 13, "run.v1"),
+    ("saved.json", 14, "saved"),
+    ("demo", 600, "demo"),  # beside the package's source
+])  # fmt: skip
+def test_what_a_config_may_be_called(home: Path, name: str, steps: int, experiment: str) -> None:
+    config, called = load(name, PretrainConfig)
+    assert (config.steps, called) == (steps, experiment)
+
+
+def test_a_config_file_leaves_nothing_behind(home: Path) -> None:
+    load("mine", PretrainConfig)
+    load("./configs/mine.py", PretrainConfig)
+    assert [path.name for path in (home / "configs").iterdir()] == ["mine.py"]
+
+
+START = "from gemma_jax.config import *\n"
+FILES = {
+    "syntax.py": (START + "config = (\n", "syntax.py, line 2: '(' was never closed."),
+    "typo.py": (START + "config = PretrainConfig(step=3)", ("line 2: TypeError", "'step'; did you mean steps?")),
+    "section.py": (
+        START + "\nconfig = PretrainConfig(\n    optimizer=OptimizerConfig(learning_rat=1)\n)",
+        ("section.py, line 4: TypeError", "'learning_rat'; did you mean learning_rate?"),
+    ),
+    "preset.py": (START + "config = PretrainConfig(model=PRESETS['gemma_3b'])", "line 2: KeyError: 'gemma_3b'"),
+    "import.py": ("from gemma_jax.config import Pretrain", "line 1: ImportError: cannot import name 'Pretrain'"),
+    "name.py": ("x = 1\nconfig = nothing", "line 2: NameError: name 'nothing' is not defined"),
+    "value.py": ("def f():\n  raise ValueError('odd\\nvalue')\nf()\n", "line 2: ValueError: odd"),
+    "said.py": ("from gemma_jax.errors import UserError\nraise UserError('as it says')", "as it says"),
+    "empty.py": ("", "defines no `config`"),
+    "dict.py": ("config = {}", "holds a dict, but a PretrainConfig is needed here"),
+    "other.py": (START + "config = SampleConfig()", "holds a SampleConfig, but a PretrainConfig is needed"),
+    "type.py": (START + "config = PretrainConfig(steps='5')", "type.py: steps must be an integer, not '5'"),
+    "nested.py": (START + "config = PretrainConfig(model=PRESETS)", "nested.py: unknown key 'model.gemma_2b'"),
+    "tuple.py": (START + "config = PretrainConfig(data=DataConfig(sources='x'))", "data.sources must be a list"),
+    "nul.py": ("config = \0", "nul.py"),
+    "bytes.py": (b"config = '\xff'", "bytes.py"),
+    "empty.json": ("", "not valid JSON"),
+    "bytes.json": (b"\xff\xfe", "not UTF-8"),
+    "key.json": ('{"experiment": "pretrain", "stepz": 1}', "key.json: unknown key 'stepz'; did you mean steps"),
+    "other.json": ('{"experiment": "sample"}', "holds a SampleConfig, but a PretrainConfig is needed here"),
+    "notes.txt": ("Some notes.", "not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_that_are_no_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)  # so that the file is named by a relative path, as people do
+    content, told = FILES[name]
+    Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError) as error:
+        load(name, PretrainConfig)
+    for part in told if isinstance(told, tuple) else (told,):
+        assert part in str(error.value)
+
+
+def test_numbers_in_a_config_file_have_the_types_of_the_fields(home: Path) -> None:
+    """A run compares its config with what was saved: 1 and 1.0 must not be two configs."""
+    Path("whole.py").write_text(START + "config = PretrainConfig(optimizer=OptimizerConfig(weight_decay=1))")
+    config, _ = load("whole.py", PretrainConfig)
+    assert type(config.optimizer.weight_decay) is float
+
+
+@pytest.mark.parametrize(("name", "told"), [
+    ("mien", "no config 'mien'; did you mean mine? (a file, a run directory, or one of: demo, mine)."),
+    ("nothing.py", "no config 'nothing.py'"),
+    ("configs", "no config 'configs'"),  # a folder without a run
+    ("no/where", "no config 'no/where'"),
+    ("x" * 5000, "no config 'xxx"),
+    ("mine.py/config", "no config 'mine.py/config'"),
+    ("", "no config ''"),
+])  # fmt: skip
+def test_names_that_mean_nothing(home: Path, name: str, told: str) -> None:
+    with pytest.raises(UserError) as error:
+        load(name, PretrainConfig)
+    assert str(error.value).startswith(told)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to the superuser")
+def test_a_config_that_may_not_be_read(home: Path) -> None:
+    (home / "saved.json").chmod(0)
+    with pytest.raises(UserError, match=r"saved\.json cannot be read: Permission denied"):
+        load("saved.json", PretrainConfig)
+
+
+def test_presets_can_be_built_upon_in_a_config_file(home: Path) -> None:
+    Path("small.py").write_text(
+        START + "config = PretrainConfig(model=replace(PRESETS['gemma_tiny'], {'num_layers': 9}))"
+    )
+    assert load("small.py", PretrainConfig)[0].model == replace(PRESETS["gemma_tiny"], {"num_layers": 9})

@@ -1,0 +1,180 @@
+"""Configs to JSON and back, whatever the JSON says."""
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gemma_jax.config import (
+    PRESETS,
+    DataConfig,
+    MeshConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    SampleConfig,
+    from_json,
+    from_record,
+    replace,
+    suggestion,
+    to_dict,
+    to_json,
+    validate,
+    validate_sample,
+)
+from gemma_jax.config.serialization import EXPERIMENTS
+from gemma_jax.errors import UserError
+
+# One of each kind with no field at its default where that shows something: tuples, floats, choices, signs.
+EXAMPLES = {
+    "pretrain": PretrainConfig(
+        run_dir="runs/\u00e9 \u4e2d",
+        steps=7,
+        model=PRESETS["gemma_tiny"],
+        data=DataConfig(sources=("a/*.txt", "b.jsonl"), weights=(0.25, 2.0), bad_records="skip"),
+        optimizer=OptimizerConfig(learning_rate=1e-30, epsilon=0.1 + 0.2),
+        mesh=MeshConfig(data=-1, fsdp=2),
+    ),
+    "sample": SampleConfig(prompt=("one\ntwo", ""), temperature=1.5, json=True),
+}
+
+
+def test_there_is_an_example_of_every_experiment() -> None:
+    assert {kind: type(config) for kind, config in EXAMPLES.items()} == EXPERIMENTS
+
+
+@pytest.mark.parametrize("config", [*EXAMPLES.values(), PretrainConfig(), SampleConfig()])
+def test_json_and_back_is_the_same_config(config: Any) -> None:
+    text = to_json(config)
+    again = from_json(text, "here")
+    assert again == config and type(again) is type(config)
+    assert to_json(again) == text and text.endswith("}\n")
+    assert from_record(to_dict(config), "here") == config
+
+
+def test_keys_that_are_left_out_keep_their_defaults() -> None:
+    config = from_json('{"experiment": "pretrain", "optimizer": {"b2": 0.5}}', "here")
+    assert config == PretrainConfig(optimizer=OptimizerConfig(b2=0.5))
+
+
+def test_an_integer_is_a_number_but_true_is_not() -> None:
+    config = from_json('{"experiment": "pretrain", "optimizer": {"learning_rate": 1}}', "here")
+    assert type(config.optimizer.learning_rate) is float
+    with pytest.raises(UserError, match=r"optimizer\.learning_rate must be a number, not True"):
+        from_json('{"experiment": "pretrain", "optimizer": {"learning_rate": true}}', "here")
+
+
+DEEP = "[" * 300 + "]" * 300
+WRONG = {
+    "not JSON": ("{", r"not valid JSON"),
+    "deeper than the parser goes": ("[" * 100_000, r"not valid JSON"),
+    "not an object": ("[]", r"no key 'experiment'"),
+    "no experiment": ("{}", r"no key 'experiment'"),
+    "unknown experiment": ('{"experiment": "pretrian"}', r"'pretrian' is not one of pretrain, sample"),
+    "experiment of a wrong type": ('{"experiment": ["pretrain"]}', r"is not one of"),
+    "unknown key": (
+        '{"experiment": "pretrain", "optimizer": {"learning_rat": 1}}',
+        r"'optimizer\.learning_rat'; did you mean learning_rate\?$",
+    ),
+    "unknown section": ('{"experiment": "pretrain", "optimiser": {}}', r"'optimiser'; did you mean optimizer\?"),
+    "section that is a number": ('{"experiment": "pretrain", "model": 3}', r"model must be an object, not 3"),
+    "string for an integer": ('{"experiment": "pretrain", "steps": "10"}', r"steps must be an integer, not '10'"),
+    "number for an integer": ('{"experiment": "pretrain", "steps": 1.5}', r"steps must be an integer, not 1\.5"),
+    "true for an integer": ('{"experiment": "pretrain", "steps": true}', r"steps must be an integer, not True"),
+    "number for a string": ('{"experiment": "pretrain", "run_dir": 5}', r"run_dir must be a string, not 5"),
+    "number for a bool": ('{"experiment": "sample", "json": 1}', r"json must be true or false, not 1"),
+    "null": ('{"experiment": "pretrain", "steps": null}', r"steps must be an integer, not None"),
+    "choice": (
+        '{"experiment": "pretrain", "compute": {"remat": "all"}}',
+        r"compute\.remat must be one of none, full, not 'all'",
+    ),
+    "string for a list": (
+        '{"experiment": "pretrain", "data": {"sources": "python-stdlib"}}',
+        r"data\.sources must be a list, not 'python-stdlib'",
+    ),
+    "list of a wrong type": (
+        '{"experiment": "pretrain", "data": {"weights": [1, "2"]}}',
+        r"data\.weights must be a number, not '2'",
+    ),
+    "too large for a float": (
+        '{"experiment": "pretrain", "optimizer": {"b1": 1' + "0" * 400 + "}}",
+        r"optimizer\.b1 is 1000.*too large",
+    ),
+    "value too deep to be shown whole": ('{"experiment": "pretrain", "steps": ' + DEEP + "}", r"steps must be"),
+    "value too long to be shown whole": ('{"experiment": "pretrain", "steps": "' + "x" * 10**6 + '"}', r"steps"),
+    "key too long to be shown whole": ('{"experiment": "pretrain", "' + "x" * 10**6 + '": 1}', r"unknown key"),
+}
+
+
+@pytest.mark.parametrize(("text", "told"), WRONG.values(), ids=WRONG)
+def test_wrong_json_is_told_in_one_short_sentence(text: str, told: str) -> None:
+    with pytest.raises(UserError, match=told) as error:
+        from_json(text, "here.json")
+    message = str(error.value)
+    assert message.startswith("here.json") and "\n" not in message and len(message) < 400
+
+
+# Any JSON value, with those that Python can hold and the fields cannot.
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.just(10**400),
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(), children, max_size=3),
+    max_leaves=5,
+)
+
+
+@st.composite
+def mutated(draw: st.DrawFn) -> str:
+    """The JSON of an example with values changed, keys renamed, added or removed, or characters damaged."""
+    data: Any = to_dict(draw(st.sampled_from(list(EXAMPLES.values()))))
+    for _ in range(draw(st.integers(1, 3))):
+        place = data
+        while True:
+            key = draw(st.sampled_from(sorted(place)))
+            if not (isinstance(place[key], dict) and place[key] and draw(st.booleans())):
+                break
+            place = place[key]
+        change = draw(st.sampled_from(["value", "remove", "rename", "add"]))
+        value = draw(values)
+        if change in ("remove", "rename"):
+            value = place.pop(key)
+        if change in ("rename", "add"):
+            key = draw(st.text(max_size=8) | st.just(key + "s"))
+        if change != "remove":
+            place[key] = value
+        if not data:
+            break
+    text = json.dumps(data)
+    if draw(st.booleans()):
+        start, length = draw(st.integers(0, len(text))), draw(st.integers(0, 4))
+        text = text[:start] + draw(st.text('{}[]",:0e.\\u', max_size=3)) + text[start + length :]
+    return text
+
+
+@settings(max_examples=400, deadline=None)
+@given(mutated())
+def test_damaged_json_gives_a_config_or_a_user_error_and_nothing_else(text: str) -> None:
+    try:
+        config = from_json(text, "here")
+    except UserError as error:
+        assert str(error)
+        return
+    assert type(config) in EXPERIMENTS.values()
+    assert to_json(from_json(to_json(config), "here")) == to_json(config)
+    try:
+        (validate if isinstance(config, PretrainConfig) else validate_sample)(config)
+    except UserError as error:
+        assert str(error)
+
+
+def test_replace_changes_the_named_fields_and_no_others() -> None:
+    config = PretrainConfig()
+    changed = replace(config, {"steps": 3, "optimizer.b1": 0.5, "optimizer.b2": 0.6})
+    assert changed == dataclasses.replace(config, steps=3, optimizer=OptimizerConfig(b1=0.5, b2=0.6))
+    assert config == PretrainConfig()
+
+
+def test_suggestion_is_the_nearest_word_or_nothing() -> None:
+    assert suggestion("tempreature", ["top_p", "temperature", "seed"]) == "; did you mean temperature?"
+    assert suggestion("qqq", ["temperature", "seed"]) == ""

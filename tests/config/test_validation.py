@@ -1,0 +1,192 @@
+"""Each contradiction in a config is found before anything is loaded, and told by its value."""
+
+import math
+from typing import Any
+
+import pytest
+
+from gemma_jax.config import (
+    PRESETS,
+    MeshConfig,
+    PretrainConfig,
+    SampleConfig,
+    mesh_shape,
+    replace,
+    validate,
+    validate_mesh,
+    validate_model,
+    validate_on_devices,
+    validate_sample,
+)
+from gemma_jax.errors import UserError
+
+NAN, INF = math.nan, math.inf
+
+# What is changed, and what the message must say.
+PRETRAIN: list[tuple[dict[str, Any], str]] = [
+    ({"steps": 0}, "steps is 0"),
+    ({"steps": 2**31}, "steps is 2147483648"),
+    ({"steps": 10**400}, "steps is 1000"),
+    ({"seed": -1}, "seed is -1"),
+    ({"seed": 2**32}, "seed is 4294967296"),
+    *(
+        ({f"model.{name}": 0}, f"model.{name} is 0, but must be at least 1")
+        for name in "vocab_size num_layers embed_dim hidden_dim num_heads num_kv_heads head_dim".split()
+    ),
+    ({"model.context_length": 0}, "model.context_length is 0"),
+    ({"model.vocab_multiple": 0}, "model.vocab_multiple is 0"),
+    ({"model.rope_base": 0.5}, "model.rope_base is 0.5"),
+    ({"model.rope_base": INF}, "model.rope_base is inf"),
+    ({"model.norm_epsilon": -1e-6}, "model.norm_epsilon is -1e-06"),
+    ({"model.norm_epsilon": NAN}, "model.norm_epsilon is nan"),
+    ({"model.num_kv_heads": 3}, "model.num_kv_heads is 3, which does not divide model.num_heads, 8"),
+    ({"model.num_kv_heads": 16}, "model.num_kv_heads is 16, which does not divide model.num_heads, 8"),
+    ({"model.head_dim": 255}, "model.head_dim is 255"),
+    ({"data.sequence_length": 0}, "data.sequence_length is 0"),
+    ({"data.sequence_length": 8193}, "data.sequence_length is 8193, longer than model.context_length, 8192"),
+    ({"data.batch_size": 0}, "data.batch_size is 0"),
+    ({"data.held_out": -0.1}, "data.held_out is -0.1"),
+    ({"data.held_out": 1.5}, "data.held_out is 1.5"),
+    ({"data.held_out": 1.0}, "data.held_out is 1, which leaves nothing"),
+    ({"data.held_out": NAN}, "data.held_out is nan"),
+    ({"data.sources": ()}, "data.sources is empty"),
+    ({"data.weights": (1.0, 2.0)}, "data.weights has 2 entries for 1 data.sources"),
+    ({"data.weights": (0.0,)}, "data.weights is (0.0,)"),
+    ({"data.weights": (INF,)}, "data.weights is (inf,)"),
+    ({"optimizer.accumulation_steps": 0}, "optimizer.accumulation_steps is 0"),
+    ({"optimizer.accumulation_steps": 3}, "data.batch_size is 8, which optimizer.accumulation_steps, 3"),
+    ({"optimizer.warmup_steps": -1}, "optimizer.warmup_steps is -1"),
+    ({"optimizer.learning_rate": -1e-3}, "optimizer.learning_rate is -0.001"),
+    ({"optimizer.learning_rate": NAN}, "optimizer.learning_rate is nan"),
+    ({"optimizer.clip_norm": -1.0}, "optimizer.clip_norm is -1.0"),
+    ({"optimizer.epsilon": -1.0}, "optimizer.epsilon is -1.0"),
+    ({"optimizer.weight_decay": -0.1}, "optimizer.weight_decay is -0.1"),
+    ({"optimizer.z_loss": -1.0}, "optimizer.z_loss is -1.0"),
+    ({"optimizer.b1": 1.0}, "optimizer.b1 is 1.0, but must be below 1"),
+    ({"optimizer.b1": -0.1}, "optimizer.b1 is -0.1"),
+    ({"optimizer.b2": 1.5}, "optimizer.b2 is 1.5"),
+    ({"optimizer.final_fraction": 1.1}, "optimizer.final_fraction is 1.1"),
+    ({"optimizer.decay_fraction": NAN}, "optimizer.decay_fraction is nan"),
+    ({"compute.scan_unroll": 0}, "compute.scan_unroll is 0"),
+    ({"compute.loss_block": 0}, "compute.loss_block is 0"),
+    ({"checkpoint.every": 0}, "checkpoint.every is 0"),
+    ({"checkpoint.keep_last": 0}, "checkpoint.keep_last is 0"),
+    ({"checkpoint.keep_every": -1}, "checkpoint.keep_every is -1"),
+    ({"checkpoint.keep_best": -1}, "checkpoint.keep_best is -1"),
+    ({"evaluation.every": -1}, "evaluation.every is -1"),
+    ({"evaluation.rows": 0}, "evaluation.rows is 0"),
+    ({"logging.every": 0}, "logging.every is 0"),
+    ({"tokenizer.train_megabytes": 0.0}, "tokenizer.train_megabytes is 0.0"),
+    ({"mesh.fsdp": 0}, "mesh.fsdp is 0"),
+    ({"mesh.cpu_devices": 3}, "data.batch_size is 8, which data 1 x fsdp 3 x accumulation_steps 1 = 3"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "told"), PRETRAIN, ids=[told[:40] for _, told in PRETRAIN])
+def test_contradictions_of_a_pretrain_config(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError) as error:
+        validate(replace(PretrainConfig(), changes))
+    assert told in str(error.value)
+
+
+def test_what_stands_at_the_limits_is_allowed() -> None:
+    changes = {
+        "steps": 1,
+        "seed": 2**32 - 1,
+        "data.sequence_length": 8192,
+        "data.held_out": 0.0,
+        "data.weights": (3.0,),
+        "optimizer.accumulation_steps": 8,
+        "optimizer.clip_norm": 0.0,
+        "optimizer.warmup_steps": 0,
+        "optimizer.b1": 0.0,
+        "optimizer.final_fraction": 1.0,
+        "evaluation.every": 0,
+        "model.num_kv_heads": 8,
+    }
+    validate(replace(PretrainConfig(), changes))
+
+
+SAMPLE: list[tuple[dict[str, Any], str]] = [
+    ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+    ({"max_new_tokens": 2**31}, "max_new_tokens is 2147483648"),
+    ({"temperature": -0.5}, "temperature is -0.5"),
+    ({"temperature": NAN}, "temperature is nan"),
+    ({"temperature": INF}, "temperature is inf"),
+    ({"top_k": -1}, "top_k is -1"),
+    ({"top_k": 2**31}, "top_k is 2147483648"),
+    ({"top_p": 0.0}, "top_p is 0.0"),
+    ({"top_p": 1.01}, "top_p is 1.01"),
+    ({"top_p": NAN}, "top_p is nan"),
+    ({"seed": -1}, "seed is -1"),
+    ({"seed": 2**32}, "seed is 4294967296"),
+    ({"compute.scan_unroll": 0}, "compute.scan_unroll is 0"),
+    ({"mesh.tensor": 0}, "mesh.tensor is 0"),
+]
+
+
+@pytest.mark.parametrize(("changes", "told"), SAMPLE, ids=[told for _, told in SAMPLE])
+def test_settings_of_a_sample_config_that_are_out_of_range(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError) as error:
+        validate_sample(replace(SampleConfig(), changes))
+    assert told in str(error.value)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_and_defaults_contradict_nothing(preset: str) -> None:
+    validate_model(PRESETS[preset])
+    validate(PretrainConfig())
+    validate_sample(SampleConfig())
+
+
+@pytest.mark.parametrize(("mesh", "devices", "shape"), [
+    (MeshConfig(), 1, (1, 1, 1)),
+    (MeshConfig(), 8, (1, 8, 1)),  # all there are on fsdp
+    (MeshConfig(tensor=2), 8, (1, 4, 2)),
+    (MeshConfig(data=2, tensor=2), 8, (2, 2, 2)),
+    (MeshConfig(data=-1, fsdp=1, tensor=4), 8, (2, 1, 4)),
+    (MeshConfig(data=1, fsdp=2, tensor=-1), 8, (1, 2, 4)),
+    (MeshConfig(data=2, fsdp=2, tensor=2), 8, (2, 2, 2)),
+    (MeshConfig(data=8), 8, (8, 1, 1)),
+    (MeshConfig(), 6, (1, 6, 1)),
+])  # fmt: skip
+def test_shape_of_a_mesh(mesh: MeshConfig, devices: int, shape: tuple[int, int, int]) -> None:
+    assert mesh_shape(mesh, devices) == shape
+
+
+@pytest.mark.parametrize(("mesh", "devices", "told"), [
+    (MeshConfig(fsdp=16), 8, "the mesh (data 1 x fsdp 16 x tensor 1) needs 16 devices, but there are 8"),
+    (MeshConfig(tensor=2), 1, "needs 2 devices, but there is 1"),
+    (MeshConfig(tensor=3), 8, "(data 1 x fsdp -1 x tensor 3) does not use exactly the 8 devices"),
+    (MeshConfig(fsdp=4), 8, "(data 1 x fsdp 4 x tensor 1) does not use exactly the 8 devices"),
+])  # fmt: skip
+def test_meshes_that_do_not_fit_the_devices(mesh: MeshConfig, devices: int, told: str) -> None:
+    with pytest.raises(UserError) as error:
+        mesh_shape(mesh, devices)
+    assert told in str(error.value)
+
+
+@pytest.mark.parametrize(("mesh", "told"), [
+    (MeshConfig(data=0), "mesh.data is 0"),
+    (MeshConfig(fsdp=-2), "mesh.fsdp is -2"),
+    (MeshConfig(tensor=-1), "mesh.fsdp and mesh.tensor are both -1"),
+    (MeshConfig(data=-1, tensor=-1), "mesh.data and mesh.fsdp and mesh.tensor"),
+    (MeshConfig(cpu_devices=-1), "mesh.cpu_devices is -1"),
+    (MeshConfig(cpu_devices=4, tensor=8), "needs 8 devices, but there are 4"),
+])  # fmt: skip
+def test_meshes_that_fit_no_devices(mesh: MeshConfig, told: str) -> None:
+    with pytest.raises(UserError) as error:
+        validate_mesh(mesh)
+    assert told in str(error.value)
+
+
+def test_a_batch_that_the_mesh_does_not_divide_is_told_with_one_that_it_does() -> None:
+    config = replace(PretrainConfig(), {"data.batch_size": 20, "mesh.tensor": 2})
+    validate_on_devices(config, 10)  # fsdp 5
+    validate_on_devices(config, 1 * 2)
+    with pytest.raises(UserError, match=r"data\.batch_size is 20, .* fsdp 8 .* = 8 does not divide; use 24\."):
+        validate_on_devices(config, 16)
+    accumulated = replace(config, {"optimizer.accumulation_steps": 4})
+    validate_on_devices(accumulated, 10)
+    with pytest.raises(UserError, match=r"fsdp 2 x accumulation_steps 4 = 8 does not divide; use 24\."):
+        validate_on_devices(accumulated, 4)
