@@ -6,8 +6,14 @@ INSTALLED := .venv/installed
 .PHONY: demo test test-slow lint clean
 
 demo: $(INSTALLED)
-	$(BIN)/python train.py pretrain demo
-	$(BIN)/python sample.py runs/demo --prompt "def fibonacci(n):"
+	@$(BIN)/python train.py pretrain demo
+	@$(BIN)/python sample.py runs/demo --temperature 0.7 --top_p 0.9 --max_new_tokens 96 \
+	  --prompt "def fibonacci(n):" --prompt "class Queue:" --prompt "import os"
+	@printf '\n%s\n' 'Next, try:' \
+	  '  $(BIN)/python sample.py runs/demo --prompt "for line in" --temperature 0.8 --samples 3' \
+	  '  $(BIN)/python train.py pretrain demo --steps 1200' \
+	  '  $(BIN)/python train.py pretrain demo --run_dir runs/deeper --model.num_layers 8' \
+	  '  $(BIN)/gemma inspect runs/demo'
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow"

@@ -1,8 +1,10 @@
 """`Gemma`: the object that a notebook holds."""
 
 import dataclasses
+import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,19 +16,22 @@ from gemma_jax.config import (
     PRESETS,
     ComputeConfig,
     MeshConfig,
+    SamplingConfig,
     TransformerConfig,
     from_record,
     suggestion,
     validate_model,
+    validate_sampling,
 )
 from gemma_jax.errors import UserError
 from gemma_jax.model import abstract_transformer, init_params
-from gemma_jax.sampling import Generator, SamplingSettings
+from gemma_jax.sampling import Completion, Generator
 from gemma_jax.sampling.generate import FinishReason
 from gemma_jax.sharding import make_mesh, shardings
 from gemma_jax.tokenizer import Tokenizer
 
 RANDOM = "random:"
+STRIDE = 8  # tokens between two looks at a text that is streamed or may meet a stop text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,13 +184,15 @@ class Gemma:
 
     def generate(
         self,
-        prompts: Sequence[str] | Sequence[Sequence[int]],
+        prompts: Sequence[str | Sequence[int]],
         *,
         max_new_tokens: int = 64,
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
+        samples: int = 1,
+        stop: Sequence[str] = (),
     ) -> list[Generation]:
         """Continue prompts of any lengths, as one batch.
 
@@ -197,27 +204,88 @@ class Gemma:
           top_k: sample among so many likeliest tokens; 0 among all.
           top_p: sample among the likeliest tokens that hold this much probability.
           seed: decides the samples; a prompt's sample depends on its place in the list, not on the others.
+          samples: continuations of each prompt.
+          stop: texts that end a continuation and are cut off it.
+
+        Returns:
+          A generation for each prompt; all samples of one prompt stand together.
 
         Raises:
-          UserError: text without a tokenizer, a prompt that is empty or fills the context, ids out of range.
+          UserError: text without a tokenizer, a prompt that is empty or fills the context, ids out of
+            range, a setting out of range.
         """
-        settings = SamplingSettings(max_new_tokens, temperature, top_k, top_p, seed)
+        config = SamplingConfig(max_new_tokens, temperature, top_k, top_p, seed, samples, tuple(stop))
+        validate_sampling(config)
+        generations: list[Generation] = []
+        if prompts:
+            # Without stop texts nothing needs to be looked at before the end.
+            for generations in self._run(prompts, config, STRIDE if stop else max_new_tokens):
+                pass
+        return generations
+
+    def stream(self, prompt: str | Sequence[int], **settings: Any) -> Iterator[str]:
+        """The continuation of one prompt, piece by piece while it is made.
+
+        Args:
+          prompt: text or token ids.
+          **settings: those of `generate`, but for samples.
+
+        Yields:
+          Texts that joined are the text that `generate` gives. A character whose bytes are not all there,
+          and what may become a stop text, are held back until it is known.
+
+        Raises:
+          UserError: as `generate`, and for a model without a tokenizer.
+        """
+        settings["stop"] = tuple(settings.get("stop", ()))
+        config = SamplingConfig(**settings, samples=1)
+        validate_sampling(config)
+        assert self.tokenizer
+        shown = ""
+        for [generation] in self._run([prompt], config, STRIDE):
+            certain = generation.text[: len(generation.text) - _uncertain(generation.text, config.stop)]
+            if certain.startswith(shown) and certain != shown:
+                yield certain[len(shown) :]
+                shown = certain
+        if generation.text != shown:
+            yield generation.text[len(shown) :]
+
+    def _run(
+        self, prompts: Sequence[str | Sequence[int]], config: SamplingConfig, stride: int
+    ) -> Iterator[list[Generation]]:
+        """The generations as far as they are, at every stride."""
         ids = [self._prompt_ids(prompt) for prompt in prompts]
-        if not ids:
-            return []
         ends = [self._tokenizer.eos_id] if self._tokenizer else [1]
-        completions = self._generator.generate(ids, settings, ends)
-        return [
-            Generation(
-                self._tokenizer.decode(c.token_ids) if self._tokenizer else "",
-                c.token_ids,
-                c.log_probs,
-                c.finish_reason,
-            )
-            for c in completions
-        ]
+
+        def ended(completions: list[Completion]) -> list[bool]:
+            texts = [self.tokenizer.decode(completion.token_ids) for completion in completions]
+            return [any(stop in text for stop in config.stop) for text in texts]
+
+        for completions in self._generator.run(ids, config, ends, stride, ended if config.stop else None):
+            yield [self._generation(completion, config.stop) for completion in completions]
+
+    def _generation(self, completion: Completion, stop: Sequence[str]) -> Generation:
+        ids, log_probs, reason = completion.token_ids, completion.log_probs, completion.finish_reason
+        if self._tokenizer is None:
+            return Generation("", ids, log_probs, reason)
+        text = self._tokenizer.decode(ids)
+        cuts = [text.index(word) for word in stop if word in text]
+        if cuts:
+            # The tokens that are needed for the text before the stop, and no more.
+            text, reason = text[: min(cuts)], "stop"
+            needed = next(n for n in range(len(ids) + 1) if self._tokenizer.decode(ids[:n]).startswith(text))
+            ids, log_probs = ids[:needed], log_probs[:needed]
+        return Generation(text, ids, log_probs, reason)
 
     def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):
             return [self.tokenizer.bos_id, *self.tokenizer.encode_typed(prompt)]
-        return list(prompt)
+        return [operator.index(token) for token in prompt]
+
+
+def _uncertain(text: str, stop: Sequence[str]) -> int:
+    """Characters at the end of a text that the next token may still change or make part of a stop text."""
+    beginnings = [n for word in stop for n in range(1, len(word)) if text.endswith(word[:n])]
+    # U+FFFD stands for bytes of a character that is not complete yet.
+    incomplete = len(text) - len(text.rstrip("\ufffd"))
+    return max([incomplete, *beginnings])

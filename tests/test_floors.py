@@ -189,7 +189,12 @@ def test_the_block_is_read() -> None:
         "pkg/high/": 1,
         "pkg/other.py": 1,
     }
-    for text in ("", HOUSE + HOUSE, HOUSE.replace("pkg/other.py", "pkg/low/"), HOUSE.replace("pkg/high/", "")):
+    for text in (
+        "",
+        HOUSE + HOUSE,
+        HOUSE.replace("pkg/other.py", "pkg/low/"),
+        HOUSE.replace("pkg/high/", ""),
+    ):
         with pytest.raises(AssertionError):
             read_floors(text)
 
@@ -230,7 +235,9 @@ def test_each_fault_is_found(file: str, source: str, told: str) -> None:
     assert len(found) == 1 and found[0].startswith(told)
 
 
-@pytest.mark.parametrize("source", ["import pkg.low.a", "from .a import y", "def f():\n  from pkg.low import x"])
+@pytest.mark.parametrize(
+    "source", ["import pkg.low.a", "from .a import y", "def f():\n  from pkg.low import x"]
+)
 def test_cycles_are_found(source: str) -> None:
     (cycle,) = import_cycles(GOOD | {"pkg/low/b.py": source})
     assert "pkg/low/b.py" in cycle and cycle[0] == cycle[-1]

@@ -15,9 +15,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = {
-    "absl", "array_record", "etils", "flax", "grain", "jax", "jaxlib", "matplotlib", "numpy", "optax", "orbax",
-    "pandas", "rich", "scipy", "sentencepiece", "tensorboardX", "tensorflow", "tensorflow_datasets", "tensorstore",
-    "torch", "wandb",
+    "absl", "array_record", "etils", "flax", "grain", "jax", "jaxlib", "matplotlib", "numpy", "optax",
+    "orbax", "pandas", "rich", "scipy", "sentencepiece", "tensorboardX", "tensorflow", "tensorflow_datasets",
+    "tensorstore", "torch", "wandb",
 }  # fmt: skip
 
 PROGRAM = """
@@ -90,9 +90,21 @@ def test_a_notebook_loads_nothing_that_only_training_needs() -> None:
     _, modules, shown = imported("from gemma_jax import Gemma")
     assert "jax" in modules and "gemma_jax" in modules
     assert (modules - bare) & HEAVY <= {"sentencepiece"}, shown
-    assert modules & {"orbax", "grain", "matplotlib", "tensorflow", "tensorflow_datasets", "torch"} == set(), shown
+    assert (
+        modules & {"orbax", "grain", "matplotlib", "tensorflow", "tensorflow_datasets", "torch"} == set()
+    ), shown
 
 
 def test_the_package_itself_loads_nothing() -> None:
     _, modules, shown = imported("import gemma_jax; gemma_jax.__version__")
     assert modules & HEAVY == set(), shown
+
+
+def test_tensorflow_and_torch_are_loaded_by_no_module() -> None:
+    every = "import pkgutil, importlib, gemma_jax; "
+    every += (
+        "[importlib.import_module(m.name) for m in pkgutil.walk_packages(gemma_jax.__path__, 'gemma_jax.')]"
+    )
+    _, modules, shown = imported(every)
+    assert {"orbax", "optax", "jax"} <= modules, shown  # it did load what there is
+    assert modules & {"tensorflow", "torch"} == set(), shown

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 
-from gemma_jax.config import SampleConfig, parse, validate_sample
+from gemma_jax.config import SampleConfig, SamplingConfig, parse, validate_sample
 from gemma_jax.errors import UserError
 
 
@@ -22,15 +22,17 @@ def run(arguments: Sequence[str], prog: str) -> int:
     from gemma_jax.api import Gemma
 
     gemma = Gemma.from_pretrained(checkpoint, mesh=config.mesh, compute=config.compute)
-    generations = gemma.generate(
-        config.prompt,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        seed=config.seed,
-    )
-    for index, (prompt, generation) in enumerate(zip(config.prompt, generations, strict=True)):
+    settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(SamplingConfig)}
+    if config.stream:
+        del settings["samples"]
+        print(config.prompt[0], end="", flush=True)
+        for piece in gemma.stream(config.prompt[0], **settings):
+            print(piece, end="", flush=True)
+        print()
+        return 0
+    prompts = [prompt for prompt in config.prompt for _ in range(config.samples)]
+    generations = gemma.generate(config.prompt, **settings)
+    for index, (prompt, generation) in enumerate(zip(prompts, generations, strict=True)):
         if config.json:
             print(json.dumps({"prompt": prompt, **dataclasses.asdict(generation)}))
         else:

@@ -11,6 +11,7 @@ from gemma_jax.config.sections import (
     LoggingConfig,
     MeshConfig,
     OptimizerConfig,
+    SamplingConfig,
     TokenizerConfig,
     TransformerConfig,
 )
@@ -23,6 +24,7 @@ from gemma_jax.config.validation import (
     validate_model,
     validate_on_devices,
     validate_sample,
+    validate_sampling,
 )
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "OptimizerConfig",
     "PretrainConfig",
     "SampleConfig",
+    "SamplingConfig",
     "TokenizerConfig",
     "TransformerConfig",
     "from_json",
@@ -53,4 +56,5 @@ __all__ = [
     "validate_model",
     "validate_on_devices",
     "validate_sample",
+    "validate_sampling",
 ]

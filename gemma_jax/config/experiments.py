@@ -12,6 +12,7 @@ from gemma_jax.config.sections import (
     LoggingConfig,
     MeshConfig,
     OptimizerConfig,
+    SamplingConfig,
     TokenizerConfig,
     TransformerConfig,
     setting,
@@ -40,15 +41,11 @@ class PretrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class SampleConfig:
+class SampleConfig(SamplingConfig):
     """Continue prompts with a trained model."""
 
     prompt: tuple[str, ...] = setting((), "Text to continue; may be given several times.")
-    max_new_tokens: int = setting(64, "Tokens to add, at most.")
-    temperature: float = setting(0.0, "0 takes the likeliest token; 1 samples from the model's distribution.")
-    top_k: int = setting(0, "Sample among this many likeliest tokens; 0 among all.")
-    top_p: float = setting(1.0, "Sample among the likeliest tokens that hold this much probability.")
-    seed: int = setting(0, "Decides the samples.")
+    stream: bool = setting(False, "Print text while it is made; for a single prompt and sample.")
     json: bool = setting(False, "Print one JSON object a line and nothing else.")
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)

@@ -146,3 +146,16 @@ class LoggingConfig:
     every: int = setting(10, "Steps between lines of the log.")
     tensorboard: Literal["on", "off"] = setting("off", "Write TensorBoard event files into the run.")
     wandb_project: str = setting("", "Weights & Biases project to log to, when wandb is installed.")
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How new tokens are chosen, and when to end."""
+
+    max_new_tokens: int = setting(64, "Tokens to add, at most.")
+    temperature: float = setting(0.0, "0 takes the likeliest token; 1 samples from the model's distribution.")
+    top_k: int = setting(0, "Sample among this many likeliest tokens; 0 among all.")
+    top_p: float = setting(1.0, "Sample among the likeliest tokens that hold this much probability.")
+    seed: int = setting(0, "Decides the samples.")
+    samples: int = setting(1, "Continuations of each prompt.")
+    stop: tuple[str, ...] = setting((), "Texts that end a continuation, and are not part of it.")

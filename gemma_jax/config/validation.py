@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 
 from gemma_jax.config.experiments import PretrainConfig, SampleConfig
-from gemma_jax.config.sections import MeshConfig, TransformerConfig
+from gemma_jax.config.sections import MeshConfig, SamplingConfig, TransformerConfig
 from gemma_jax.errors import UserError
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -103,13 +103,25 @@ def validate(config: PretrainConfig) -> None:
         validate_on_devices(config, config.mesh.cpu_devices)
 
 
+def validate_sampling(config: SamplingConfig) -> None:
+    """Raises:
+    UserError: naming the setting that is out of range.
+    """
+    _require_at_least(config, "", {"max_new_tokens": 1, "temperature": 0.0, "top_k": 0, "samples": 1})
+    _validate_seed(config.seed)
+    _require(0 < config.top_p <= 1, f"top_p is {config.top_p}, but must be above 0 and at most 1.")
+    _require(all(config.stop), "stop holds an empty text, which would end every continuation; leave it out.")
+
+
 def validate_sample(config: SampleConfig) -> None:
     """Raises:
     UserError: naming the setting that is out of range.
     """
-    _require_at_least(config, "", {"max_new_tokens": 1, "temperature": 0.0, "top_k": 0})
-    _validate_seed(config.seed)
-    _require(0 < config.top_p <= 1, f"top_p is {config.top_p}, but must be above 0 and at most 1.")
+    validate_sampling(config)
+    _require(
+        not config.stream or (len(config.prompt) * config.samples <= 1 and not config.json),
+        "stream shows one continuation as it is made; give a single prompt and sample, without json.",
+    )
     _require_at_least(config.compute, "compute.", {"scan_unroll": 1, "loss_block": 1})
     validate_mesh(config.mesh)
 

@@ -1,5 +1,5 @@
 """From prompts to new tokens."""
 
-from gemma_jax.sampling.generate import Completion, Generator, SamplingSettings
+from gemma_jax.sampling.generate import Completion, Generator
 
-__all__ = ["Completion", "Generator", "SamplingSettings"]
+__all__ = ["Completion", "Generator"]

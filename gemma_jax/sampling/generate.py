@@ -5,7 +5,7 @@ Shape legend: B rows, P prompt length, T new tokens, S cache slots, V stored voc
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import jax
@@ -14,24 +14,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from gemma_jax.config import ComputeConfig, TransformerConfig
+from gemma_jax.config import ComputeConfig, SamplingConfig, TransformerConfig
 from gemma_jax.errors import UserError
 from gemma_jax.model import KVCache, Transformer, abstract_transformer
 from gemma_jax.sampling.select import select
 from gemma_jax.sharding import batch_sharding
 
 FinishReason = Literal["stop", "length", "context"]
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplingSettings:
-    """How tokens are chosen and when to end; see `gemma_jax.config.SampleConfig` for the meanings."""
-
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,47 +89,47 @@ class Generator:
                 f"token id {wrong[0]} is out of range; the model's ids go from 0 to {vocabulary - 1}."
             )
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], settings: SamplingSettings, end_tokens: Sequence[int]
-    ) -> list[Completion]:
+    def run(
+        self,
+        prompts: Sequence[Sequence[int]],
+        config: SamplingConfig,
+        end_tokens: Sequence[int],
+        stride: int,
+        ended: Callable[[list[Completion]], Sequence[bool]] | None = None,
+    ) -> Iterator[list[Completion]]:
         """Continue prompts of any lengths as one batch.
 
         Args:
           prompts: token ids, beginning with <bos>.
-          settings: how to choose tokens.
+          config: how to choose tokens.
           end_tokens: ids that end a row.
+          stride: tokens made between two looks at them.
+          ended: at each look, says which rows need nothing more; none, if left out.
+
+        Yields:
+          What there is of each completion, in the order of the prompts (all samples of one prompt
+          together): after the first token, after every further `stride`, and at the end.
 
         Raises:
           UserError: see `check_prompt`.
         """
-        for state in self._run(prompts, settings, end_tokens, settings.max_new_tokens):
-            last = state
-        return _completions(last, len(prompts), settings.max_new_tokens)
-
-    def _run(
-        self,
-        prompts: Sequence[Sequence[int]],
-        settings: SamplingSettings,
-        end_tokens: Sequence[int],
-        stride: int,
-    ) -> Iterator[DecodeState]:
-        """The state after the first token, and after every further `stride` of them."""
         for prompt in prompts:
             self.check_prompt(prompt)
+        prompts = [prompt for prompt in prompts for _ in range(config.samples)]
         # Every device gets the same number of rows; rows that fill up are done before they start.
         parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         rows = -(-len(prompts) // parts) * parts
         longest = bucket(max(map(len, prompts)))
-        capacity = bucket(settings.max_new_tokens)
+        capacity = bucket(config.max_new_tokens)
         tokens = np.zeros((rows, longest), np.int32)
         lengths = np.zeros(rows, np.int32)
         limits = np.zeros(rows, np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = prompt
             lengths[row] = len(prompt)
-            limits[row] = min(settings.max_new_tokens, self.config.context_length - len(prompt))
+            limits[row] = min(config.max_new_tokens, self.config.context_length - len(prompt))
         put = functools.partial(jax.device_put, device=batch_sharding(self.mesh))
-        seed_key = jax.random.key(settings.seed)
+        seed_key = jax.random.key(config.seed)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(seed_key, jnp.arange(rows))
         ends = jnp.asarray(sorted(set(end_tokens)) or [-1], jnp.int32)
         state = self._prefill(
@@ -149,20 +138,26 @@ class Generator:
             put(lengths),
             put(limits),
             put(keys),
-            settings.temperature,
-            settings.top_k,
-            settings.top_p,
+            config.temperature,
+            config.top_k,
+            config.top_p,
             ends,
             slots=longest + capacity,
             capacity=capacity,
         )
         made = 1
-        yield state
-        while made < settings.max_new_tokens and not bool(jnp.all(state.done)):
-            steps = min(stride, settings.max_new_tokens - made)
+        while True:
+            completions = _completions(state, len(prompts), config.max_new_tokens)
+            yield completions
+            if ended is not None:
+                over = np.zeros(rows, bool)
+                over[: len(prompts)] = ended(completions)
+                state = dataclasses.replace(state, limits=jnp.where(over, state.counts, state.limits))
+            if made >= config.max_new_tokens or bool(jnp.all(state.done)):
+                return
+            steps = min(stride, config.max_new_tokens - made)
             state = self._decode(self.params, state, steps, ends)
             made += steps
-            yield state
 
     def _prefill_impl(
         self,

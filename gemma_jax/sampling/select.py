@@ -50,9 +50,11 @@ def select(
     """
 
     def sample(_: None) -> jax.Array:
-        # Differences from the largest: a temperature close to 0 makes no infinity of them that could win.
+        # Divided by a temperature next to 0, positive logits would all be infinite: so from the largest down.
         scaled = logits - jnp.max(logits, axis=-1, keepdims=True)
         scaled /= jnp.where(temperature > 0, temperature, 1)[:, None]
+        # A product with the inverse, which is 0 for the largest temperatures, makes -inf a NaN.
+        scaled = jnp.where(jnp.isneginf(logits), -jnp.inf, scaled)
         scaled = jax.lax.cond(jnp.any(top_k > 0), lambda x: keep_top_k(x, top_k), lambda x: x, scaled)
         scaled = jax.lax.cond(jnp.any(top_p < 1), lambda x: keep_top_p(x, top_p), lambda x: x, scaled)
         sampled = jax.vmap(jax.random.categorical)(keys, scaled)

@@ -7,26 +7,23 @@ import io
 import json
 import sys
 import time
-from collections.abc import Iterable
-from typing import Any, Protocol
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
+import numpy as np
 from etils import epath
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
+
+from gemma_jax.training.hardware import quantity
+from gemma_jax.training.sinks import Entry, Sink
 
 METRICS_FILE = "metrics.jsonl"
-Entry = dict[str, Any]
 
-
-class Sink(Protocol):
-    """A place that metrics go to besides the run's own file."""
-
-    def write(self, entry: Entry) -> None:
-        """Take the numbers of a step; `step` is among them."""
-
-    def close(self) -> None:
-        """Write out what is held back."""
+# A terminal narrower than this shows no more than a person must know.
+_WIDE = 100
 
 
 def read_metrics(run_dir: epath.PathLike) -> list[Entry]:
@@ -63,41 +60,57 @@ class RunLog:
         self._first = jax.process_index() == 0
         self._path = epath.Path(run_dir) / METRICS_FILE
         self._steps, self._sinks = steps, list(sinks)
-        self._console = Console(file=sys.stderr)
+        self.console = Console(file=sys.stderr, quiet=not self._first, highlight=False)
+        """Where a person reads; quiet in all processes but the first."""
         self._progress: Progress | None = None
-        self._lines: list[str] = []
-        self._written = time.monotonic()
+        self._seconds_before = 0.0
+        self._started = time.monotonic()
         if not self._first:
             return
         kept = [entry for entry in read_metrics(run_dir) if entry["step"] <= start]
+        if kept:
+            self._seconds_before = kept[-1]["seconds"]
         self._path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-        if self._console.is_terminal:
+        if self.console.is_terminal:
             self._progress = Progress(
                 TextColumn("[bold]{task.completed}/{task.total}"),
-                BarColumn(),
-                TextColumn("{task.description}"),
-                console=self._console,
+                BarColumn(bar_width=None),
+                TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+                console=self.console,
+                expand=True,
             )
             self._task = self._progress.add_task("compiling the step", total=steps, completed=start)
             self._progress.start()
 
     def message(self, text: str) -> None:
         """One line for the person who watches."""
-        if self._first:
-            (self._progress.console if self._progress else self._console).print(
-                text, markup=False, highlight=False, soft_wrap=True
-            )
+        self.console.print(text, markup=False, soft_wrap=not self.console.is_terminal)
 
-    def training(self, entry: Entry, seconds_left: float, announce: bool) -> None:
-        """The numbers of a step; `announce` makes a plain line where there is no terminal."""
-        shown = (
-            f"loss {entry['loss']:.3f}  lr {entry['learning_rate']:.2e}  "
-            f"{entry['tokens_per_second']:,.0f} tokens/s  {duration(seconds_left)} left"
-        )
+    def training(self, entry: Entry, seconds_left: float) -> None:
+        """Show the numbers of a step: `loss`, `learning_rate`, `tokens_per_second`, `flops_per_second`, perhaps
+        `flops_utilisation` and `input_wait_share`. An entry with `peak_memory_bytes` is written, and makes a
+        plain line where there is no terminal.
+        """
+        announce = "peak_memory_bytes" in entry
+        shown = [
+            f"loss {entry['loss']:.3f}",
+            f"{entry['tokens_per_second']:,.0f} tokens/s",
+            f"lr {entry['learning_rate']:.2e}",
+            f"{duration(seconds_left)} left",
+        ]
+        if "flops_utilisation" in entry:
+            speed = f"{entry['flops_utilisation']:.1%} MFU"
+        else:
+            speed = quantity(entry["flops_per_second"], "FLOP/s")
+        if not self._progress or self.console.width >= _WIDE:
+            shown.insert(2, speed)
+        if entry["input_wait_share"] >= 0.05:
+            shown.append(f"waits {entry['input_wait_share']:.0%} for data")
         if self._progress:
-            self._progress.update(self._task, completed=entry["step"], description=shown)
+            self._progress.update(self._task, completed=entry["step"], description="  ".join(shown))
         elif announce:
-            self.message(f"step {entry['step']}/{self._steps}  {shown}")
+            shown.insert(-1, quantity(entry["peak_memory_bytes"], "B"))
+            self.message(f"step {entry['step']}/{self._steps}  {'  '.join(shown)}")
         if announce:
             self._write(entry)
 
@@ -112,6 +125,9 @@ class RunLog:
     def _write(self, entry: Entry) -> None:
         if not self._first:
             return
+        # Of all parts of the run that were kept, so that a run that was stopped does not count its rest.
+        seconds = self._seconds_before + time.monotonic() - self._started
+        entry = {**entry, "seconds": round(seconds, 3), "time": time.time()}
         with self._path.open("a") as file:
             file.write(json.dumps(entry) + "\n")
         for sink in self._sinks:
@@ -125,35 +141,80 @@ class RunLog:
             sink.close()
 
 
-def plot_losses(runs: dict[str, list[Entry]], path: epath.PathLike) -> None:
+def plot_losses(runs: Mapping[str, Sequence[Entry]], path: epath.PathLike) -> None:
     """Draw the loss curves of runs, by name, into one PNG: training as lines, held-out as points."""
     # Late: matplotlib costs a second, and the figure needs no display.
+    import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    beside = len(runs) > 5  # a long legend stands beside the curves, not on them
+    figure = Figure(figsize=(11 if beside else 8, 5), layout="constrained")
     axes = figure.add_subplot()
-    for index, (name, entries) in enumerate(runs.items()):
-        color = f"C{index % 10}"
-        training = [(e["step"], e["loss"]) for e in entries if "loss" in e]
-        held_out = [(e["step"], e["held_out_loss"]) for e in entries if "held_out_loss" in e]
-        if training:
-            axes.plot(
-                *zip(*training, strict=True), color=color, linewidth=1.2, alpha=0.8, label=f"{name}: training"
-            )
-        if held_out:
-            axes.plot(
-                *zip(*held_out, strict=True),
-                color=color,
-                linestyle="--",
-                marker="o",
-                markersize=4,
-                label=f"{name}: held out",
-            )
+    few = len(runs) <= 10
+    colors = matplotlib.colormaps["tab10" if few else "turbo"](
+        np.arange(len(runs)) if few else np.linspace(0.05, 0.95, len(runs))
+    )
+    shown: list[NDArray[np.float64]] = []
+    for (name, entries), color in zip(runs.items(), colors, strict=True):
+        training = _curve(entries, "loss")
+        held_out = _curve(entries, "held_out_loss")
+        if len(training):
+            if len(runs) == 1:
+                axes.plot(*training.T, color=color, linewidth=0.8, alpha=0.35)
+            axes.plot(training[:, 0], _smoothed(training[:, 1]), color=color, linewidth=1.5)
+        if len(held_out):
+            axes.plot(*held_out.T, color=color, linestyle="--", linewidth=1, marker="o", markersize=4)
+        shown += [_after_the_drop(curve) for curve in (training, held_out)]
+    values = np.concatenate([*shown, []])
+    values = values[np.isfinite(values)]
+    if len(values):
+        low, high = values.min(), values.max()
+        margin = 0.05 * (high - low) or 0.1
+        axes.set_ylim(low - margin, high + margin)
+    axes.set_xlim(left=0)
     axes.set_xlabel("step")
     axes.set_ylabel("cross entropy, nats a token")
     axes.grid(alpha=0.3)
-    if runs:
-        axes.legend()
+    gray = {"color": "0.3", "linewidth": 1.5}
+    handles = [
+        Line2D([], [], **gray, label="training"),
+        Line2D([], [], **(gray | {"linewidth": 1}), linestyle="--", marker="o", markersize=4, label="held out"),
+    ]
+    if len(runs) == 1:
+        axes.set_title(next(iter(runs)))
+    else:
+        handles += [
+            Line2D([], [], color=color, linewidth=3, label=name)
+            for name, color in zip(runs, colors, strict=True)
+        ]
+    if beside:
+        axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize="small", frameon=False)
+    else:
+        axes.legend(handles=handles, loc="upper right")
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)
     epath.Path(path).write_bytes(picture.getvalue())
+
+
+def _curve(entries: Sequence[Entry], name: str) -> NDArray[np.float64]:
+    """[points, 2]: step and value."""
+    points = [(entry["step"], entry[name]) for entry in entries if name in entry]
+    return np.array(points, np.float64).reshape(-1, 2)
+
+
+def _smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Each value's mean with its neighbours, a fiftieth of the curve in all: the noise of single batches goes."""
+    half = len(values) // 100
+    sums = np.cumsum([0.0, *values])
+    stops = np.minimum(np.arange(len(values)) + half + 1, len(values))
+    starts = np.maximum(np.arange(len(values)) - half, 0)
+    return (sums[stops] - sums[starts]) / (stops - starts)
+
+
+def _after_the_drop(curve: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Values that the picture must show: not the fall of the first twentieth, nor the highest in a hundred."""
+    if not len(curve):
+        return curve[:, 1]
+    late = curve[curve[:, 0] >= 0.05 * curve[-1, 0], 1]
+    return late[late <= np.nanquantile(late, 0.99)]

@@ -121,7 +121,9 @@ def test_tuples_are_lists_of_words_or_repeated_options_and_replace_the_default()
     assert parse(PretrainConfig(), ["--data.weights", "1", ".5"], "gemma test").data.weights == (1.0, 0.5)
 
 
-@pytest.mark.parametrize("prompt", ["--a-b c-d", "a-b=c-d", "--top-k is an option", "__json", "-", "100%", ""])
+@pytest.mark.parametrize(
+    "prompt", ["--a-b c-d", "a-b=c-d", "--top-k is an option", "__json", "-", "100%", ""]
+)
 def test_the_value_of_an_option_is_left_as_it_was_typed(prompt: str) -> None:
     assert parse(SampleConfig(), ["--prompt", prompt], "gemma test").prompt == (prompt,)
 
@@ -192,13 +194,22 @@ def test_a_config_file_leaves_nothing_behind(home: Path) -> None:
 START = "from gemma_jax.config import *\n"
 FILES = {
     "syntax.py": (START + "config = (\n", "syntax.py, line 2: '(' was never closed."),
-    "typo.py": (START + "config = PretrainConfig(step=3)", ("line 2: TypeError", "'step'; did you mean steps?")),
+    "typo.py": (
+        START + "config = PretrainConfig(step=3)",
+        ("line 2: TypeError", "'step'; did you mean steps?"),
+    ),
     "section.py": (
         START + "\nconfig = PretrainConfig(\n    optimizer=OptimizerConfig(learning_rat=1)\n)",
         ("section.py, line 4: TypeError", "'learning_rat'; did you mean learning_rate?"),
     ),
-    "preset.py": (START + "config = PretrainConfig(model=PRESETS['gemma_3b'])", "line 2: KeyError: 'gemma_3b'"),
-    "import.py": ("from gemma_jax.config import Pretrain", "line 1: ImportError: cannot import name 'Pretrain'"),
+    "preset.py": (
+        START + "config = PretrainConfig(model=PRESETS['gemma_3b'])",
+        "line 2: KeyError: 'gemma_3b'",
+    ),
+    "import.py": (
+        "from gemma_jax.config import Pretrain",
+        "line 1: ImportError: cannot import name 'Pretrain'",
+    ),
     "name.py": ("x = 1\nconfig = nothing", "line 2: NameError: name 'nothing' is not defined"),
     "value.py": ("def f():\n  raise ValueError('odd\\nvalue')\nf()\n", "line 2: ValueError: odd"),
     "said.py": ("from gemma_jax.errors import UserError\nraise UserError('as it says')", "as it says"),
@@ -206,13 +217,22 @@ FILES = {
     "dict.py": ("config = {}", "holds a dict, but a PretrainConfig is needed here"),
     "other.py": (START + "config = SampleConfig()", "holds a SampleConfig, but a PretrainConfig is needed"),
     "type.py": (START + "config = PretrainConfig(steps='5')", "type.py: steps must be an integer, not '5'"),
-    "nested.py": (START + "config = PretrainConfig(model=PRESETS)", "nested.py: unknown key 'model.gemma_2b'"),
-    "tuple.py": (START + "config = PretrainConfig(data=DataConfig(sources='x'))", "data.sources must be a list"),
+    "nested.py": (
+        START + "config = PretrainConfig(model=PRESETS)",
+        "nested.py: unknown key 'model.gemma_2b'",
+    ),
+    "tuple.py": (
+        START + "config = PretrainConfig(data=DataConfig(sources='x'))",
+        "data.sources must be a list",
+    ),
     "nul.py": ("config = \0", "nul.py"),
     "bytes.py": (b"config = '\xff'", "bytes.py"),
     "empty.json": ("", "not valid JSON"),
     "bytes.json": (b"\xff\xfe", "not UTF-8"),
-    "key.json": ('{"experiment": "pretrain", "stepz": 1}', "key.json: unknown key 'stepz'; did you mean steps"),
+    "key.json": (
+        '{"experiment": "pretrain", "stepz": 1}',
+        "key.json: unknown key 'stepz'; did you mean steps",
+    ),
     "other.json": ('{"experiment": "sample"}', "holds a SampleConfig, but a PretrainConfig is needed here"),
     "notes.txt": ("Some notes.", "not valid JSON"),
 }

@@ -14,12 +14,13 @@ def test_published_shapes() -> None:
     """Gemma: Open Models Based on Gemini Research and Technology (2024), table 1 and section 2."""
     common = {"vocab_size": 256_000, "head_dim": 256, "context_length": 8192}
     common |= {"rope_base": 10_000.0, "norm_epsilon": 1e-6}
+    fields = ("num_layers", "embed_dim", "hidden_dim", "num_heads", "num_kv_heads")
     published = {
-        "gemma_2b": dict(num_layers=18, embed_dim=2048, hidden_dim=16_384, num_heads=8, num_kv_heads=1),
-        "gemma_7b": dict(num_layers=28, embed_dim=3072, hidden_dim=24_576, num_heads=16, num_kv_heads=16),
+        "gemma_2b": (18, 2048, 16_384, 8, 1),
+        "gemma_7b": (28, 3072, 24_576, 16, 16),
     }
     for name, shape in published.items():
-        for field, value in (common | shape).items():
+        for field, value in (common | dict(zip(fields, shape, strict=True))).items():
             assert getattr(PRESETS[name], field) == value, f"{name}.{field}"
         assert PRESETS[name].vocab_rows == 256_000
 

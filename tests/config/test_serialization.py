@@ -1,5 +1,6 @@
 """Configs to JSON and back, whatever the JSON says."""
 
+import contextlib
 import dataclasses
 import json
 from typing import Any
@@ -78,11 +79,23 @@ WRONG = {
         '{"experiment": "pretrain", "optimizer": {"learning_rat": 1}}',
         r"'optimizer\.learning_rat'; did you mean learning_rate\?$",
     ),
-    "unknown section": ('{"experiment": "pretrain", "optimiser": {}}', r"'optimiser'; did you mean optimizer\?"),
+    "unknown section": (
+        '{"experiment": "pretrain", "optimiser": {}}',
+        r"'optimiser'; did you mean optimizer\?",
+    ),
     "section that is a number": ('{"experiment": "pretrain", "model": 3}', r"model must be an object, not 3"),
-    "string for an integer": ('{"experiment": "pretrain", "steps": "10"}', r"steps must be an integer, not '10'"),
-    "number for an integer": ('{"experiment": "pretrain", "steps": 1.5}', r"steps must be an integer, not 1\.5"),
-    "true for an integer": ('{"experiment": "pretrain", "steps": true}', r"steps must be an integer, not True"),
+    "string for an integer": (
+        '{"experiment": "pretrain", "steps": "10"}',
+        r"steps must be an integer, not '10'",
+    ),
+    "number for an integer": (
+        '{"experiment": "pretrain", "steps": 1.5}',
+        r"steps must be an integer, not 1\.5",
+    ),
+    "true for an integer": (
+        '{"experiment": "pretrain", "steps": true}',
+        r"steps must be an integer, not True",
+    ),
     "number for a string": ('{"experiment": "pretrain", "run_dir": 5}', r"run_dir must be a string, not 5"),
     "number for a bool": ('{"experiment": "sample", "json": 1}', r"json must be true or false, not 1"),
     "null": ('{"experiment": "pretrain", "steps": null}', r"steps must be an integer, not None"),
@@ -102,9 +115,18 @@ WRONG = {
         '{"experiment": "pretrain", "optimizer": {"b1": 1' + "0" * 400 + "}}",
         r"optimizer\.b1 is 1000.*too large",
     ),
-    "value too deep to be shown whole": ('{"experiment": "pretrain", "steps": ' + DEEP + "}", r"steps must be"),
-    "value too long to be shown whole": ('{"experiment": "pretrain", "steps": "' + "x" * 10**6 + '"}', r"steps"),
-    "key too long to be shown whole": ('{"experiment": "pretrain", "' + "x" * 10**6 + '": 1}', r"unknown key"),
+    "value too deep to be shown whole": (
+        '{"experiment": "pretrain", "steps": ' + DEEP + "}",
+        r"steps must be",
+    ),
+    "value too long to be shown whole": (
+        '{"experiment": "pretrain", "steps": "' + "x" * 10**6 + '"}',
+        r"steps",
+    ),
+    "key too long to be shown whole": (
+        '{"experiment": "pretrain", "' + "x" * 10**6 + '": 1}',
+        r"unknown key",
+    ),
 }
 
 
@@ -157,15 +179,12 @@ def mutated(draw: st.DrawFn) -> str:
 def test_damaged_json_gives_a_config_or_a_user_error_and_nothing_else(text: str) -> None:
     try:
         config = from_json(text, "here")
-    except UserError as error:
-        assert str(error)
+    except UserError:
         return
     assert type(config) in EXPERIMENTS.values()
     assert to_json(from_json(to_json(config), "here")) == to_json(config)
-    try:
+    with contextlib.suppress(UserError):
         (validate if isinstance(config, PretrainConfig) else validate_sample)(config)
-    except UserError as error:
-        assert str(error)
 
 
 def test_replace_changes_the_named_fields_and_no_others() -> None:

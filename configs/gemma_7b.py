@@ -1,0 +1,21 @@
+"""Pretrain the 7B shape: at least 32 accelerators of 16 GB, and a corpus and tokenizer of your own."""
+
+from gemma_jax.config import (
+    PRESETS,
+    ComputeConfig,
+    DataConfig,
+    EvaluationConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    TokenizerConfig,
+)
+
+config = PretrainConfig(
+    steps=100_000,
+    model=PRESETS["gemma_7b"],
+    tokenizer=TokenizerConfig(path="tokenizer.model"),
+    data=DataConfig(sources=("corpus/*.jsonl",), sequence_length=8192, batch_size=512),
+    optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=2000),
+    compute=ComputeConfig(remat="full"),
+    evaluation=EvaluationConfig(every=1000),
+)

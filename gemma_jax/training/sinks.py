@@ -1,0 +1,113 @@
+"""Places that a run's numbers go to besides its own file: TensorBoard and Weights & Biases."""
+
+import importlib
+import uuid
+from types import ModuleType
+from typing import Any, Protocol
+
+import jax
+from etils import epath
+
+from gemma_jax.config import LoggingConfig, PretrainConfig, to_dict
+from gemma_jax.errors import UserError
+
+Entry = dict[str, Any]
+
+WANDB_ID_FILE = "wandb-id.txt"
+
+
+class Sink(Protocol):
+    """A place that metrics go to besides the run's own file."""
+
+    def write(self, entry: Entry) -> None:
+        """Take the numbers of a step; `step` is among them."""
+
+    def close(self) -> None:
+        """Write out what is held back."""
+
+
+class TensorBoard:
+    """Event files under RUN/tensorboard."""
+
+    def __init__(self, run_dir: epath.Path, start: int) -> None:
+        """Args:
+        run_dir: of the run.
+        start: steps done before; what the files say of later ones is marked as done again.
+        """
+        # tensorboardX writes to gs:// and s3:// itself, with those services' own packages.
+        writer = _module("tensorboardX", "logging.tensorboard").SummaryWriter
+        self._writer = writer(str(run_dir / "tensorboard"), purge_step=start + 1 if start else None)
+
+    def write(self, entry: Entry) -> None:
+        """One scalar for each number."""
+        for name, value in _numbers(entry).items():
+            self._writer.add_scalar(name, value, entry["step"], entry["time"])
+
+    def close(self) -> None:
+        """Write out what is held back."""
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run of a Weights & Biases project; a resumed run goes on there as the same one."""
+
+    def __init__(self, run_dir: epath.Path, config: PretrainConfig) -> None:
+        wandb = _module("wandb", "logging.wandb_project")
+        id_file = run_dir / WANDB_ID_FILE
+        if not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex[:12])
+        self._run = wandb.init(
+            project=config.logging.wandb_project,
+            id=id_file.read_text().strip(),
+            name=run_dir.name,
+            config=to_dict(config),
+            resume="allow",
+        )
+
+    def write(self, entry: Entry) -> None:
+        """All numbers of a step at once."""
+        self._run.log(_numbers(entry), step=entry["step"])
+
+    def close(self) -> None:
+        """Send what is held back."""
+        self._run.finish()
+
+
+def check_sinks(config: LoggingConfig) -> None:
+    """Raises:
+    UserError: a package that the config asks for is not installed.
+    """
+    if config.tensorboard == "on":
+        _module("tensorboardX", "logging.tensorboard")
+    if config.wandb_project:
+        _module("wandb", "logging.wandb_project")
+
+
+def open_sinks(config: PretrainConfig, run_dir: epath.Path, start: int) -> list[Sink]:
+    """The sinks that a config asks for; none except in the first process of a job.
+
+    Raises:
+      UserError: a package that the config asks for is not installed.
+    """
+    sinks: list[Sink] = []
+    if jax.process_index() == 0:
+        if config.logging.tensorboard == "on":
+            sinks.append(TensorBoard(run_dir, start))
+        if config.logging.wandb_project:
+            sinks.append(WeightsAndBiases(run_dir, config))
+    return sinks
+
+
+def _numbers(entry: Entry) -> Entry:
+    return {name: value for name, value in entry.items() if name not in ("step", "time")}
+
+
+def _module(name: str, setting: str) -> ModuleType:
+    """Both are optional for what runs without them, and neither describes its types."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(
+            f"{setting} needs the package {name}, which cannot be imported ({error}); "
+            f"install it with `pip install {name}`, or leave {setting} out."
+        ) from error

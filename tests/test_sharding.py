@@ -1,0 +1,228 @@
+"""Where arrays lie on a mesh, as tables, and that they do lie there."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gemma_jax.config import PRESETS, ComputeConfig, MeshConfig, PretrainConfig, replace
+from gemma_jax.errors import UserError
+from gemma_jax.model import abstract_transformer, init_params
+from gemma_jax.model.layers import RESIDUAL
+from gemma_jax.sharding import (
+    RULES,
+    Axes,
+    constrain,
+    local_rows,
+    make_mesh,
+    named_arrays,
+    partition_spec,
+    platform,
+    put_batch,
+    shardings,
+    with_arrays,
+)
+from gemma_jax.testing import cpu_mesh
+from gemma_jax.training.state import abstract_train_state
+
+TINY = PRESETS["gemma_tiny"]
+
+
+@pytest.mark.parametrize(("mesh", "axes", "shape", "spec"), [
+    # parameters, on fsdp 4 x tensor 2
+    ((1, 4, 2), ("vocab", "embed"), (512, 32), P("tensor", "fsdp")),
+    ((1, 4, 2), ("layers", "embed", "heads", "head_dim"), (2, 32, 4, 16), P(None, "fsdp", "tensor", None)),
+    ((1, 4, 2), ("layers", "embed", "kv_heads", "head_dim"), (2, 32, 2, 16), P(None, "fsdp", "tensor", None)),
+    ((1, 4, 2), ("layers", "heads", "head_dim", "embed"), (2, 4, 16, 32), P(None, "tensor", None, "fsdp")),
+    ((1, 4, 2), ("layers", "embed", "mlp"), (2, 32, 64), P(None, "fsdp", "tensor")),
+    ((1, 4, 2), ("layers", "mlp", "embed"), (2, 64, 32), P(None, "tensor", "fsdp")),
+    ((1, 4, 2), ("embed",), (32,), P("fsdp")),
+    # key/value heads that the mesh does not divide are copied, one head as well as three
+    ((1, 4, 2), ("layers", "embed", "kv_heads", "head_dim"), (2, 32, 1, 16), P(None, "fsdp", None, None)),
+    ((1, 4, 2), ("layers", "embed", "kv_heads", "head_dim"), (2, 32, 3, 16), P(None, "fsdp", None, None)),
+    ((1, 1, 8), ("layers", "embed", "kv_heads", "head_dim"), (2, 32, 4, 16), P(None, "fsdp", None, None)),
+    # activations: rows over data and fsdp together, nothing over tensor
+    ((2, 2, 2), ("batch", "length", "residual"), (8, 3, 5), P(("data", "fsdp"), None, None)),
+    ((2, 2, 2), ("batch", None), (4, 7), P(("data", "fsdp"), None)),
+    ((2, 2, 2), ("batch", "length"), (1, 3), P(None, None)),  # a single row
+    ((2, 2, 2), (), (), P()),
+])  # fmt: skip
+def test_partition_specs(mesh: tuple[int, int, int], axes: Axes, shape: tuple[int, ...], spec: P) -> None:
+    data, fsdp, tensor = mesh
+    actual = partition_spec(axes, shape, cpu_mesh(8, data=data, fsdp=fsdp, tensor=tensor), "array")
+    assert actual == spec
+
+
+@pytest.mark.parametrize(("axes", "shape", "told"), [
+    (("embed", "mlp"), (30, 64), "w: axis 'embed' of size 30 is not divisible by mesh axis fsdp of size 4"),
+    (("layers", "heads"), (2, 3), "w: axis 'heads' of size 3 is not divisible by mesh axis tensor of size 2"),
+    (("vocab",), (511,), "w: axis 'vocab' of size 511 is not divisible by mesh axis tensor of size 2"),
+    (("batch",), (6,), "w: axis 'batch' of size 6 is not divisible by mesh axis data x fsdp of size 4"),
+    (("heads", "mlp"), (4, 4), "w: axes 'heads' and 'mlp' are both split over mesh axis 'tensor'"),
+    (("batch", "embed"), (8, 8), "w: axes 'batch' and 'embed' are both split over mesh axis 'fsdp'"),
+    (("embed", "embed"), (8, 8), "w: axes 'embed' and 'embed' are both split over mesh axis 'fsdp'"),
+])  # fmt: skip
+def test_a_parameter_that_a_mesh_cannot_hold_is_named(axes: Axes, shape: tuple[int, ...], told: str) -> None:
+    with pytest.raises(UserError) as error:
+        partition_spec(axes, shape, cpu_mesh(8, fsdp=4, tensor=2), "w")
+    assert str(error.value).startswith(told)
+
+
+def test_what_only_a_bug_can_do_is_no_mistake_of_the_user() -> None:
+    with pytest.raises(KeyError, match="no_such_axis"):
+        partition_spec(("no_such_axis",), (8,), cpu_mesh(8), "w")
+    with pytest.raises(ValueError, match="w has shape"):
+        partition_spec(("embed",), (8, 8), cpu_mesh(8), "w")
+
+
+def test_every_rule_names_axes_of_the_mesh() -> None:
+    assert {axis for axes in RULES.values() for axis in axes} == set(cpu_mesh(8).axis_names)
+
+
+def test_a_model_that_the_mesh_does_not_divide_is_refused_by_the_parameters_name() -> None:
+    config = PretrainConfig(model=replace(TINY, {"hidden_dim": 63}))
+    with pytest.raises(UserError, match=r"blocks\.feed_forward\.\w+: axis 'mlp' of size 63"):
+        abstract_train_state(config, cpu_mesh(8, fsdp=4, tensor=2))
+
+
+EXPECTED = {
+    "embedding": P("tensor", "fsdp"),
+    "final_norm": P("fsdp"),
+    "blocks.attention_norm": P(None, "fsdp"),
+    "blocks.feed_forward_norm": P(None, "fsdp"),
+    "blocks.attention.q": P(None, "fsdp", "tensor", None),
+    "blocks.attention.k": P(None, "fsdp", "tensor", None),
+    "blocks.attention.v": P(None, "fsdp", "tensor", None),
+    "blocks.attention.o": P(None, "tensor", None, "fsdp"),
+    "blocks.feed_forward.gate": P(None, "fsdp", "tensor"),
+    "blocks.feed_forward.up": P(None, "fsdp", "tensor"),
+    "blocks.feed_forward.down": P(None, "tensor", "fsdp"),
+}
+
+
+def test_parameters_and_the_optimizers_moments_lie_in_the_same_places() -> None:
+    mesh = cpu_mesh(8, fsdp=4, tensor=2)
+    state = abstract_train_state(PretrainConfig(model=TINY), mesh)
+    params = {name: leaf.sharding.spec for name, leaf in named_arrays(state.params).items()}
+    assert params == EXPECTED
+    moments = {name: leaf for name, leaf in named_arrays(state.opt_state).items() if leaf.ndim}
+    for name, spec in EXPECTED.items():
+        like = [leaf.sharding.spec for key, leaf in moments.items() if key.endswith(f".{name}")]
+        assert like == [spec, spec], name  # first and second moment
+    assert len(moments) == 2 * len(EXPECTED)
+    scalars = [leaf for leaf in jax.tree.leaves(state.opt_state) if not leaf.ndim]
+    assert scalars and all(leaf.sharding.spec == P() for leaf in scalars)
+    assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(state))
+
+
+def test_shardings_are_those_of_the_arrays_that_are_made() -> None:
+    """The same for abstract and for real values; arrays without axes are copied to every device."""
+    mesh = cpu_mesh(8, data=2, fsdp=2, tensor=2)
+    _, abstract = abstract_transformer(TINY, ComputeConfig(), mesh)
+    wanted = named_arrays(shardings(abstract, mesh))
+    params = init_params(TINY, ComputeConfig(), mesh, seed=0)
+    assert named_arrays(shardings(params, mesh)) == wanted
+    for name, value in named_arrays(params).items():
+        assert value.sharding.is_equivalent_to(wanted[name], value.ndim), name
+    assert shardings({"count": jnp.zeros(3)}, mesh) == {"count": NamedSharding(mesh, P())}
+    # A statistic that an optimizer keeps of a parameter's rows is not of the parameter's axes.
+    row = nnx.Param(jnp.zeros(32), axes=("layers", "embed", "mlp"))
+    assert jax.tree.leaves(shardings({"row": row}, mesh)) == [NamedSharding(mesh, P())]
+
+
+def test_names_of_arrays_and_back() -> None:
+    params = init_params(TINY, ComputeConfig(), cpu_mesh(1), seed=0)
+    arrays = named_arrays(params)
+    assert arrays.keys() == EXPECTED.keys()
+    doubled = with_arrays(params, {name: 2 * value for name, value in arrays.items()})
+    assert jax.tree.structure(doubled) == jax.tree.structure(params)
+    for name, value in named_arrays(doubled).items():
+        np.testing.assert_array_equal(value, 2 * arrays[name])
+    assert list(named_arrays({"a": [1, {"b": 2}], "c": 3})) == ["a.0", "a.1.b", "c"]
+    with pytest.raises(ValueError, match="same name"):
+        named_arrays({"a": {"b": 1}, "a.b": 2})
+
+
+def test_meshes_of_some_of_the_devices() -> None:
+    assert dict(cpu_mesh(8, data=2, tensor=2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    small = cpu_mesh(2)
+    assert small.size == 2 and list(small.devices.flat) == jax.devices()[:2]
+    assert platform(small) == "cpu"
+    assert make_mesh(MeshConfig()).size == jax.device_count() == 8
+    assert set(map(str, small.axis_types)) == {"Auto"}
+
+
+@pytest.mark.parametrize(("config", "told"), [
+    (MeshConfig(fsdp=64), "needs 64 devices, but there are 8"),
+    (MeshConfig(tensor=3), "does not use exactly the 8 devices"),
+    (MeshConfig(cpu_devices=16), "mesh.cpu_devices is 16, but this process already runs jax with 8"),
+    (MeshConfig(cpu_devices=2, tensor=4), "needs 4 devices, but there are 2"),
+])  # fmt: skip
+def test_meshes_that_cannot_be_made(config: MeshConfig, told: str) -> None:
+    with pytest.raises(UserError) as error:
+        make_mesh(config)
+    assert told in str(error.value)
+
+
+@pytest.mark.parametrize(("data", "fsdp", "tensor"), [(1, 8, 1), (2, 2, 2), (1, 1, 8)])
+def test_batches_are_split_by_rows(data: int, fsdp: int, tensor: int) -> None:
+    mesh = cpu_mesh(8, data=data, fsdp=fsdp, tensor=tensor)
+    assert local_rows(16, mesh) == list(range(16))  # this process has all devices
+    batch = {"tokens": np.arange(32).reshape(16, 2), "weights": np.arange(16.0)}
+    placed = put_batch(batch, 16, mesh)
+    for name, value in batch.items():
+        np.testing.assert_array_equal(placed[name], value)
+        assert {s.data.shape for s in placed[name].addressable_shards} == {
+            (16 // (data * fsdp), *value.shape[1:])
+        }
+        for shard in placed[name].addressable_shards:
+            np.testing.assert_array_equal(shard.data, value[shard.index])
+    # Each row lies on as many devices as tensor has.
+    firsts = [shard.index[0].start or 0 for shard in placed["weights"].addressable_shards]
+    assert {firsts.count(first) for first in firsts} == {tensor}
+
+
+def test_a_constraint_decides_where_an_activation_lies() -> None:
+    """Compiled from copied inputs, a function's result would be a copy on every device without it."""
+    mesh = cpu_mesh(8, data=2, fsdp=2, tensor=2)
+    everywhere = NamedSharding(mesh, P())
+    x = jax.ShapeDtypeStruct((8, 4, 6), jnp.float32, sharding=everywhere)
+
+    def placed(function: object) -> NamedSharding:
+        return jax.jit(function).lower(x).compile().output_shardings
+
+    assert placed(lambda x: x + 1).is_equivalent_to(everywhere, 3)
+    split = placed(lambda x: constrain(x + 1, RESIDUAL, mesh))
+    assert split.is_equivalent_to(NamedSharding(mesh, P(("data", "fsdp"))), 3)
+    assert split.shard_shape((8, 4, 6)) == (2, 4, 6)
+    heads = placed(lambda x: constrain(x + 1, ("batch", "length", "heads"), mesh))
+    assert heads.shard_shape((8, 4, 6)) == (2, 4, 3)
+
+
+def test_the_models_activations_are_split_by_rows() -> None:
+    """Tokens come as copies; the hidden states that the blocks hand on are split all the same."""
+    mesh = cpu_mesh(8, fsdp=4, tensor=2)
+    graphdef, abstract = abstract_transformer(TINY, ComputeConfig(), mesh)
+    placed = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract,
+        shardings(abstract, mesh),
+    )
+    tokens = jax.ShapeDtypeStruct((8, 16), jnp.int32, sharding=NamedSharding(mesh, P()))
+
+    def hidden(params: nnx.State, tokens: jax.Array) -> jax.Array:
+        positions = jnp.broadcast_to(jnp.arange(16), tokens.shape)
+        return nnx.merge(graphdef, params)(tokens, positions, jnp.ones_like(tokens))
+
+    output = jax.jit(hidden).lower(placed, tokens).compile().output_shardings
+    assert output.shard_shape((8, 16, 32))[0] == 2
+
+
+def test_the_table_of_the_documentation_is_that_of_the_code() -> None:
+    text = (Path(__file__).resolve().parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert "`sharding.RULES`" in text and all(f"`{axis}`" in text for axis in cpu_mesh(8).axis_names)
