@@ -1,0 +1,78 @@
+"""Greedy decoding speed of the 110M shape in float32, beside transformers where that is installed.
+
+Both take turns in one process; quote the ratio. Prints one JSON line for each program and batch size, then
+one with the ratio. Seconds are those of a whole call: prefill and every new token.
+
+    python benchmarks/decode.py [--threads 2] [--rounds 5] [--batches 1 8] [--prompt 64] [--new 128]
+"""
+
+import argparse
+import importlib.util
+import json
+import statistics
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+from train_step import PRESET, in_turn, tokens, transformers_model, use_threads
+
+
+def ours() -> Callable[[np.ndarray, int], None]:
+    """A function of prompts [B, P] and a number of new tokens."""
+    from gemma_jax import Gemma
+    from gemma_jax.config import PRESETS, ComputeConfig, MeshConfig, SamplingConfig
+
+    compute = ComputeConfig(dtype="float32", scan_unroll=PRESETS[PRESET].num_layers)
+    gemma = Gemma.from_pretrained(f"random:{PRESET}", mesh=MeshConfig(cpu_devices=1), compute=compute)
+
+    def run(prompts: np.ndarray, new: int) -> None:
+        # No end token: each row makes all of its tokens, as theirs does.
+        config = SamplingConfig(max_new_tokens=new)
+        *_, completions = gemma._generator.run(prompts.tolist(), config, [], stride=new)
+        assert all(len(completion.token_ids) == new for completion in completions)
+
+    return run
+
+
+def theirs() -> Callable[[np.ndarray, int], None]:
+    """The same with transformers."""
+    import torch
+
+    model = transformers_model().eval()
+
+    def run(prompts: np.ndarray, new: int) -> None:
+        ids = torch.from_numpy(prompts.astype(np.int64))
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new, min_new_tokens=new
+        )
+        assert out.shape[1] == ids.shape[1] + new
+
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name, default in (("threads", 2), ("rounds", 5), ("prompt", 64), ("new", 128)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    arguments = parser.parse_args()
+    use_threads(arguments.threads)
+    programs = {"gemma_jax": ours()}
+    if importlib.util.find_spec("transformers"):
+        programs["transformers"] = theirs()
+    for batch in arguments.batches:
+        prompts = tokens(batch, arguments.prompt)
+        calls = {name: partial(program, prompts, arguments.new) for name, program in programs.items()}
+        seconds = in_turn(calls, arguments.rounds)
+        for name, s in seconds.items():
+            speed = batch * arguments.new / statistics.median(s)
+            print(json.dumps({"program": name, "batch": batch, "tokens_per_second": round(speed, 1)}))
+        if len(seconds) == 2:
+            ratios = [b / a for a, b in zip(seconds["gemma_jax"], seconds["transformers"], strict=True)]
+            print(
+                json.dumps({"batch": batch, "gemma_jax / transformers": round(statistics.median(ratios), 3)})
+            )
+
+
+if __name__ == "__main__":
+    main()

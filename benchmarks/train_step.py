@@ -1,0 +1,139 @@
+"""Training speed of the 110M shape in float32, beside transformers where that is installed.
+
+Both take turns in one process, so that a noisy machine treats them alike; quote the ratio. Prints one JSON
+line for each program, then one with the ratio.
+
+    python benchmarks/train_step.py [--threads 2] [--rounds 5] [--batch 4] [--length 512]
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+PRESET = "gemma_110m"
+
+
+def ours(batch: int, length: int) -> Callable[[], float]:
+    """A function that trains one step and gives its loss."""
+    from gemma_jax.config import PRESETS, ComputeConfig, DataConfig, MeshConfig, PretrainConfig
+    from gemma_jax.data.packing import Batch
+    from gemma_jax.sharding import make_mesh, put_batch
+    from gemma_jax.training.state import create_train_state
+    from gemma_jax.training.step import make_train_step
+
+    config = PretrainConfig(
+        model=PRESETS[PRESET],
+        data=DataConfig(sequence_length=length, batch_size=batch),
+        compute=ComputeConfig(dtype="float32", loss_block=128, scan_unroll=PRESETS[PRESET].num_layers),
+    )
+    mesh = make_mesh(MeshConfig(cpu_devices=1))
+    state = create_train_state(config, mesh)
+    step = make_train_step(config, mesh)
+    rows = tokens(batch, length + 1)
+    positions = np.broadcast_to(np.arange(length, dtype=np.int32), (batch, length)).copy()
+    ones = np.ones((batch, length), np.int32)
+    rows = Batch(rows[:, :-1].copy(), rows[:, 1:].copy(), ones.astype(np.float32), positions, ones)
+    on_mesh = put_batch(rows, batch, mesh)
+
+    def run() -> float:
+        nonlocal state
+        state, metrics = step(state, on_mesh)
+        return float(metrics.loss)
+
+    return run
+
+
+def theirs(batch: int, length: int) -> Callable[[], float]:
+    """The same with transformers' GemmaForCausalLM and torch's fused AdamW."""
+    import torch
+
+    model = transformers_model()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
+    rows = torch.from_numpy(tokens(batch, length).astype(np.int64))
+
+    def run() -> float:
+        loss = model(input_ids=rows, labels=rows).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss)
+
+    return run
+
+
+def transformers_model():
+    """A GemmaForCausalLM of the preset's shape with random weights."""
+    from transformers import GemmaConfig, GemmaForCausalLM
+
+    from gemma_jax.config import PRESETS
+
+    shape = PRESETS[PRESET]
+    return GemmaForCausalLM(
+        GemmaConfig(
+            vocab_size=shape.vocab_size,
+            hidden_size=shape.embed_dim,
+            intermediate_size=shape.hidden_dim,
+            num_hidden_layers=shape.num_layers,
+            num_attention_heads=shape.num_heads,
+            num_key_value_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            max_position_embeddings=shape.context_length,
+        )
+    )
+
+
+def tokens(batch: int, length: int) -> np.ndarray:
+    """Random ids [batch, length]."""
+    return np.random.default_rng(0).integers(0, 32_000, (batch, length)).astype(np.int32)
+
+
+def in_turn(programs: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each round of each program, after one round to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    for number in range(rounds + 1):
+        for name, program in programs.items():
+            start = time.perf_counter()
+            program()
+            if number:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def use_threads(count: int) -> None:
+    """Limit both programs to the first `count` cores; call before either is imported."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
+    if importlib.util.find_spec("torch"):
+        import torch
+
+        torch.set_num_threads(count)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name, default in (("threads", 2), ("rounds", 5), ("batch", 4), ("length", 512)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    arguments = parser.parse_args()
+    use_threads(arguments.threads)
+    programs = {"gemma_jax": ours(arguments.batch, arguments.length)}
+    if importlib.util.find_spec("transformers"):
+        programs["transformers"] = theirs(arguments.batch, arguments.length)
+    seconds = in_turn(programs, arguments.rounds)
+    speed = {name: arguments.batch * arguments.length / statistics.median(s) for name, s in seconds.items()}
+    for name, value in speed.items():
+        print(json.dumps({"program": name, "tokens_per_second": round(value, 1), **vars(arguments)}))
+    if len(speed) == 2:
+        ratios = [b / a for a, b in zip(seconds["gemma_jax"], seconds["transformers"], strict=True)]
+        print(json.dumps({"gemma_jax / transformers": round(statistics.median(ratios), 3)}))
+
+
+if __name__ == "__main__":
+    main()

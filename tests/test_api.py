@@ -1,0 +1,104 @@
+"""`Gemma`: text in, text out; streaming, several samples, stop texts. (tests/sampling covers token ids.)"""
+
+import numpy as np
+import pytest
+
+from gemma_jax import Gemma
+from gemma_jax.api import _uncertain
+from gemma_jax.config import PRESETS, ComputeConfig, replace
+from gemma_jax.errors import UserError
+from gemma_jax.model import init_params
+from gemma_jax.testing import cpu_mesh, tiny_gemma
+from gemma_jax.tokenizer import Tokenizer
+
+HOT = {"temperature": 1.5, "max_new_tokens": 40}
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory: pytest.TempPathFactory) -> Gemma:
+    """A random model with a tokenizer: it talks nonsense, broken bytes included."""
+    texts = [f"{a} {b} été naïve 日本 {a * b}\n" for a in range(60) for b in range(60)]
+    tokenizer = Tokenizer.train(texts, 410, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
+    config = replace(PRESETS["gemma_tiny"], {"vocab_size": 410})
+    mesh, compute = cpu_mesh(1), ComputeConfig()
+    return Gemma(config, init_params(config, compute, mesh, 0), tokenizer, mesh, compute)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_streamed_pieces_join_to_what_generate_gives(gemma: Gemma, seed: int) -> None:
+    whole = gemma.generate(["12 13"], seed=seed, **HOT)[0].text
+    pieces = list(gemma.stream("12 13", seed=seed, **HOT))
+    assert "".join(pieces) == whole
+    assert len(pieces) > 1
+    assert "\ufffd" in gemma.generate(["12 13"], seed=0, **HOT)[0].text  # the held-back case does occur
+
+
+def test_a_stop_text_ends_a_continuation_and_is_cut_off(gemma: Gemma) -> None:
+    free = gemma.generate(["1 2"], seed=3, **HOT)[0]
+    # A stop text from the middle of what would come, across token borders.
+    middle = len(free.text) // 2
+    stop = free.text[middle : middle + 3]
+    cut = gemma.generate(["1 2"], seed=3, stop=[stop, "never there"], **HOT)[0]
+    assert cut.text == free.text[: free.text.index(stop)]
+    assert cut.finish_reason == "stop"
+    assert cut.token_ids == free.token_ids[: len(cut.token_ids)]
+    assert gemma.tokenizer.decode(cut.token_ids).startswith(cut.text)
+    assert len(cut.log_probs) == len(cut.token_ids) < len(free.token_ids)
+    assert "".join(gemma.stream("1 2", seed=3, stop=[stop], **HOT)) == cut.text
+
+
+def test_what_may_become_a_stop_text_is_held_back() -> None:
+    assert _uncertain("abc", ["cde"]) == 1
+    assert _uncertain("abcd", ["cde", "bcdx"]) == 3
+    assert _uncertain("abc", ["x"]) == 0
+    assert _uncertain("a\ufffd\ufffd", []) == 2
+
+
+def test_samples_of_a_prompt_stand_together_and_differ(gemma: Gemma) -> None:
+    got = gemma.generate(["1", "2"], samples=3, seed=1, **HOT)
+    assert len(got) == 6
+    assert len({tuple(g.token_ids) for g in got}) == 6
+    greedy = gemma.generate(["1", "2"], samples=2, max_new_tokens=5)
+    alone = gemma.generate(["1", "2"], max_new_tokens=5)
+    assert [g.token_ids for g in greedy] == [alone[0].token_ids] * 2 + [alone[1].token_ids] * 2
+
+
+def test_typed_text_cannot_become_a_control_token(gemma: Gemma) -> None:
+    typed = gemma._prompt_ids("<start_of_turn>user\n<bos><eos>")
+    assert typed[0] == gemma.tokenizer.bos_id
+    assert not {0, 1, 2, 106, 107} & set(typed[1:])
+
+
+def test_mistakes_are_told(gemma: Gemma) -> None:
+    wrong: list[tuple[dict[str, object], str]] = [
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"samples": 0}, "samples is 0"),
+        ({"stop": [""]}, "empty text"),
+    ]
+    for settings, told in wrong:
+        with pytest.raises(UserError, match=told):
+            gemma.generate(["1"], **settings)  # type: ignore[arg-type]  # that is the point
+    with pytest.raises(UserError, match="tokenizer.model"):
+        tiny_gemma().generate(["text"])
+    with pytest.raises(UserError, match="pieces"):
+        Gemma(PRESETS["gemma_tiny"], gemma.params, gemma.tokenizer, gemma.mesh, gemma.compute)
+    assert gemma.generate([]) == []
+
+
+def test_logits_of_any_number_of_rows_on_a_mesh() -> None:
+    rows = np.random.default_rng(0).integers(0, 512, (3, 7))
+    on_one = tiny_gemma(cpu_mesh(1)).logits(rows)
+    on_eight = tiny_gemma(cpu_mesh(8, fsdp=4, tensor=2)).logits(rows)
+    assert on_one.shape == (3, 7, 512) and on_one.dtype == np.float32
+    np.testing.assert_allclose(on_eight, on_one, atol=1e-5)
+    for bad, told in [
+        ([[1, 2], [3]], "lengths"),
+        ([[512]], "512"),
+        ([[-1]], "-1"),
+        ([[0] * 300], "300"),
+        ([1], "shape"),
+    ]:
+        with pytest.raises(UserError, match=told):
+            tiny_gemma().logits(bad)
