@@ -2,7 +2,7 @@
 
 import sys
 
-from gemma_jax.cli import main
+from gemma_jax.cli import run_command
 
 if __name__ == "__main__":
-    sys.exit(main(["sample", *sys.argv[1:]], prog="python sample.py", commands=["sample"]))
+    sys.exit(run_command("sample", sys.argv[1:], prog="python sample.py"))

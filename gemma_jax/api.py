@@ -16,6 +16,7 @@ from gemma_jax.config import (
     PRESETS,
     ComputeConfig,
     MeshConfig,
+    PretrainConfig,
     SamplingConfig,
     TransformerConfig,
     from_record,
@@ -122,7 +123,12 @@ class Gemma:
 
         folder, run_dir = store.step_folder(name)
         record = store.run_record(folder)
-        config = from_record(record.config, str(folder)).model
+        experiment = from_record(record.config, str(folder))
+        if not isinstance(experiment, PretrainConfig):
+            raise UserError(
+                f"{folder} is no training checkpoint: its config is a {type(experiment).__name__}."
+            )
+        config = experiment.model
         validate_model(config)
         _, abstract = abstract_transformer(config, compute, device_mesh)
         placed = jax.tree.map(
@@ -216,11 +222,13 @@ class Gemma:
         """
         config = SamplingConfig(max_new_tokens, temperature, top_k, top_p, seed, samples, tuple(stop))
         validate_sampling(config)
+        if isinstance(prompts, str):
+            raise UserError("prompts is one text; give a list of them.")
         generations: list[Generation] = []
-        if prompts:
+        if len(prompts):
             # Without stop texts nothing needs to be looked at before the end.
-            for generations in self._run(prompts, config, STRIDE if stop else max_new_tokens):
-                pass
+            for so_far in self._run(prompts, config, STRIDE if stop else max_new_tokens):
+                generations = so_far
         return generations
 
     def stream(self, prompt: str | Sequence[int], **settings: Any) -> Iterator[str]:
@@ -280,7 +288,10 @@ class Gemma:
     def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):
             return [self.tokenizer.bos_id, *self.tokenizer.encode_typed(prompt)]
-        return [operator.index(token) for token in prompt]
+        try:
+            return [operator.index(token) for token in prompt]
+        except TypeError as error:
+            raise UserError(f"a prompt must be a text or a list of integer token ids ({error}).") from error
 
 
 def _uncertain(text: str, stop: Sequence[str]) -> int:

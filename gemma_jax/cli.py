@@ -10,6 +10,8 @@ from gemma_jax.errors import UserError
 COMMANDS = {
     "pretrain": "train a model from random weights: gemma pretrain CONFIG [--FIELD VALUE ...]",
     "sample": "continue prompts: gemma sample CHECKPOINT --prompt TEXT [--FIELD VALUE ...]",
+    "replay": "the batch of a step with the loss of each token: gemma replay RUN STEP [--rows N] [--json]",
+    "runs": "a table of the runs under a directory: gemma runs DIR [--plot FILE.png]",
     "inspect": "each parameter's shape and place on the mesh: gemma inspect CONFIG_OR_CHECKPOINT",
 }
 
@@ -30,15 +32,30 @@ def main(arguments: Sequence[str] | None = None, prog: str = "gemma", commands: 
             print(f"  {name:10} {meaning}")
         return 0
     name, *rest = arguments
+    if name not in known:
+        return _tell(f"{prog} has no command {name!r}{suggestion(name, known)}; see `{prog} --help`.")
+    return run_command(name, rest, f"{prog} {name}")
+
+
+def run_command(name: str, arguments: Sequence[str], prog: str) -> int:
+    """Run one command and give its exit status.
+
+    Args:
+      name: of the command.
+      arguments: its own.
+      prog: what it is called in messages.
+    """
     try:
-        if name not in known:
-            raise UserError(f"{prog} has no command {name!r}{suggestion(name, known)}; see `{prog} --help`.")
         # A command imports what it needs only after its config has been read: mistakes are told at once.
-        return importlib.import_module(f"gemma_jax.commands.{name}").run(rest, f"{prog} {name}")
+        return importlib.import_module(f"gemma_jax.commands.{name}").run(arguments, prog)
     except UserError as error:
-        # One line, whatever a file name or another library's message brought into it.
-        print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
-        return 2
+        return _tell(str(error))
+
+
+def _tell(mistake: str) -> int:
+    # One line, whatever a file name or another library's message brought into it.
+    print("error:", " ".join(mistake.splitlines()), file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -157,9 +157,9 @@ def test_tensorflow_and_torch_are_imported_nowhere() -> None:
 
 
 def test_modules_are_imported_by_their_names() -> None:
-    """An import that is computed would escape this test; the command line makes the only one."""
+    """A computed import would escape this test: that of a command, and of packages that may be missing."""
     for file, source in PACKAGE.items():
-        if file != "gemma_jax/cli.py":
+        if file not in ("gemma_jax/cli.py", "gemma_jax/training/sinks.py"):
             assert not re.search(r"\bimport_module\(|\b__import__\(", source), file
 
 

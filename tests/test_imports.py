@@ -59,7 +59,7 @@ def command(*arguments: str) -> str:
 ANSWERED_AT_ONCE = {
     "help": ((), 0, "usage: gemma COMMAND"),
     "help of pretrain": (("pretrain", "--help"), 0, "--optimizer.learning_rate FLOAT"),
-    "help of a config": (("pretrain", "demo", "--help"), 0, "(default: 600)"),
+    "help of a config": (("pretrain", "demo", "--help"), 0, "--steps INT"),
     "help of sample": (("sample", "--help"), 0, "--temperature FLOAT"),
     "help of inspect": (("inspect", "--help"), 0, "--mesh.fsdp INT"),
     "unknown command": (("pretrian",), 2, "did you mean pretrain?"),

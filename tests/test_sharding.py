@@ -1,13 +1,14 @@
 """Where arrays lie on a mesh, as tables, and that they do lie there."""
 
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gemma_jax.config import PRESETS, ComputeConfig, MeshConfig, PretrainConfig, replace
@@ -140,7 +141,7 @@ def test_names_of_arrays_and_back() -> None:
     arrays = named_arrays(params)
     assert arrays.keys() == EXPECTED.keys()
     doubled = with_arrays(params, {name: 2 * value for name, value in arrays.items()})
-    assert jax.tree.structure(doubled) == jax.tree.structure(params)
+    assert str(jax.tree.structure(doubled)) == str(jax.tree.structure(params))
     for name, value in named_arrays(doubled).items():
         np.testing.assert_array_equal(value, 2 * arrays[name])
     assert list(named_arrays({"a": [1, {"b": 2}], "c": 3})) == ["a.0", "a.1.b", "c"]
@@ -154,7 +155,7 @@ def test_meshes_of_some_of_the_devices() -> None:
     assert small.size == 2 and list(small.devices.flat) == jax.devices()[:2]
     assert platform(small) == "cpu"
     assert make_mesh(MeshConfig()).size == jax.device_count() == 8
-    assert set(map(str, small.axis_types)) == {"Auto"}
+    assert set(small.axis_types) == {AxisType.Auto}
 
 
 @pytest.mark.parametrize(("config", "told"), [
@@ -174,7 +175,7 @@ def test_batches_are_split_by_rows(data: int, fsdp: int, tensor: int) -> None:
     mesh = cpu_mesh(8, data=data, fsdp=fsdp, tensor=tensor)
     assert local_rows(16, mesh) == list(range(16))  # this process has all devices
     batch = {"tokens": np.arange(32).reshape(16, 2), "weights": np.arange(16.0)}
-    placed = put_batch(batch, 16, mesh)
+    placed: dict[str, Any] = put_batch(batch, 16, mesh)
     for name, value in batch.items():
         np.testing.assert_array_equal(placed[name], value)
         assert {s.data.shape for s in placed[name].addressable_shards} == {
@@ -193,7 +194,7 @@ def test_a_constraint_decides_where_an_activation_lies() -> None:
     everywhere = NamedSharding(mesh, P())
     x = jax.ShapeDtypeStruct((8, 4, 6), jnp.float32, sharding=everywhere)
 
-    def placed(function: object) -> NamedSharding:
+    def placed(function: Callable[[jax.Array], jax.Array]) -> NamedSharding:
         return jax.jit(function).lower(x).compile().output_shardings
 
     assert placed(lambda x: x + 1).is_equivalent_to(everywhere, 3)
@@ -221,8 +222,3 @@ def test_the_models_activations_are_split_by_rows() -> None:
 
     output = jax.jit(hidden).lower(placed, tokens).compile().output_shardings
     assert output.shard_shape((8, 16, 32))[0] == 2
-
-
-def test_the_table_of_the_documentation_is_that_of_the_code() -> None:
-    text = (Path(__file__).resolve().parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")
-    assert "`sharding.RULES`" in text and all(f"`{axis}`" in text for axis in cpu_mesh(8).axis_names)

@@ -12,6 +12,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from gemma_jax.config import ComputeConfig, TransformerConfig
+from gemma_jax.errors import UserError
 from gemma_jax.model.attention import attend, attention_mask, causal_attend
 from gemma_jax.model.cache import KVCache
 from gemma_jax.model.layers import RESIDUAL, Block, weight, zeros
@@ -21,7 +22,13 @@ from gemma_jax.weights import product
 
 
 def compute_dtype(compute: ComputeConfig, mesh: Mesh) -> jnp.dtype:
-    """Dtype of activations on this mesh."""
+    """Dtype of activations on this mesh.
+
+    Raises:
+      UserError: float64, where jax would silently compute in float32.
+    """
+    if "float64" in (compute.dtype, compute.param_dtype) and not jax.config.jax_enable_x64:
+        raise UserError("compute.dtype float64 needs the environment variable JAX_ENABLE_X64=1; set it.")
     if compute.dtype != "auto":
         return jnp.dtype(compute.dtype)
     return jnp.dtype(jnp.float32 if platform(mesh) == "cpu" else jnp.bfloat16)
@@ -31,6 +38,7 @@ class Transformer(nnx.Module):
     """Decoder-only transformer with tied embeddings; the blocks are one stacked module, scanned."""
 
     def __init__(self, config: TransformerConfig, compute: ComputeConfig, mesh: Mesh, rngs: nnx.Rngs) -> None:
+        self.dtype = compute_dtype(compute, mesh)
         dtype = jnp.dtype(compute.param_dtype)
         rows, D = config.vocab_rows, config.embed_dim
         # Variance 1/D makes both the scaled embedding and the logits of a normed stream unit variance.
@@ -40,11 +48,6 @@ class Transformer(nnx.Module):
         self.config = config
         self.compute = compute
         self.mesh = mesh
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        """Dtype of activations."""
-        return compute_dtype(self.compute, self.mesh)
 
     def __call__(self, tokens: Integers, positions: Integers, segments: Integers) -> jax.Array:
         """Hidden states of whole sequences, each token seeing the earlier ones of its segment.

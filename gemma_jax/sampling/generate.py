@@ -119,15 +119,16 @@ class Generator:
         # Every device gets the same number of rows; rows that fill up are done before they start.
         parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         rows = -(-len(prompts) // parts) * parts
-        longest = bucket(max(map(len, prompts)))
-        capacity = bucket(config.max_new_tokens)
+        context = self.config.context_length
+        longest = min(bucket(max(map(len, prompts))), context)
+        capacity = min(bucket(config.max_new_tokens), context)
         tokens = np.zeros((rows, longest), np.int32)
         lengths = np.zeros(rows, np.int32)
         limits = np.zeros(rows, np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = prompt
             lengths[row] = len(prompt)
-            limits[row] = min(config.max_new_tokens, self.config.context_length - len(prompt))
+            limits[row] = min(config.max_new_tokens, context - len(prompt))
         put = functools.partial(jax.device_put, device=batch_sharding(self.mesh))
         seed_key = jax.random.key(config.seed)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(seed_key, jnp.arange(rows))
@@ -142,7 +143,7 @@ class Generator:
             config.top_k,
             config.top_p,
             ends,
-            slots=longest + capacity,
+            slots=min(longest + capacity, context),
             capacity=capacity,
         )
         made = 1

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import sys
 import typing
 from pathlib import Path
 from typing import Any, Literal
@@ -69,8 +70,9 @@ def test_help_tells_the_type_the_default_and_the_meaning_of_every_field(
 
 def test_the_default_that_help_shows_is_that_of_the_config(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        parse(PretrainConfig(steps=4321), ["-h"], "gemma test")
-    assert "(default: 4321)" in capsys.readouterr().out
+        parse(SampleConfig(seed=4321, prompt=("50% of %s",)), ["-h"], "gemma test")
+    output = capsys.readouterr().out
+    assert "(default: 4321)" in output and "(default: 50% of %s)" in output
 
 
 @pytest.mark.parametrize("kind", EXPERIMENTS.values())
@@ -78,7 +80,8 @@ def test_every_field_can_be_set(kind: type) -> None:
     """Each option changes its own field, to the type that the field has, and no other."""
     for name, (annotation, default, _) in leaves(kind()).items():
         if annotation is bool:
-            arguments, expected = [f"--{name}"], True
+            arguments = [f"--{name}"]
+            expected: Any = True
         elif typing.get_origin(annotation) is Literal:
             expected = next(choice for choice in typing.get_args(annotation) if choice != default)
             arguments = [f"--{name}", expected]
@@ -143,6 +146,7 @@ WRONG = {
     "typing slip": (["--optimizer.learning_rat", "1"], "did you mean --optimizer.learning_rate?"),
     "no section": (["--learning_rate", "1"], "did you mean --optimizer.learning_rate?"),
     "no section, hyphens": (["--learning-rate=1"], "did you mean --optimizer.learning_rate?"),
+    "no section, nothing else like it": (["--b1", "1"], "did you mean --optimizer.b1?"),
     "cut short": (["--mesh.cpu", "2"], "did you mean --mesh.cpu_devices?"),
     "no dashes": (["steps", "5"], "unknown option steps; did you mean --steps?"),
     "one dash": (["-steps", "5"], "did you mean --steps?"),
@@ -178,21 +182,28 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("run.v1", 13, "run.v1"),
     ("run.v1/config.json", 13, "run.v1"),
     ("saved.json", 14, "saved"),
-    ("demo", 600, "demo"),  # beside the package's source
 ])  # fmt: skip
 def test_what_a_config_may_be_called(home: Path, name: str, steps: int, experiment: str) -> None:
     config, called = load(name, PretrainConfig)
     assert (config.steps, called) == (steps, experiment)
 
 
-def test_a_config_file_leaves_nothing_behind(home: Path) -> None:
+def test_configs_beside_the_packages_source_are_found_from_anywhere(home: Path) -> None:
+    assert load("demo", PretrainConfig)[1] == "demo"
+    (home / "configs" / "demo.py").write_text(START + "config = PretrainConfig(steps=15)")
+    assert load("demo", PretrainConfig)[0].steps == 15  # but those of the current folder come first
+
+
+def test_a_config_file_leaves_nothing_behind(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     load("mine", PretrainConfig)
     load("./configs/mine.py", PretrainConfig)
     assert [path.name for path in (home / "configs").iterdir()] == ["mine.py"]
+    assert sys.dont_write_bytecode is False
 
 
 START = "from gemma_jax.config import *\n"
-FILES = {
+FILES: dict[str, tuple[str | bytes, str | tuple[str, ...]]] = {
     "syntax.py": (START + "config = (\n", "syntax.py, line 2: '(' was never closed."),
     "typo.py": (
         START + "config = PretrainConfig(step=3)",
@@ -257,7 +268,7 @@ def test_numbers_in_a_config_file_have_the_types_of_the_fields(home: Path) -> No
 
 
 @pytest.mark.parametrize(("name", "told"), [
-    ("mien", "no config 'mien'; did you mean mine? (a file, a run directory, or one of: demo, mine)."),
+    ("mien", "no config 'mien'; did you mean mine? (a file, a run directory, or one of: demo, "),
     ("nothing.py", "no config 'nothing.py'"),
     ("configs", "no config 'configs'"),  # a folder without a run
     ("no/where", "no config 'no/where'"),

@@ -12,7 +12,7 @@ CONFIGS = sorted(path.stem for path in Path("configs").glob("*.py"))
 
 def test_published_shapes() -> None:
     """Gemma: Open Models Based on Gemini Research and Technology (2024), table 1 and section 2."""
-    common = {"vocab_size": 256_000, "head_dim": 256, "context_length": 8192}
+    common: dict[str, float] = {"vocab_size": 256_000, "head_dim": 256, "context_length": 8192}
     common |= {"rope_base": 10_000.0, "norm_epsilon": 1e-6}
     fields = ("num_layers", "embed_dim", "hidden_dim", "num_heads", "num_kv_heads")
     published = {
@@ -32,16 +32,12 @@ def parameters(model: TransformerConfig) -> int:
     return model.vocab_rows * model.embed_dim + model.num_layers * block + model.embed_dim
 
 
-@pytest.mark.parametrize(("name", "count"), [
-    ("gemma_2b", 2_506_172_416), ("gemma_7b", 8_537_680_896), ("gemma_110m", 124_865_280),
-    ("gemma_small", 4_851_968), ("gemma_tiny", 41_120),
-])  # fmt: skip
-def test_sizes_of_the_presets(name: str, count: int) -> None:
-    assert parameters(PRESETS[name]) == count
-
-
-def test_every_preset_is_in_the_tests_above() -> None:
-    assert set(PRESETS) == {"gemma_2b", "gemma_7b", "gemma_110m", "gemma_small", "gemma_tiny"}
+def test_sizes_of_the_presets() -> None:
+    counts = {name: parameters(model) for name, model in PRESETS.items()}
+    assert counts["gemma_2b"] == 2_506_172_416 and counts["gemma_7b"] == 8_537_680_896
+    assert counts["gemma_110m"] == 124_865_280
+    # Those for a few minutes on a CPU and for tests may be tuned, but must stay what they are for.
+    assert counts["gemma_small"] < 10e6 and counts["gemma_tiny"] < 100e3
 
 
 @pytest.mark.parametrize(("vocab_size", "multiple", "rows"), [

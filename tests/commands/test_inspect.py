@@ -1,0 +1,141 @@
+"""`gemma inspect`: the table, against arithmetic by hand."""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+from gemma_jax.checkpoint.store import CheckpointStore
+from gemma_jax.cli import main
+from gemma_jax.config import (
+    PRESETS,
+    CheckpointConfig,
+    ComputeConfig,
+    PretrainConfig,
+    SampleConfig,
+    to_dict,
+    to_json,
+)
+from gemma_jax.model import init_params
+from gemma_jax.testing import cpu_mesh
+
+
+def inspect(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[dict[str, str], str]:
+    """Rows of the table by parameter, and the summary."""
+    capsys.readouterr()
+    assert main(["inspect", *map(str, arguments)]) == 0
+    titles, *rows, summary = capsys.readouterr().out.splitlines()
+    assert " ".join(titles.split()) == "parameter shape dtype logical axes partition bytes a device"
+    return {row.split()[0]: " ".join(row.split()[1:]) for row in rows}, summary
+
+
+def held(rows: dict[str, str]) -> dict[str, int]:
+    return {name: int(row.split()[-1].replace(",", "")) for name, row in rows.items()}
+
+
+def test_gemma_2b_on_eight_devices(capsys: pytest.CaptureFixture[str]) -> None:
+    """One key/value head is on every device; all else is split by 8, norms by fsdp alone."""
+    rows, summary = inspect(capsys, "gemma_2b", "--mesh.cpu_devices", "8", "--mesh.tensor", "2")
+    expected = {
+        "embedding": 4 * 256_000 * 2048 // 8,
+        "blocks.attention.q": 4 * 18 * 2048 * 8 * 256 // 8,
+        "blocks.attention.k": 4 * 18 * 2048 * 1 * 256 // 4,
+        "blocks.attention.v": 4 * 18 * 2048 * 1 * 256 // 4,
+        "blocks.attention.o": 4 * 18 * 8 * 256 * 2048 // 8,
+        "blocks.feed_forward.gate": 4 * 18 * 2048 * 16_384 // 8,
+        "blocks.feed_forward.up": 4 * 18 * 2048 * 16_384 // 8,
+        "blocks.feed_forward.down": 4 * 18 * 16_384 * 2048 // 8,
+        "blocks.attention_norm": 4 * 18 * 2048 // 4,
+        "blocks.feed_forward_norm": 4 * 18 * 2048 // 4,
+        "final_norm": 4 * 2048 // 4,
+    }
+    assert held(rows) == expected
+    assert summary == (
+        f"2,506,172,416 parameters; {sum(expected.values()):,} bytes a device on 8 devices "
+        "(data 1 x fsdp 4 x tensor 2)"
+    )
+    assert rows["embedding"].startswith("(256000, 2048) float32 vocab embed tensor fsdp ")
+    assert rows["blocks.attention.k"].startswith(
+        "(18, 2048, 1, 256) float32 layers embed kv_heads head_dim - fsdp - - "
+    )
+    assert rows["blocks.feed_forward.down"].startswith(
+        "(18, 16384, 2048) float32 layers mlp embed - tensor fsdp "
+    )
+
+
+def test_bytes_follow_the_mesh_and_the_dtype(capsys: pytest.CaptureFixture[str]) -> None:
+    whole, summary = inspect(capsys, "gemma_2b", "--mesh.cpu_devices", "1")
+    assert sum(held(whole).values()) == 4 * 2_506_172_416
+    assert summary.endswith("on 1 devices (data 1 x fsdp 1 x tensor 1)")
+    eighth, _ = inspect(capsys, "gemma_2b", "--mesh.cpu_devices", "8")
+    assert held(eighth) == {name: value // 8 for name, value in held(whole).items()}
+    copied, _ = inspect(capsys, "gemma_2b", "--mesh.cpu_devices", "8", "--mesh.data", "8")
+    assert held(copied) == held(whole)
+    half, _ = inspect(capsys, "gemma_2b", "--mesh.cpu_devices", "1", "--compute.param_dtype", "bfloat16")
+    assert held(half) == {name: value // 2 for name, value in held(whole).items()}
+
+
+def test_everything_that_has_a_model_can_be_inspected(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = PretrainConfig(model=PRESETS["gemma_tiny"])
+    expected = inspect(capsys, "gemma_tiny")
+    run = tmp_path / "run"
+    save(run, config)
+    (run / "config.json").write_text(to_json(config))
+    for name in ("random:gemma_tiny", run, run / "config.json", run / "checkpoints" / "2"):
+        assert inspect(capsys, name) == expected, name
+    changed, _ = inspect(capsys, run, "--model.num_layers", "5")
+    assert changed["blocks.attention_norm"].startswith("(5, 32)")
+    assert inspect(capsys, "demo")[0].keys() == expected[0].keys()
+
+
+def save(run: Path, config: PretrainConfig | SampleConfig) -> None:
+    """A checkpoint of the tiny model at step 2, whose record holds `config`."""
+    params = init_params(PRESETS["gemma_tiny"], ComputeConfig(), cpu_mesh(1), seed=0)
+    store = CheckpointStore(run, CheckpointConfig())
+    store.save(2, params, {"count": jnp.zeros(())}, 0, to_dict(config))
+    store.close()
+
+
+BAD = {
+    "nothing": ([], "name a config, a preset or a checkpoint"),
+    "only options": (["--mesh.fsdp", "2"], "name a config, a preset or a checkpoint"),
+    "unknown config": (["dmeo"], "did you mean demo?"),
+    "unknown preset": (["random:gemma2b"], "did you mean gemma_2b?"),
+    "missing": (["{tmp}/nothing"], "no config '{tmp}/nothing'"),
+    "empty directory": (["{tmp}"], "no config '{tmp}'"),
+    "name too long": (["x" * 5000], "no config 'xxx"),
+    "config of another kind": (["{tmp}/sample.json"], "holds a SampleConfig, but a PretrainConfig is needed"),
+    "checkpoint without a record": (["{tmp}/damaged"], "{tmp}/damaged"),
+    "unknown key": (["gemma_2b", "--model.num_layer", "1"], "did you mean --model.num_layers?"),
+    "shape": (["gemma_2b", "--model.num_kv_heads", "3"], "model.num_kv_heads is 3"),
+    "mesh": (["gemma_2b", "--mesh.tensor", "3"], "does not use exactly the 8 devices"),
+    "indivisible": (
+        ["gemma_tiny", "--mesh.tensor", "8"],
+        "blocks.attention.o: axis 'heads' of size 4 is not divisible by mesh axis tensor of size 8",
+    ),
+}
+
+
+@pytest.mark.parametrize(("arguments", "told"), BAD.values(), ids=BAD)
+def test_mistakes_end_in_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
+) -> None:
+    (tmp_path / "sample.json").write_text(to_json(SampleConfig()))
+    (tmp_path / "damaged" / "run").mkdir(parents=True)
+    (tmp_path / "damaged" / "run" / "data.json").write_text("{}")
+    assert main(["inspect", *(argument.format(tmp=tmp_path) for argument in arguments)]) == 2
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert line.startswith("error: ") and told.format(tmp=tmp_path) in line
+    assert captured.out == ""
+
+
+def test_a_checkpoint_whose_record_is_of_another_kind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint is untrusted: its record may say anything."""
+    save(tmp_path, SampleConfig())
+    assert main(["inspect", str(tmp_path / "checkpoints" / "2")]) == 2
+    assert "holds a SampleConfig, which has no model" in capsys.readouterr().err

@@ -1,0 +1,136 @@
+"""`gemma sample` as a person calls it."""
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gemma_jax import Gemma
+from gemma_jax.checkpoint.store import CheckpointStore
+from gemma_jax.cli import main
+from gemma_jax.config import PRESETS, ComputeConfig, MeshConfig, PretrainConfig, replace, to_dict
+from gemma_jax.model import init_params
+from gemma_jax.testing import cpu_mesh
+from gemma_jax.tokenizer import Tokenizer
+
+TEXT = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma tau"
+PROMPTS = ("alpha beta", "gamma", "tau sigma rho pi\nomicron")
+FIVE = ("--max_new_tokens", "5", "--mesh.cpu_devices", "1")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose model has random weights."""
+    folder = tmp_path_factory.mktemp("run")
+    rng = np.random.default_rng(0)
+    texts = (" ".join(rng.choice(TEXT.split(), 80)) for _ in range(60))
+    vocab_size = Tokenizer.train(texts, 430, folder / "tokenizer.model").vocab_size
+    config = PretrainConfig(model=replace(PRESETS["gemma_tiny"], {"vocab_size": vocab_size}))
+    store = CheckpointStore(folder, config.checkpoint)
+    store.save(
+        3,
+        init_params(config.model, ComputeConfig(), cpu_mesh(1), seed=0),
+        {"count": jnp.zeros(())},
+        0,
+        to_dict(config),
+    )
+    store.close()
+    return folder
+
+
+def sample(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """What the command prints on standard output."""
+    capsys.readouterr()
+    assert main(["sample", *map(str, arguments)]) == 0
+    return capsys.readouterr().out
+
+
+def prompts(*texts: str) -> list[str]:
+    return [word for text in texts for word in ("--prompt", text)]
+
+
+def test_json_is_one_object_a_prompt_and_nothing_else(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = sample(capsys, run, *prompts(*PROMPTS), *FIVE, "--json")
+    objects = [json.loads(line) for line in output.splitlines()]
+    assert [entry["prompt"] for entry in objects] == list(PROMPTS)
+    gemma = Gemma.from_pretrained(run, mesh=MeshConfig(cpu_devices=1))
+    for entry, expected in zip(objects, gemma.generate(PROMPTS, max_new_tokens=5), strict=True):
+        assert entry.keys() == {"prompt", "text", "token_ids", "log_probs", "finish_reason"}
+        assert entry["text"] == expected.text == gemma.tokenizer.decode(entry["token_ids"])
+        assert entry["token_ids"] == expected.token_ids and len(entry["token_ids"]) <= 5
+        assert entry["finish_reason"] == expected.finish_reason
+        assert np.allclose(entry["log_probs"], expected.log_probs, rtol=1e-5)
+
+
+def test_text_is_each_prompt_with_what_follows(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = sample(capsys, run, *prompts(*PROMPTS), *FIVE, "--json").splitlines()
+    wholes = [entry["prompt"] + entry["text"] for entry in map(json.loads, lines)]
+    assert sample(capsys, run, *prompts(*PROMPTS), *FIVE) == "\n\n".join(wholes) + "\n"
+    assert sample(capsys, run, "--prompt", *PROMPTS, *FIVE) == "\n\n".join(wholes) + "\n"
+
+
+def test_a_step_is_a_checkpoint_too(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    of_run = sample(capsys, run, *prompts("alpha"), *FIVE)
+    assert sample(capsys, run / "checkpoints" / "3", *prompts("alpha"), *FIVE) == of_run
+
+
+def test_settings_reach_the_sampler(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def tokens(*settings: str) -> list[int]:
+        return json.loads(sample(capsys, run, *prompts("alpha"), *FIVE, "--json", *settings))["token_ids"]
+
+    greedy = tokens()
+    hot = ("--temperature", "3")
+    assert tokens(*hot, "--seed", "1") == tokens(*hot, "--seed", "1") != tokens(*hot, "--seed", "2")
+    assert tokens(*hot, "--top_k", "1") == tokens(*hot, "--top-p", "1e-6") == greedy
+    assert tokens("--max_new_tokens", "2") == greedy[:2]
+
+
+def test_a_prompt_is_text_and_no_control_token(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A turn marker that somebody types must not become the marker, nor an option's name an option."""
+    marker = sample(capsys, run, *prompts("<start_of_turn>"), *FIVE, "--json")
+    assert json.loads(marker)["prompt"] == "<start_of_turn>"
+    assert sample(capsys, run, *prompts("--top-k of alpha"), *FIVE).startswith("--top-k of alpha")
+
+
+BAD = {
+    "no checkpoint": (["--prompt", "x"], "name a checkpoint first"),
+    "nothing": ([], "name a checkpoint first"),
+    "no prompt": (["{run}"], "add --prompt TEXT"),
+    "missing checkpoint": (["{tmp}/nothing", "--prompt", "x"], "there is no checkpoint {tmp}/nothing"),
+    "empty directory": (["{tmp}", "--prompt", "x"], "{tmp} holds no checkpoint"),
+    "run without a step": (["{tmp}/begun", "--prompt", "x"], "begun holds no checkpoint"),
+    "a file": (["{tmp}/file", "--prompt", "x"], "{tmp}/file"),
+    "damaged record": (["{tmp}/damaged", "--prompt", "x"], "{tmp}/damaged"),
+    "text for a model without a tokenizer": (
+        ["random:gemma_tiny", "--prompt", "x", *FIVE],
+        "no tokenizer.model",
+    ),
+    "unknown preset": (["random:gemma_tny", "--prompt", "x"], "did you mean gemma_tiny?"),
+    "unknown flag": (["{run}", "--prompt", "x", "--temprature", "1"], "did you mean --temperature?"),
+    "flag of another command": (["{run}", "--prompt", "x", "--steps", "1"], "unknown option --steps"),
+    "wrong type": (["{run}", "--prompt", "x", "--top_k", "1.5"], "invalid int value: '1.5'"),
+    "out of range": (["{run}", "--prompt", "x", "--top_p", "0"], "top_p is 0.0"),
+    "negative": (["{run}", "--prompt", "x", "--temperature", "-1"], "temperature is -1.0"),
+    "too long": (["{run}", "--prompt", "alpha " * 300, *FIVE], "context of 256"),
+    "empty mesh": (["{run}", "--prompt", "x", "--mesh.fsdp", "0"], "mesh.fsdp is 0"),
+    "too few devices": (["{run}", "--prompt", "x", "--mesh.fsdp", "64"], "needs 64 devices, but there are 8"),
+    "no text at all": (["{run}", "--prompt", "\udcff", *FIVE], "surrogate"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "told"), BAD.values(), ids=BAD)
+def test_mistakes_end_in_one_sentence(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
+) -> None:
+    (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "file").write_text("no checkpoint")
+    (tmp_path / "damaged" / "run").mkdir(parents=True)
+    (tmp_path / "damaged" / "run" / "data.json").write_text("[]")
+    names = {"run": str(run), "tmp": str(tmp_path)}
+    assert main(["sample", *(argument.format(**names) for argument in arguments)]) == 2
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert line.startswith("error: ") and told.format(**names) in line
+    assert captured.out == ""
