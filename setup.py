@@ -22,6 +22,7 @@ setup(
         "orbax-checkpoint>=0.12.8",
         "rich>=13",
         "sentencepiece[protobuf]>=0.2.3",
+        "tensorboardX>=2.6",
         "tensorflow-datasets>=4.9.10",
     ],
     extras_require={

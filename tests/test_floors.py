@@ -131,7 +131,7 @@ def test_there_is_no_import_cycle() -> None:
 def test_scripts_stand_on_the_command_line_alone() -> None:
     for script in ("train.py", "sample.py"):
         names = {name for _, name in imported_names(SCRIPTS[script], script)}
-        assert names == {"sys", "gemma_jax.cli.main"}, script
+        assert names in ({"sys", "gemma_jax.cli.main"}, {"sys", "gemma_jax.cli.run_command"}), script
 
 
 def test_configs_import_the_config_package_alone() -> None:

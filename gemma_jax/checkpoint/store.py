@@ -1,111 +1,137 @@
 """Checkpoints of a run: parameters, optimizer state, position in the data, and the config.
 
-On disk, under RUN/checkpoints, a folder for each step, written by orbax under a temporary name and
-renamed when whole: `params` and `opt_state` hold arrays by their dotted names, `run` a JSON record.
+On disk, under RUN/checkpoints, a folder for each step, written under a temporary name and renamed when
+whole: orbax's `params` and `opt_state` hold arrays by their dotted names, run/data.json the record, which
+also tells what all the rest must be. A folder that turned out to be damaged is kept as STEP.damaged.
 """
 
-import dataclasses
-import json
-from typing import Any, TypeVar
+import contextlib
+import errno
+import logging
+import os
+import re
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Self, TypeVar
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from gemma_jax.checkpoint.lock import LOCK_FILE, RunLock
+from gemma_jax.checkpoint.record import (
+    RECORD_FILE,
+    ArrayRecord,
+    DamagedCheckpoint,
+    RunRecord,
+    check_files,
+    fingerprints,
+    first_line,
+    run_record,
+    write_record,
+)
 from gemma_jax.config import CheckpointConfig
 from gemma_jax.errors import UserError
 from gemma_jax.sharding import Arrays, named_arrays, with_arrays
 
+__all__ = ["CheckpointStore", "DamagedCheckpoint", "load_arrays", "run_record", "saved_steps", "step_folder"]
+
 Tree = TypeVar("Tree")
 
 STEPS_FOLDER = "checkpoints"
+UNFINISHED = ".unfinished"  # after the step, in the name of a folder that is being written
+
+# orbax's threads log the traceback of a full disk once for each file; `CheckpointStore.wait` raises it too.
+logging.getLogger("absl").addFilter(lambda record: "_SignalingThread.run() raised" not in str(record.msg))
 
 
-@dataclasses.dataclass(frozen=True)
-class RunRecord:
-    """What a checkpoint says of itself besides its arrays."""
-
-    step: int
-    rows_seen: int  # rows of the data that were consumed: the whole position in the data
-    config: dict[str, Any]  # the resolved config, as gemma_jax.config.to_dict gives it
-    fingerprints: dict[str, dict[str, int]]  # of the arrays of params and opt_state
+def saved_steps(run_dir: epath.PathLike) -> list[int]:
+    """Steps that have a checkpoint, whole or damaged, ascending."""
+    folder = epath.Path(run_dir) / STEPS_FOLDER
+    names = [child.name for child in folder.iterdir()] if folder.exists() else []
+    return sorted(int(name) for name in names if name.isdecimal() and str(int(name)) == name)
 
 
-def _fingerprint(x: jax.Array) -> jax.Array:
-    bits = x[None] if x.ndim == 0 else x
-    bits = bits.view(f"uint{8 * min(x.dtype.itemsize, 4)}").astype(jnp.uint32)
-    place, stride = jnp.zeros(bits.shape, jnp.uint32), 1
-    for axis in reversed(range(bits.ndim)):
-        place += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(stride % 2**32)
-        stride *= bits.shape[axis]
-    # Odd multipliers that differ by place, so that swapped values show too. Sums modulo 2**32 are exact
-    # in any order, so the number does not depend on the mesh.
-    return jnp.sum(bits * (place * jnp.uint32(0x9E3779B0) | 1), dtype=jnp.uint32)
+def kept_steps(losses: dict[int, float | None], config: CheckpointConfig) -> set[int]:
+    """Which of the steps that have a checkpoint are kept.
 
-
-_fingerprint_all = jax.jit(lambda arrays: jax.tree.map(_fingerprint, arrays))
-
-
-def fingerprints(arrays: Arrays) -> dict[str, int]:
-    """A 32-bit checksum of every array, computed where the array lies.
-
-    orbax writes zarr3 with a checksum of each index but none of the values, so that a flipped bit on
-    disk would be loaded without a word.
+    Args:
+      losses: for each of them, held-out loss if it was measured.
+      config: `keep_last`, `keep_every` and `keep_best`; what any of them keeps is kept.
     """
-    return {name: int(value) for name, value in jax.device_get(_fingerprint_all(arrays)).items()}
-
-
-def _context() -> ocp.Context:
-    registry = ocp.handlers.local_registry()
-    registry.add(ocp.handlers.JsonHandler, checkpointable_name="run")
-    context = ocp.Context()
-    context.checkpointables.registry = registry
-    return context
-
-
-def run_record(step_folder: epath.PathLike) -> RunRecord:
-    """What the checkpoint in a step's folder says of itself.
-
-    Raises:
-      UserError: the folder holds no checkpoint of gemma_jax, or its record is damaged.
-    """
-    path = epath.Path(step_folder) / "run" / "data.json"
-    try:
-        record = RunRecord(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(
-            f"{step_folder} is not a whole checkpoint of gemma_jax ({error}); choose another step."
-        ) from error
-    return record
+    best = sorted((loss, step) for step, loss in losses.items() if loss is not None and np.isfinite(loss))
+    return {
+        *sorted(losses)[-config.keep_last :],
+        *(step for step in losses if config.keep_every and step % config.keep_every == 0),
+        *(step for _, step in best[: config.keep_best]),
+    }
 
 
 class CheckpointStore:
-    """The checkpoints of one run."""
+    """The checkpoints of the run that this process trains. To read those of any run, use `load_arrays`.
 
-    def __init__(self, run_dir: epath.PathLike, config: CheckpointConfig) -> None:
-        policies = ocp.training.preservation_policies
-        keep = [policies.LatestN(config.keep_last)]
-        if config.keep_every:
-            keep.append(policies.EveryNSteps(config.keep_every))
-        if config.keep_best:
-            keep.append(
-                policies.BestN(
-                    get_metric_fn=lambda metrics: metrics["loss"], reverse=True, n=config.keep_best
-                )
-            )
-        self.folder = epath.Path(run_dir) / STEPS_FOLDER
-        self._orbax = ocp.training.Checkpointer(
-            self.folder,
-            context=_context(),
-            preservation_policy=policies.AnyPreservationPolicy(keep),
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            cleanup_tmp_directories=True,
-        )
+    One at a time: it holds the run's lock, and removes what a killed process left unfinished.
+    """
 
-    def steps(self) -> list[int]:
-        """Steps that have a checkpoint, ascending."""
-        return sorted(checkpoint.step for checkpoint in self._orbax.checkpoints)
+    def __init__(self, run_dir: epath.PathLike, config: CheckpointConfig, *, overwrite: bool = False) -> None:
+        """Args:
+        run_dir: made if it is not there.
+        config: what to keep.
+        overwrite: delete all that is in run_dir first.
+
+        Raises:
+          UserError: another process trains there, or the directory cannot be written.
+        """
+        self._run_dir, self._config = epath.Path(run_dir), config
+        self.folder = self._run_dir / STEPS_FOLDER
+        self._first = jax.process_index() == 0
+        self._lock: RunLock | None = None
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if self._first:
+                self._lock = RunLock(self._run_dir)
+                if overwrite:
+                    self._clear()
+                self._remove_unfinished()
+        except OSError as error:
+            raise UserError(f"cannot write into {run_dir}: {error}; give another --run_dir.") from error
+        self._losses: dict[int, float | None] = {}
+        for step in saved_steps(run_dir):
+            self._losses[step] = self._loss(step) if config.keep_best else None
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _clear(self) -> None:
+        for child in self._run_dir.iterdir():
+            if child.name == LOCK_FILE:
+                continue
+            if child.is_dir():
+                child.rmtree()
+            else:
+                child.unlink()
+        self.folder.mkdir()
+
+    def _remove_unfinished(self) -> None:
+        for child in self.folder.iterdir():
+            if UNFINISHED in child.name:
+                child.rmtree()
+
+    def _loss(self, step: int) -> float | None:
+        try:
+            return run_record(self.folder / str(step)).held_out_loss
+        except DamagedCheckpoint:  # told when it is needed
+            return None
 
     def save(
         self,
@@ -118,52 +144,139 @@ class CheckpointStore:
     ) -> None:
         """Start writing a checkpoint; returns when the arrays have been copied off the devices.
 
+        Waits for the checkpoint before it, if that is still being written.
+
         Args:
           step: optimizer steps done.
           params, opt_state: trees of arrays on the mesh.
           rows_seen: position in the data.
           config: the resolved config.
           held_out_loss: nats a token, for keep_best.
-        """
-        arrays = {"params": named_arrays(params), "opt_state": named_arrays(opt_state)}
-        record = RunRecord(
-            step, rows_seen, config, {name: fingerprints(tree) for name, tree in arrays.items()}
-        )
-        metrics = None if held_out_loss is None else {"loss": held_out_loss}
-        self._orbax.save_checkpointables_async(
-            step, {**arrays, "run": dataclasses.asdict(record)}, metrics=metrics, overwrite=True
-        )
-
-    def restore(self, step: int, params: Tree, opt_state: Any) -> tuple[Tree, Any, RunRecord]:
-        """The checkpoint of a step, on the mesh of the abstract trees that are given.
 
         Raises:
-          UserError: the checkpoint is damaged or belongs to another model.
+          UserError: this checkpoint or the one before it could not be written.
         """
-        folder = self.folder / str(step)
-        record = run_record(folder)
-        loaded = load_arrays(folder, {"params": params, "opt_state": opt_state}, record)
-        return loaded["params"], loaded["opt_state"], record
+        self.wait()
+        arrays = {"params": named_arrays(params), "opt_state": named_arrays(opt_state)}
+        about = {
+            part: {name: ArrayRecord(tuple(x.shape), str(x.dtype), 0) for name, x in tree.items()}
+            for part, tree in arrays.items()
+        }
+        record = RunRecord(step, rows_seen, config, held_out_loss, about, {})
+        prints = fingerprints(arrays)  # only started here: they are computed while the next steps run
+        unfinished = self.folder / f"{step}{UNFINISHED}"
+        try:
+            response = ocp.save_checkpointables_async(unfinished, arrays)
+        except OSError as error:
+            raise self._not_written(error) from error
+
+        def finish() -> None:
+            response.result()
+            if self._first:
+                write_record(unfinished, record, jax.device_get(prints))
+                unfinished.rename(self.folder / str(step))
+            self._losses[step] = held_out_loss
+            self._remove_old()
+
+        self._writing = self._writer.submit(finish)
+
+    def _remove_old(self) -> None:
+        for step in self._losses.keys() - kept_steps(self._losses, self._config):
+            if self._first:
+                (self.folder / str(step)).rmtree()
+            del self._losses[step]
+
+    def restore(self, params: Tree, opt_state: Any) -> tuple[Tree, Any, RunRecord] | None:
+        """The newest whole checkpoint, on the mesh of the abstract trees; None if nothing has been saved.
+
+        Damaged ones that are newer are told on standard error and renamed to STEP.damaged: the run will come
+        to their steps again.
+
+        Raises:
+          UserError: there are checkpoints but none is whole, or they belong to another model.
+        """
+        damaged: list[tuple[int, str]] = []
+        for step in reversed(saved_steps(self._run_dir)):
+            folder, problem = self.folder / str(step), ""
+            try:
+                record = run_record(folder)
+                loaded = load_arrays(folder, {"params": params, "opt_state": opt_state}, record)
+            except DamagedCheckpoint as error:
+                problem = error.reason
+            if not _any_process(bool(problem)):
+                for bad_step, reason in damaged:
+                    self._set_aside(bad_step, reason, step)
+                return loaded["params"], loaded["opt_state"], record
+            damaged.append((step, problem))
+        if damaged:
+            raise UserError(
+                f"no checkpoint in {self.folder} is whole (step {damaged[0][0]}: {damaged[0][1]}); "
+                "restore one from a backup, or start again with --existing_run overwrite."
+            )
+        return None
+
+    def _set_aside(self, step: int, reason: str, instead: int) -> None:
+        del self._losses[step]
+        if not self._first:
+            return
+        names = {child.name for child in self.folder.iterdir()}
+        number = 1
+        while (name := f"{step}.damaged" + (f"-{number}" if number > 1 else "")) in names:
+            number += 1
+        (self.folder / str(step)).rename(self.folder / name)
+        told = f"the checkpoint of step {step} is damaged ({reason}): it is kept as {self.folder / name}"
+        print(f"{told}, and the run goes on from step {instead}", file=sys.stderr, flush=True)
 
     def wait(self) -> None:
         """Return when everything that was saved is on disk.
 
         Raises:
-          UserError: the disk is full or cannot be written.
+          UserError: the disk is full or cannot be written; checkpoints from before are as they were.
         """
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
         try:
-            self._orbax.wait()
-        except OSError as error:
-            raise UserError(f"cannot write a checkpoint into {self.folder}: {error}.") from error
+            writing.result()
+        except (OSError, ValueError) as error:
+            # tensorstore's errors are ValueError, and their message begins with a status.
+            if isinstance(error, ValueError) and not re.match("[A-Z_]+: ", str(error)):
+                raise
+            if self._first:
+                with contextlib.suppress(OSError):  # another thread may still be writing there
+                    self._remove_unfinished()
+            raise self._not_written(error) from error
+
+    def _not_written(self, error: Exception) -> UserError:
+        full = os.strerror(errno.ENOSPC)  # tensorstore's own message names a temporary file, twice
+        reason = full if full in str(error) else first_line(error)
+        return UserError(
+            f"cannot write a checkpoint into {self.folder} ({reason}); free some space or "
+            "check the disk, then give the same command again."
+        )
 
     def close(self) -> None:
-        """Wait, and end orbax's threads."""
-        self.wait()
-        self._orbax.close()
+        """Wait, and let other processes train in this run.
+
+        Raises:
+          UserError: as `wait` does.
+        """
+        try:
+            self.wait()
+        finally:
+            self._writer.shutdown()
+            if self._lock is not None:
+                self._lock.release()
+
+
+def _any_process(flag: bool) -> bool:
+    return (
+        bool(np.any(multihost_utils.process_allgather(np.array(flag)))) if jax.process_count() > 1 else flag
+    )
 
 
 def load_arrays(step_folder: epath.PathLike, abstract: dict[str, Any], record: RunRecord) -> dict[str, Any]:
-    """Trees of arrays from a checkpoint, each array placed as its abstract one says.
+    """Trees of arrays from a checkpoint, each array placed and cast as its abstract one says.
 
     Args:
       step_folder: the checkpoint of one step.
@@ -171,42 +284,52 @@ def load_arrays(step_folder: epath.PathLike, abstract: dict[str, Any], record: R
       record: of this checkpoint.
 
     Raises:
-      UserError: an array is missing, has another shape or was damaged; the array is named.
+      DamagedCheckpoint: an array is missing or is not what was saved; it is named where that is known.
+      UserError: the checkpoint belongs to another model.
     """
     wanted = {part: named_arrays(tree) for part, tree in abstract.items()}
-    with _context():
-        try:
-            on_disk = ocp.checkpointables_metadata(step_folder).metadata
-            for part, arrays in wanted.items():
-                _compare(arrays, on_disk[part], step_folder)
-            loaded = ocp.load_checkpointables(step_folder, wanted)
-        except (ValueError, OSError, KeyError, TypeError, ocp.errors.InvalidLayoutError) as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(
-                f"the checkpoint {step_folder} cannot be read ({first}); choose another step."
-            ) from error
-    for part, arrays in loaded.items():
-        if any(arrays[name].dtype != on_disk[part][name].dtype for name in arrays):
-            continue  # cast while loading: the bits are not those that were saved
-        for name, value in fingerprints(arrays).items():
-            if value != record.fingerprints[part][name]:
-                raise UserError(
-                    f"the checkpoint {step_folder} is damaged: {name} has changed; choose another step."
-                )
+    for part, arrays in wanted.items():
+        _compare(arrays, record.arrays[part], step_folder)
+    # As they were saved, and cast only after the fingerprints have been compared.
+    saved = {
+        part: {
+            name: jax.ShapeDtypeStruct(
+                x.shape, jax.dtypes.canonicalize_dtype(record.arrays[part][name].dtype), sharding=x.sharding
+            )
+            for name, x in arrays.items()
+        }
+        for part, arrays in wanted.items()
+    }
+    check_files(epath.Path(step_folder), record, wanted.keys())
+    try:
+        loaded = ocp.load_checkpointables(step_folder, saved)
+    except (OSError, ValueError, KeyError) as error:
+        raise DamagedCheckpoint(step_folder, first_line(error)) from error
+    for part, prints in jax.device_get(fingerprints(loaded)).items():
+        for name, value in prints.items():
+            if value != record.arrays[part][name].fingerprint:
+                raise DamagedCheckpoint(step_folder, f"{part}.{name} has changed")
+    for part, arrays in wanted.items():
+        for name, x in arrays.items():
+            loaded[part][name] = loaded[part][name].astype(x.dtype)
     return {part: with_arrays(tree, loaded[part]) for part, tree in abstract.items()}
 
 
-def _compare(wanted: Arrays, on_disk: Arrays, origin: epath.PathLike) -> None:
-    for name in sorted(wanted.keys() | on_disk.keys()):
-        if name not in on_disk or name not in wanted:
-            where = "is missing from" if name not in on_disk else "is not part of the model but is in"
+def _compare(wanted: Arrays, saved: dict[str, ArrayRecord], origin: epath.PathLike) -> None:
+    for name in sorted(wanted.keys() | saved.keys()):
+        if name not in saved or name not in wanted:
+            where = "is missing from" if name not in saved else "is not part of the model but is in"
             raise UserError(
                 f"{name} {where} the checkpoint {origin}; it belongs to another model or optimizer."
             )
-        if tuple(wanted[name].shape) != tuple(on_disk[name].shape):
+        if tuple(wanted[name].shape) != saved[name].shape:
             raise UserError(
-                f"{name} has shape {tuple(on_disk[name].shape)} in the checkpoint {origin}, but "
+                f"{name} has shape {saved[name].shape} in the checkpoint {origin}, but "
                 f"{tuple(wanted[name].shape)} in the model; it belongs to another model."
+            )
+        if jax.dtypes.canonicalize_dtype(saved[name].dtype) != saved[name].dtype:
+            raise UserError(
+                f"{name} is {saved[name].dtype} in the checkpoint {origin}; set JAX_ENABLE_X64=1 to read it."
             )
 
 
@@ -224,10 +347,9 @@ def step_folder(checkpoint: epath.PathLike) -> tuple[epath.Path, epath.Path]:
         raise UserError(
             f"there is no checkpoint {checkpoint!s}; give a run directory, a step of one, or random:PRESET."
         )
-    if (path / "run" / "data.json").exists():
+    if (path / RECORD_FILE).exists():
         return path, path.parent.parent
-    folder = path / STEPS_FOLDER
-    steps = [int(child.name) for child in folder.iterdir() if child.name.isdigit()] if folder.exists() else []
+    steps = saved_steps(path)
     if not steps:
         raise UserError(f"{checkpoint!s} holds no checkpoint; train there first, or give another directory.")
-    return folder / str(max(steps)), path
+    return path / STEPS_FOLDER / str(steps[-1]), path

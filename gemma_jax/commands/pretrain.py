@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from gemma_jax.commands.replay import show_failure
+from gemma_jax.commands.run_directory import check_data, record_data
 from gemma_jax.config import (
     PretrainConfig,
     from_json,
@@ -55,10 +57,12 @@ def run(arguments: Sequence[str], prog: str) -> int:
     validate(config)
 
     from gemma_jax.data.documents import check_source
+    from gemma_jax.training.interruption import EndSignals
 
-    for source in config.data.sources:
-        check_source(source)
-    return pretrain(config)
+    with EndSignals():
+        for source in config.data.sources:
+            check_source(source)
+        return pretrain(config)
 
 
 def pretrain(config: PretrainConfig) -> int:
@@ -70,54 +74,56 @@ def pretrain(config: PretrainConfig) -> int:
 
     import jax
 
-    from gemma_jax.checkpoint.store import CheckpointStore
+    from gemma_jax.checkpoint.store import CheckpointStore, saved_steps
     from gemma_jax.sharding import local_rows, make_mesh
     from gemma_jax.training.interruption import STOPPED_STATUS, StopSignals
     from gemma_jax.training.loop import train
     from gemma_jax.training.metrics import RunLog, plot_losses, read_metrics
+    from gemma_jax.training.sinks import check_sinks, open_sinks
     from gemma_jax.training.state import TrainState, abstract_train_state, create_train_state
     from gemma_jax.training.step import make_train_step
 
+    check_sinks(config.logging)
     mesh = make_mesh(config.mesh)
     validate_on_devices(config, mesh.size)
     abstract = abstract_train_state(config, mesh)  # a mesh that divides no parameter is told here
     tokenizer = _tokenizer(config, run_dir)
     dataset = _dataset(config, tokenizer)
-    if config.existing_run == "overwrite" and run_dir.exists():
-        run_dir.rmtree()
-    run_dir.mkdir(parents=True, exist_ok=True)
+    if config.existing_run == "resume" and saved_steps(run_dir):
+        check_data(run_dir, dataset)
+    store = CheckpointStore(run_dir, config.checkpoint, overwrite=config.existing_run == "overwrite")
     tokenizer.save(run_dir / "tokenizer.model")
-    (run_dir / "config.json").write_text(to_json(replace(config, {"existing_run": "resume"})))
+    # A kill must not leave half of it: the next start reads it.
+    unfinished = run_dir / "config.json.tmp"
+    unfinished.write_text(to_json(replace(config, {"existing_run": "resume"})))
+    unfinished.replace(run_dir / "config.json")
+    record_data(run_dir, dataset)
 
-    store = CheckpointStore(run_dir, config.checkpoint)
-    steps = store.steps()
-    if steps:
-        params, opt_state, record = store.restore(steps[-1], abstract.params, abstract.opt_state)
+    restored = store.restore(abstract.params, abstract.opt_state)
+    if restored is not None:
+        params, opt_state, record = restored
         state = TrainState(
             jax.device_put(jax.numpy.int32(record.step), abstract.step.sharding), params, opt_state
         )
     else:
         state = create_train_state(config, mesh)
     start = int(state.step)
-    log = RunLog(run_dir, config.steps, start)
     if start >= config.steps:
-        log.message(
-            f"{run_dir} is complete: {start} steps of {config.steps} are done; raise --steps to go on"
-        )
-        log.close()
+        _say(f"{run_dir} is complete: {start} steps of {config.steps} are done; raise --steps to go on")
         store.close()
         return 0
+    log = RunLog(run_dir, config.steps, start, open_sinks(config, run_dir, start))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    log.message(f"{'resuming' if start else 'starting'} {run_dir} at step {start} of {config.steps}")
     log.message(
-        f"{'resuming' if start else 'starting'} {run_dir} at step {start} of {config.steps}: "
         f"{parameters:,} parameters on {mesh.size} {mesh.devices.flat[0].device_kind} devices ({shape})"
     )
     batches = dataset.train.iterate(
         start * config.data.batch_size, config.data.batch_size, local_rows(config.data.batch_size, mesh)
     )
     try:
-        with batches, StopSignals() as stop:
+        with store, batches, StopSignals() as stop:
             state = train(
                 config,
                 mesh,
@@ -125,11 +131,11 @@ def pretrain(config: PretrainConfig) -> int:
                 make_train_step(config, mesh),
                 batches,
                 _evaluation(config, mesh, dataset, tokenizer),
+                lambda step: show_failure(config, run_dir, mesh, dataset, tokenizer, step, log.console),
                 store,
                 log,
                 lambda: stop.requested,
             )
-        store.close()
     finally:
         log.close()
     if int(state.step) < config.steps:
@@ -200,7 +206,8 @@ def _tokenizer(config: PretrainConfig, run_dir: "epath.Path") -> "Tokenizer":
     if tokenizer.vocab_size != config.model.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} pieces, but model.vocab_size is "
-            f"{config.model.vocab_size}; set --model.vocab_size {tokenizer.vocab_size} or give another tokenizer.path."
+            f"{config.model.vocab_size}; set --model.vocab_size {tokenizer.vocab_size} or give another "
+            "tokenizer.path."
         )
     return tokenizer
 
@@ -231,8 +238,10 @@ def _dataset(config: PretrainConfig, tokenizer: "Tokenizer") -> "Dataset":
     for s in dataset.statistics:
         _say(
             f"{s.name}: {s.train.documents:,} documents, {s.train.tokens:,} tokens in {s.train_rows:,} rows "
-            f"({s.utilisation:.1%} full); "
-            f"held out: {s.held_out.documents:,} documents, {s.held_out.tokens:,} tokens"
+            f"({s.utilisation:.1%} full)"
+        )
+        _say(
+            f"{s.name}: {s.held_out.documents:,} documents, {s.held_out.tokens:,} tokens held out"
             + (f"; {s.skipped:,} unreadable records skipped" if s.skipped else "")
         )
     return dataset

@@ -27,7 +27,7 @@ def compute_dtype(compute: ComputeConfig, mesh: Mesh) -> jnp.dtype:
     Raises:
       UserError: float64, where jax would silently compute in float32.
     """
-    if "float64" in (compute.dtype, compute.param_dtype) and not jax.config.jax_enable_x64:
+    if "float64" in (compute.dtype, compute.param_dtype) and jnp.result_type(float) != jnp.float64:
         raise UserError("compute.dtype float64 needs the environment variable JAX_ENABLE_X64=1; set it.")
     if compute.dtype != "auto":
         return jnp.dtype(compute.dtype)

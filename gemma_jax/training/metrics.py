@@ -17,10 +17,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
+from gemma_jax.data.storage import is_local
+from gemma_jax.errors import UserError
 from gemma_jax.training.hardware import quantity
 from gemma_jax.training.sinks import Entry, Sink
 
 METRICS_FILE = "metrics.jsonl"
+
+# An object in a bucket cannot be added to: all of it is written again, so not for every line.
+_BUCKET_SECONDS = 60
 
 # A terminal narrower than this shows no more than a person must know.
 _WIDE = 100
@@ -69,8 +74,13 @@ class RunLog:
             return
         kept = [entry for entry in read_metrics(run_dir) if entry["step"] <= start]
         if kept:
-            self._seconds_before = kept[-1]["seconds"]
-        self._path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+            self._seconds_before = kept[-1].get("seconds", 0.0)
+        self._lines = [json.dumps(entry) + "\n" for entry in kept]
+        # A kill must not take the log of what is kept.
+        unfinished = epath.Path(run_dir) / f"{METRICS_FILE}.tmp"
+        unfinished.write_text("".join(self._lines))
+        unfinished.replace(self._path)
+        self._written = time.monotonic()
         if self.console.is_terminal:
             self._progress = Progress(
                 TextColumn("[bold]{task.completed}/{task.total}"),
@@ -87,9 +97,9 @@ class RunLog:
         self.console.print(text, markup=False, soft_wrap=not self.console.is_terminal)
 
     def training(self, entry: Entry, seconds_left: float) -> None:
-        """Show the numbers of a step: `loss`, `learning_rate`, `tokens_per_second`, `flops_per_second`, perhaps
-        `flops_utilisation` and `input_wait_share`. An entry with `peak_memory_bytes` is written, and makes a
-        plain line where there is no terminal.
+        """The numbers of a step: `loss`, `learning_rate`, `tokens_per_second`, `flops_per_second` or also
+        `flops_utilisation`, and `input_wait_share`. An entry with `peak_memory_bytes` is written, and makes
+        a plain line where there is no terminal.
         """
         announce = "peak_memory_bytes" in entry
         shown = [
@@ -109,7 +119,7 @@ class RunLog:
         if self._progress:
             self._progress.update(self._task, completed=entry["step"], description="  ".join(shown))
         elif announce:
-            shown.insert(-1, quantity(entry["peak_memory_bytes"], "B"))
+            shown.insert(4, quantity(entry["peak_memory_bytes"], "B"))
             self.message(f"step {entry['step']}/{self._steps}  {'  '.join(shown)}")
         if announce:
             self._write(entry)
@@ -128,13 +138,30 @@ class RunLog:
         # Of all parts of the run that were kept, so that a run that was stopped does not count its rest.
         seconds = self._seconds_before + time.monotonic() - self._started
         entry = {**entry, "seconds": round(seconds, 3), "time": time.time()}
-        with self._path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+        line = json.dumps(entry) + "\n"
+        try:
+            if is_local(self._path):
+                with self._path.open("a") as file:
+                    file.write(line)
+            else:
+                self._lines.append(line)
+                if time.monotonic() - self._written >= _BUCKET_SECONDS:
+                    self._write_bucket()
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self._path} ({error}); free some space, and the same command goes on."
+            ) from error
         for sink in self._sinks:
             sink.write(entry)
 
+    def _write_bucket(self) -> None:
+        self._path.write_text("".join(self._lines))
+        self._written = time.monotonic()
+
     def close(self) -> None:
         """End the progress bar and the sinks."""
+        if self._first and not is_local(self._path):
+            self._write_bucket()
         if self._progress:
             self._progress.stop()
         for sink in self._sinks:
@@ -156,7 +183,7 @@ def plot_losses(runs: Mapping[str, Sequence[Entry]], path: epath.PathLike) -> No
         np.arange(len(runs)) if few else np.linspace(0.05, 0.95, len(runs))
     )
     shown: list[NDArray[np.float64]] = []
-    for (name, entries), color in zip(runs.items(), colors, strict=True):
+    for entries, color in zip(runs.values(), colors, strict=True):
         training = _curve(entries, "loss")
         held_out = _curve(entries, "held_out_loss")
         if len(training):
@@ -176,10 +203,9 @@ def plot_losses(runs: Mapping[str, Sequence[Entry]], path: epath.PathLike) -> No
     axes.set_xlabel("step")
     axes.set_ylabel("cross entropy, nats a token")
     axes.grid(alpha=0.3)
-    gray = {"color": "0.3", "linewidth": 1.5}
     handles = [
-        Line2D([], [], **gray, label="training"),
-        Line2D([], [], **(gray | {"linewidth": 1}), linestyle="--", marker="o", markersize=4, label="held out"),
+        Line2D([], [], color="0.3", linewidth=1.5, label="training"),
+        Line2D([], [], color="0.3", linewidth=1, linestyle="--", marker="o", markersize=4, label="held out"),
     ]
     if len(runs) == 1:
         axes.set_title(next(iter(runs)))
@@ -189,7 +215,9 @@ def plot_losses(runs: Mapping[str, Sequence[Entry]], path: epath.PathLike) -> No
             for name, color in zip(runs, colors, strict=True)
         ]
     if beside:
-        axes.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize="small", frameon=False)
+        axes.legend(
+            handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize="small", frameon=False
+        )
     else:
         axes.legend(handles=handles, loc="upper right")
     picture = io.BytesIO()
@@ -204,7 +232,7 @@ def _curve(entries: Sequence[Entry], name: str) -> NDArray[np.float64]:
 
 
 def _smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Each value's mean with its neighbours, a fiftieth of the curve in all: the noise of single batches goes."""
+    """Each value's mean with its neighbours, a fiftieth of the curve in all: single batches are noisy."""
     half = len(values) // 100
     sums = np.cumsum([0.0, *values])
     stops = np.minimum(np.arange(len(values)) + half + 1, len(values))
@@ -213,7 +241,7 @@ def _smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _after_the_drop(curve: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Values that the picture must show: not the fall of the first twentieth, nor the highest in a hundred."""
+    """Values that a picture must show: not the fall of the first twentieth, nor the highest in a hundred."""
     if not len(curve):
         return curve[:, 1]
     late = curve[curve[:, 0] >= 0.05 * curve[-1, 0], 1]

@@ -36,7 +36,11 @@ class TensorBoard:
         """
         # tensorboardX writes to gs:// and s3:// itself, with those services' own packages.
         writer = _module("tensorboardX", "logging.tensorboard").SummaryWriter
-        self._writer = writer(str(run_dir / "tensorboard"), purge_step=start + 1 if start else None)
+        self._writer = writer(
+            str(run_dir / "tensorboard"),
+            purge_step=start + 1 if start else None,
+            filename_suffix=f".{start}",  # names differ by the second only, and a file of that name is lost
+        )
 
     def write(self, entry: Entry) -> None:
         """One scalar for each number."""

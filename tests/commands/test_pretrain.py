@@ -1,9 +1,10 @@
 """Runs as a person starts, stops, resumes and spoils them."""
 
 import json
+import shutil
+import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -107,11 +108,11 @@ def test_a_stopped_run_resumes_to_bitwise_the_same_end(
         np.testing.assert_array_equal(actual[name], expected[name], err_msg=name)
 
     def numbers(run: Path) -> list[dict[str, float]]:
-        return [
-            {k: v for k, v in entry.items() if k not in ("time", "tokens_per_second")}
-            for entry in read_metrics(run)
-        ]
+        """Without what was measured of the machine."""
+        of_training = ("step", "loss", "grad_norm", "learning_rate", "tokens", "held_out_loss")
+        return [{name: entry[name] for name in of_training if name in entry} for entry in read_metrics(run)]
 
+    assert len(numbers(parts)) == 10
     assert numbers(parts) == numbers(whole)
 
 
@@ -223,11 +224,69 @@ def test_an_empty_document_is_no_corpus(
     assert "empty.txt" in capsys.readouterr().err
 
 
-def test_a_loss_that_is_not_finite_stops_at_its_step(
+OVERFLOW = [
+    *("--optimizer.learning_rate", "2e9", "--optimizer.clip_norm", "0", "--optimizer.warmup_steps", "0"),
+    *("--compute.dtype", "float32"),
+]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_shows_its_batch(
     tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = config_file(tmp_path, corpus)
-    overflow = ["--optimizer.learning_rate", "1e38", "--optimizer.clip_norm", "0"]
-    assert main(["pretrain", config, *overflow, "--optimizer.warmup_steps", "0"]) == 2
-    assert "the loss of step" in capsys.readouterr().err
-    assert jax.device_count() == 8
+    """The first step throws the parameters far out; with them, the second has no finite loss."""
+    config, run = config_file(tmp_path, corpus), tmp_path / "run"
+    assert main(["pretrain", config, *OVERFLOW, "--checkpoint.every", "1"]) == 2
+    *shown, last = capsys.readouterr().err.strip().splitlines()
+    assert last.startswith("error: the loss of step 2 is nan")
+    report = "\n".join(shown[[line.startswith("step 2: ") for line in shown].index(True) :])
+    assert "rows 8 to 15 of the data" in report
+    assert "with the very parameters that the step began with (step 1)" in report
+    assert "these parameters are spoilt, whatever the batch" in report
+    # Four rows, each with the text of its documents and where they are from.
+    assert report.count("of the batch): loss nan") == 4
+    assert all(f"of {corpus}/" in line for line in shown if line.startswith("  segment"))
+    texts = [path.read_text() for path in corpus.glob("*.txt")]
+    quoted = [line.removeprefix("  │ ").removesuffix("<eos>") for line in shown if line.startswith("  │ ")]
+    assert len(quoted) > 4 and all(any(line in text for text in texts) for line in quoted)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["1"]
+    assert [entry["step"] for entry in read_metrics(run) if "loss" in entry] == [1]
+
+
+def test_a_batch_that_older_parameters_find_harmless(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["pretrain", config_file(tmp_path, corpus), *OVERFLOW]) == 2
+    err = capsys.readouterr().err
+    assert "with the run's first, random parameters (step 0)" in err
+    assert "With the parameters of step 0 this batch is harmless" in err
+    assert err.strip().splitlines()[-1].startswith("error: the loss of step 2 is nan")
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+def test_a_run_does_not_go_on_with_other_data(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "corpus"
+    shutil.copytree(corpus, other, ignore=shutil.ignore_patterns("cache"))
+    config = config_file(tmp_path, other)
+    assert main(["pretrain", config, "--steps", "4"]) == 0
+    # Copied back: other times of the files, but the same documents.
+    for path in other.glob("*.txt"):
+        path.touch()
+    assert main(["pretrain", config, "--steps", "5"]) == 0
+    (other / "1.txt").write_text("alpha beta gamma")
+    assert main(["pretrain", config, "--steps", "6"]) == 2
+    assert "*.txt has changed since" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert main(["pretrain", config, "--steps", "4", "--existing_run", "overwrite"]) == 0
+
+
+def test_a_sink_that_is_not_installed_is_told_before_anything_is_deleted(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, run = config_file(tmp_path, corpus), tmp_path / "run"
+    run.mkdir()
+    (run / "mine.txt").touch()
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    wanted = ["--logging.wandb_project", "gemmas", "--existing_run", "overwrite"]
+    assert main(["pretrain", config, *wanted]) == 2
+    assert "pip install wandb" in capsys.readouterr().err and (run / "mine.txt").exists()

@@ -1,0 +1,162 @@
+"""What a checkpoint says of itself, and whether it still is what was saved.
+
+Three checks, each of what the others cannot see: a digest of the record; of orbax's files, sizes and the
+beginnings, before orbax reads them, because it answers damage in its small files with pages of log; and of
+the values, once they are on the devices, fingerprints.
+"""
+
+import dataclasses
+import hashlib
+import json
+import zlib
+from collections.abc import Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from gemma_jax.errors import UserError
+
+RECORD_FILE = "run/data.json"
+CHECKED_BYTES = 2**20
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint that is not, or no longer, what was saved."""
+
+    def __init__(self, folder: epath.PathLike, reason: str) -> None:
+        super().__init__(f"the checkpoint {folder} is damaged: {reason}; choose another step.")
+        self.reason = reason
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayRecord:
+    """What is known of an array that was saved."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    fingerprint: int  # see `fingerprints`
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRecord:
+    """What a checkpoint says of itself besides its arrays."""
+
+    step: int
+    rows_seen: int  # rows of the data that were consumed: the whole position in the data
+    config: dict[str, Any]  # the resolved config, as gemma_jax.config.to_dict gives it
+    held_out_loss: float | None  # nats a token, where it was measured at this step
+    arrays: dict[str, dict[str, ArrayRecord]]  # of params and opt_state
+    files: dict[str, tuple[int, int]]  # of orbax: size in bytes, and CRC-32 of the first CHECKED_BYTES
+
+
+def _fingerprint(x: jax.Array) -> jax.Array:
+    bits = x[None] if x.ndim == 0 else x
+    bits = bits.view(f"uint{8 * min(x.dtype.itemsize, 4)}").astype(jnp.uint32)
+    place, stride = jnp.zeros(bits.shape, jnp.uint32), 1
+    for axis in reversed(range(bits.ndim)):
+        place += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= bits.shape[axis]
+    # Mixed with the place, so that swapped values show, by the last steps of MurmurHash3 (fmix32). Each is
+    # invertible, so a change of one word always shows.
+    mixed = bits ^ (place * jnp.uint32(0x9E3779B1))
+    mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)
+    mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
+    # A sum modulo 2**32 is exact in any order, so the number does not depend on the mesh.
+    return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
+
+
+@jax.jit
+def fingerprints(arrays: Any) -> Any:
+    """A 32-bit checksum of every array of a tree, computed where the array lies: a tree of uint32 scalars.
+
+    orbax writes zarr3 with a checksum of each index but none of the values, so that a flipped bit on
+    disk would be loaded without a word.
+    """
+    return jax.tree.map(_fingerprint, arrays)
+
+
+def _checksums(folder: epath.Path) -> dict[str, tuple[int, int]]:
+    """Size in bytes and CRC-32 of the first CHECKED_BYTES of every file in a folder and below, by path."""
+    sums: dict[str, tuple[int, int]] = {}
+    for path in folder.iterdir():
+        if path.is_dir():
+            sums |= {f"{path.name}/{name}": values for name, values in _checksums(path).items()}
+        else:
+            with path.open("rb") as file:
+                crc = zlib.crc32(file.read(CHECKED_BYTES))
+            sums[path.name] = (path.stat().length, crc)
+    return sums
+
+
+def _digest(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def write_record(folder: epath.Path, record: RunRecord, prints: dict[str, dict[str, np.ndarray]]) -> None:
+    """Write the record of a checkpoint whose other files are all there.
+
+    Args:
+      folder: of the checkpoint.
+      record: of it, still without fingerprints and files.
+      prints: the fingerprints of its arrays.
+    """
+    arrays = {
+        part: {
+            name: dataclasses.replace(about, fingerprint=int(prints[part][name]))
+            for name, about in tree.items()
+        }
+        for part, tree in record.arrays.items()
+    }
+    fields = dataclasses.asdict(dataclasses.replace(record, arrays=arrays, files=_checksums(folder)))
+    path = folder / RECORD_FILE
+    path.parent.mkdir()
+    path.write_text(json.dumps({"record": fields, "sha256": _digest(fields)}))
+
+
+def run_record(step_folder: epath.PathLike) -> RunRecord:
+    """What the checkpoint in a step's folder says of itself.
+
+    Raises:
+      DamagedCheckpoint: the folder holds no checkpoint of gemma_jax, or its record is damaged.
+    """
+    path = epath.Path(step_folder) / RECORD_FILE
+    try:
+        content = json.loads(path.read_text())
+        fields = content["record"]
+        if _digest(fields) != content["sha256"]:
+            raise ValueError("its digest is another")
+        arrays = {
+            part: {
+                name: ArrayRecord(tuple(a["shape"]), a["dtype"], a["fingerprint"]) for name, a in tree.items()
+            }
+            for part, tree in fields["arrays"].items()
+        }
+        files = {name: tuple(sums) for name, sums in fields["files"].items()}
+        return RunRecord(**{**fields, "arrays": arrays, "files": files})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DamagedCheckpoint(step_folder, f"{RECORD_FILE} is not whole ({first_line(error)})") from error
+
+
+def check_files(folder: epath.Path, record: RunRecord, parts: Collection[str]) -> None:
+    """Check the files that reading these parts needs.
+
+    Raises:
+      DamagedCheckpoint: one of them is missing or has changed; it is named.
+    """
+    try:
+        now = _checksums(folder)
+    except OSError as error:
+        raise DamagedCheckpoint(folder, first_line(error)) from error
+    for name, sums in record.files.items():
+        part, _, within = name.partition("/")
+        if now.get(name) != sums and (part in parts or not within):
+            what = "has changed" if name in now else "is missing"
+            raise DamagedCheckpoint(folder, f"{name} {what}")
+
+
+def first_line(error: Exception) -> str:
+    """The beginning of a message, for a sentence: orbax's go on for pages."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

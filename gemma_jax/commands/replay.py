@@ -1,0 +1,148 @@
+"""`gemma replay RUN STEP`: the batch of a step as a person would read it, to find what made the loss jump."""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from gemma_jax.commands.run_directory import check_data, open_run
+from gemma_jax.config import MeshConfig, PretrainConfig, parse, replace, validate_on_devices
+from gemma_jax.config.sections import setting
+from gemma_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from etils import epath
+    from flax import nnx
+    from jax.sharding import Mesh
+    from rich.console import Console
+
+    from gemma_jax.commands.replay_report import Replay
+    from gemma_jax.data.loader import Dataset
+    from gemma_jax.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class ReplayOptions:
+    """Show the batch of a step: its text, the loss of each token, and the gradient norm of each layer."""
+
+    rows: int = setting(4, "Rows to show, of highest loss first; 0 shows all.")
+    json: bool = setting(False, "Print one JSON object a line and nothing else.")
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+
+def run(arguments: Sequence[str], prog: str) -> int:
+    """Print the batch of a step, or a JSON object for the step and one for each row with `--json`."""
+    if len(arguments) < 2 or any(argument.startswith("-") for argument in arguments[:2]):
+        wants_help = [a for a in arguments if a in ("-h", "--help")]
+        parse(ReplayOptions(), wants_help, f"{prog} RUN STEP")
+        raise UserError(f"name a run's directory and a step of it: {prog} RUN STEP.")
+    name, number, *rest = arguments
+    run_dir, config = open_run(name)
+    # The run's own mesh, where it fits, gives the run's own numbers.
+    options = parse(ReplayOptions(mesh=config.mesh), rest, f"{prog} {name} {number}")
+    config = replace(config, {"mesh": options.mesh})
+    if not number.isdecimal() or not 1 <= int(number) <= config.steps:
+        raise UserError(f"{name} has no step {number}; its steps are 1 to {config.steps}.")
+    if options.rows < 0:
+        raise UserError(f"rows is {options.rows}, but must be 0 for all, or how many to show.")
+
+    from rich.console import Console
+
+    from gemma_jax.commands.replay_report import print_json, print_report
+    from gemma_jax.data.loader import prepare
+    from gemma_jax.sharding import make_mesh
+    from gemma_jax.tokenizer import Tokenizer
+
+    mesh = make_mesh(config.mesh)
+    validate_on_devices(config, mesh.size)
+    tokenizer = Tokenizer.load(run_dir / "tokenizer.model")
+    dataset = prepare(config.data, tokenizer, config.seed)
+    check_data(run_dir, dataset)
+    shown = replay_step(config, run_dir, mesh, dataset, int(number))
+    if options.json:
+        print_json(shown, dataset.train, tokenizer, options.rows)
+    else:
+        print_report(shown, dataset.train, tokenizer, options.rows, Console(highlight=False))
+    return 0
+
+
+def show_failure(
+    config: PretrainConfig,
+    run_dir: "epath.Path",
+    mesh: "Mesh",
+    dataset: "Dataset",
+    tokenizer: "Tokenizer",
+    step: int,
+    console: "Console",
+) -> None:
+    """Print the batch of a step that made a run end; a replay that fails must not hide why it ended."""
+    from gemma_jax.commands.replay_report import print_report
+
+    try:
+        shown = replay_step(config, run_dir, mesh, dataset, step)
+        print_report(shown, dataset.train, tokenizer, ReplayOptions().rows, console)
+        if math.isfinite(shown.measures.loss) and math.isfinite(shown.gradient_norm):
+            console.print(
+                f"With the parameters of step {shown.params_step} this batch is harmless: what made it fail "
+                f"came after that step. A smaller checkpoint.every brings the replay nearer.",
+                soft_wrap=True,
+            )
+    except UserError as error:
+        print(f"the batch of step {step} cannot be shown: {error}", file=sys.stderr)
+
+
+def replay_step(
+    config: PretrainConfig, run_dir: "epath.Path", mesh: "Mesh", dataset: "Dataset", step: int
+) -> "Replay":
+    """The batch of a step made again, and what the newest parameters from before it make of it.
+
+    Raises:
+      UserError: the data's cache or the checkpoint belong to something else.
+    """
+    from gemma_jax.commands.replay_report import Replay
+    from gemma_jax.training.metrics import read_metrics
+    from gemma_jax.training.replay import measure_batch
+
+    size = config.data.batch_size
+    first_row = (step - 1) * size
+    params, params_step = _parameters_before(config, run_dir, mesh, step)
+    measures = measure_batch(config, mesh, params, lambda rows: dataset.train.batch(first_row, size, rows))
+    logged = [entry for entry in read_metrics(run_dir) if entry["step"] == step and "loss" in entry]
+    return Replay(
+        step,
+        params_step,
+        first_row,
+        dataset.train.batch(first_row, size),
+        measures,
+        logged[0] if logged else None,
+    )
+
+
+def _parameters_before(
+    config: PretrainConfig, run_dir: "epath.Path", mesh: "Mesh", step: int
+) -> "tuple[nnx.State, int]":
+    """The newest parameters that a run still has from before a step, and after how many steps they were."""
+    import jax
+
+    from gemma_jax.checkpoint import store
+    from gemma_jax.model import abstract_transformer, init_params
+    from gemma_jax.sharding import shardings
+
+    _, abstract = abstract_transformer(config.model, config.compute, mesh)
+    placed = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract,
+        shardings(abstract, mesh),
+    )
+    for saved in reversed(store.saved_steps(run_dir)):
+        if saved < step:
+            folder = run_dir / store.STEPS_FOLDER / str(saved)
+            try:
+                return store.load_arrays(folder, {"params": placed}, store.run_record(folder))[
+                    "params"
+                ], saved
+            except store.DamagedCheckpoint as error:
+                print(f"{error} An older one is used here", file=sys.stderr)
+    # The seed decides them.
+    return init_params(config.model, config.compute, mesh, config.seed), 0

@@ -1,0 +1,103 @@
+"""`gemma runs DIR`: the runs under a directory as a table, and their curves in one picture."""
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from gemma_jax.commands.run_directory import CONFIG_FILE
+from gemma_jax.config import PretrainConfig, from_record, parse
+from gemma_jax.config.sections import setting
+from gemma_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from etils import epath
+
+
+@dataclasses.dataclass(frozen=True)
+class RunsOptions:
+    """List the runs under a directory, however deep."""
+
+    plot: str = setting("", "A PNG file to draw their loss curves into.")
+
+
+def run(arguments: Sequence[str], prog: str) -> int:
+    """Print a line a run: step, losses, tokens and time."""
+    if not arguments or arguments[0].startswith("-"):
+        parse(RunsOptions(), [a for a in arguments if a in ("-h", "--help")], f"{prog} DIR")
+        raise UserError(f"name a directory that holds runs: {prog} DIR.")
+    name, *rest = arguments
+    options = parse(RunsOptions(), rest, f"{prog} {name}")
+    if options.plot and not options.plot.lower().endswith(".png"):
+        raise UserError(f"plot is {options.plot}, but pictures are PNG; give it a name that ends in .png.")
+
+    from etils import epath
+    from rich.console import Console
+    from rich.table import Table
+
+    from gemma_jax.training.metrics import duration, plot_losses, read_metrics
+
+    folder = epath.Path(name).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"there is no directory {name}; name one that holds runs.")
+    runs = {_relative(path, folder): (config, read_metrics(path)) for path, config in _find(folder, set())}
+    if not runs:
+        raise UserError(f"there are no runs under {name}; train one there with --run_dir.")
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("run", overflow="fold")
+    for title in ("step", "loss", "held-out", "bits/byte", "tokens", "time"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for label, (config, entries) in runs.items():
+        # The newest line that has it: training and held-out numbers are on lines of their own.
+        last = {key: value for entry in entries for key, value in entry.items()}
+        table.add_row(
+            label,
+            f"{last.get('step', 0):,}/{config.steps:,}",
+            *(
+                f"{last[key]:.3f}" if key in last else "-"
+                for key in ("loss", "held_out_loss", "held_out_bits_per_byte")
+            ),
+            f"{last['tokens']:,}" if "tokens" in last else "-",
+            duration(last["seconds"]) if "seconds" in last else "-",
+        )
+    console = Console(highlight=False)
+    # Wide where the output goes to a file or a pipe: rows must not be folded there.
+    (console if console.is_terminal else Console(highlight=False, width=200)).print(table)
+    if options.plot:
+        curves = {label: entries for label, (_, entries) in runs.items() if entries}
+        try:
+            plot_losses(curves, epath.Path(options.plot).expanduser())
+        except OSError as error:
+            raise UserError(f"{options.plot} cannot be written: {error.strerror}.") from error
+        print(f"the curves of {len(curves)} runs are in {options.plot}", file=sys.stderr)
+    return 0
+
+
+def _find(folder: "epath.Path", seen: set[str]) -> "Iterator[tuple[epath.Path, PretrainConfig]]":
+    """The runs at and below a directory, by name. Nothing is looked for inside a run."""
+    place = os.path.realpath(folder)
+    if place in seen:  # a link that leads back
+        return
+    seen.add(place)
+    path = folder / CONFIG_FILE
+    if path.exists():
+        try:
+            record = json.loads(path.read_text())
+        except ValueError:
+            record = None
+        # Another program's config.json may lie there, such as that of a published model.
+        if isinstance(record, dict) and record.get("experiment") == "pretrain":
+            try:
+                yield folder, from_record(record, str(path))
+            except UserError as error:
+                print(f"left out: {error}", file=sys.stderr)
+            return
+    for child in sorted(folder.iterdir()):
+        if child.is_dir():
+            yield from _find(child, seen)
+
+
+def _relative(path: "epath.Path", folder: "epath.Path") -> str:
+    return str(path.relative_to(folder)) if path != folder else folder.name

@@ -1,0 +1,454 @@
+"""Checkpoints come back bit for bit, or are refused by name; what is whole is never harmed."""
+
+import dataclasses
+import errno
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gemma_jax import Gemma
+from gemma_jax.checkpoint import record as record_module
+from gemma_jax.checkpoint import store as store_module
+from gemma_jax.checkpoint.record import DamagedCheckpoint, check_files, fingerprints, run_record
+from gemma_jax.checkpoint.store import CheckpointStore, load_arrays, saved_steps, step_folder
+from gemma_jax.config import PRESETS, CheckpointConfig, ComputeConfig, MeshConfig, PretrainConfig, to_dict
+from gemma_jax.errors import UserError
+from gemma_jax.sharding import named_arrays
+from gemma_jax.testing import cpu_mesh
+from gemma_jax.training.state import TrainState, abstract_train_state, create_train_state
+
+CONFIG = PretrainConfig(model=PRESETS["gemma_tiny"])
+CONFIG_AS_JSON = json.loads(json.dumps(to_dict(CONFIG)))
+KEEP_ALL = CheckpointConfig(keep_last=100)
+Bits = dict[str, bytes]
+
+
+def random_state(seed: int) -> TrainState:
+    """A state in which no array is constant: zeros would not be written at all."""
+    state = create_train_state(CONFIG, cpu_mesh(8, fsdp=4, tensor=2))
+    keys = iter(jax.random.split(jax.random.key(seed), 1000))
+
+    def fill(x: jax.Array) -> jax.Array:
+        values = jax.random.normal(next(keys), x.shape) if x.dtype == jnp.float32 else x + seed
+        return jax.device_put(values.astype(x.dtype), x.sharding)
+
+    return dataclasses.replace(
+        state, params=jax.tree.map(fill, state.params), opt_state=jax.tree.map(fill, state.opt_state)
+    )
+
+
+def bits(params: Any, opt_state: Any) -> Bits:
+    named = named_arrays({"params": params, "opt_state": opt_state})
+    return {name: np.asarray(x).tobytes() for name, x in named.items()}
+
+
+def save(store: CheckpointStore, step: int, state: TrainState, loss: float | None = None) -> None:
+    store.save(step, state.params, state.opt_state, step * 8, to_dict(CONFIG), loss)
+
+
+@pytest.fixture(scope="module")
+def states() -> dict[int, TrainState]:
+    return {step: random_state(step) for step in (1, 2, 3)}
+
+
+@pytest.fixture(scope="module")
+def three_saved(states: dict[int, TrainState], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with whole checkpoints of steps 1, 2 and 3. Copied by the tests that change it."""
+    run = tmp_path_factory.mktemp("saved") / "run"
+    with CheckpointStore(run, KEEP_ALL) as store:
+        for step, state in states.items():
+            save(store, step, state)
+    return run
+
+
+@pytest.fixture
+def run(three_saved: Path, tmp_path: Path) -> Path:
+    shutil.copytree(three_saved, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture(scope="module")
+def abstract() -> TrainState:
+    return abstract_train_state(CONFIG, cpu_mesh(8, fsdp=4, tensor=2))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_a_checkpoint_comes_back_bit_for_bit_on_any_mesh(
+    run: Path, states: dict[int, TrainState], devices: int
+) -> None:
+    target = abstract_train_state(CONFIG, cpu_mesh(devices))
+    with CheckpointStore(run, KEEP_ALL) as store:
+        restored = store.restore(target.params, target.opt_state)
+    assert restored is not None
+    params, opt_state, record = restored
+    assert bits(params, opt_state) == bits(states[3].params, states[3].opt_state)
+    assert jax.tree.map(lambda x: x.sharding, params) == jax.tree.map(lambda x: x.sharding, target.params)
+    assert (record.step, record.rows_seen, record.config) == (3, 24, CONFIG_AS_JSON)
+
+
+def test_another_dtype_is_cast_after_the_check(run: Path, states: dict[int, TrainState]) -> None:
+    target = abstract_train_state(
+        dataclasses.replace(CONFIG, compute=ComputeConfig(param_dtype="bfloat16")), cpu_mesh(2)
+    )
+    folder = run / "checkpoints" / "3"
+    loaded = load_arrays(folder, {"params": target.params}, run_record(folder))["params"]
+    expected = jax.tree.map(lambda x: x.astype(jnp.bfloat16), states[3].params)
+    assert bits(loaded, {}) == bits(expected, {})
+    # A changed value is found although another dtype is wanted.
+    record = run_record(folder)
+    record.arrays["params"]["embedding"] = dataclasses.replace(
+        record.arrays["params"]["embedding"], fingerprint=1
+    )
+    with pytest.raises(DamagedCheckpoint, match=r"params\.embedding"):
+        load_arrays(folder, {"params": target.params}, record)
+
+
+def test_a_fingerprint_shows_every_flipped_bit_and_does_not_depend_on_the_mesh() -> None:
+    key = jax.random.key(0)
+    arrays = {
+        "float32": jax.random.normal(key, (8, 6, 4)),
+        "bfloat16": jax.random.normal(key, (8, 16), jnp.bfloat16),
+        "int32": jnp.int32(7),
+        "int8": jnp.arange(64, dtype=jnp.int8),
+    }
+    expected = jax.device_get(fingerprints(arrays))
+    for devices in (2, 8):
+        sharding = jax.NamedSharding(cpu_mesh(devices), jax.P("fsdp"))
+        placed = {n: jax.device_put(x, sharding) if x.ndim else x for n, x in arrays.items()}
+        assert jax.device_get(fingerprints(placed)) == expected
+    rng = random.Random(0)
+    for name, x in arrays.items():
+        for _ in range(50):
+            raw = bytearray(np.asarray(x).tobytes())
+            bit = rng.randrange(8 * len(raw))
+            raw[bit // 8] ^= 1 << bit % 8
+            changed = jnp.asarray(np.frombuffer(bytes(raw), x.dtype).reshape(x.shape))
+            assert jax.device_get(fingerprints({name: changed}))[name] != expected[name]
+    # Values that changed places, and two sign bits at once.
+    swapped = arrays["float32"].at[0, 0, 0].set(1.0).at[7, 5, 3].set(2.0)
+    back = arrays["float32"].at[0, 0, 0].set(2.0).at[7, 5, 3].set(1.0)
+    signs = arrays["float32"].at[jnp.array([0, 5]), 0, 0].multiply(-1)
+    a, b, c = (int(fingerprints(x)) for x in (swapped, back, signs))
+    assert len({a, b, c, int(expected["float32"])}) == 4
+
+
+def flip(path: Path, place: float) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[int(place * len(raw))] ^= 4
+    path.write_bytes(raw)
+
+
+def largest(folder: Path) -> Path:
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def empty(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "flipped in params": (lambda f: flip(largest(f / "params"), 0.5), "params/"),
+    "flipped in opt_state": (lambda f: flip(largest(f / "opt_state"), 0.5), "opt_state/"),
+    "flipped in the record": (lambda f: flip(f / "run" / "data.json", 0.3), "run/data.json"),
+    "cut short": (lambda f: os.truncate(largest(f / "params"), 1000), "has changed"),
+    "a file is missing": (lambda f: (f / "params" / "manifest.ocdbt").unlink(), "manifest.ocdbt is missing"),
+    "a part is missing": (lambda f: shutil.rmtree(f / "opt_state"), "opt_state/"),
+    "the record is missing": (lambda f: (f / "run" / "data.json").unlink(), "No such file"),
+    "nothing is there": (empty, "No such file"),
+    "the record is another's": (
+        lambda f: shutil.copy(f.parent / "1" / "run" / "data.json", f / "run" / "data.json"),
+        "has changed",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "told"), DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_checkpoint_is_told_kept_and_passed_over(
+    run: Path,
+    states: dict[int, TrainState],
+    abstract: TrainState,
+    capfd: pytest.CaptureFixture[str],
+    damage: Callable[[Path], None],
+    told: str,
+) -> None:
+    folder = run / "checkpoints"
+    damage(folder / "3")
+    evidence, before = contents(folder / "3"), contents(folder / "2")
+    for number in (1, 2):  # and a second time, when the run has come to that step again
+        capfd.readouterr()
+        with CheckpointStore(run, KEEP_ALL) as store:
+            restored = store.restore(abstract.params, abstract.opt_state)
+            assert restored is not None and restored[2].step == 2
+            assert bits(*restored[:2]) == bits(states[2].params, states[2].opt_state)
+            lines = capfd.readouterr().err.splitlines()
+            assert len(lines) == 1, lines
+            kept = "3.damaged" if number == 1 else "3.damaged-2"
+            assert "step 3" in lines[0] and told in lines[0] and kept in lines[0] and "step 2" in lines[0]
+            assert contents(folder / kept) == evidence and contents(folder / "2") == before
+            save(store, 3, states[3])
+            store.wait()
+            again = store.restore(abstract.params, abstract.opt_state)
+            assert again is not None and again[2].step == 3
+        shutil.rmtree(folder / "3")
+        shutil.copytree(folder / "3.damaged", folder / "3")
+    assert names(folder) == ["1", "2", "3", "3.damaged", "3.damaged-2"]
+
+
+def test_where_none_is_whole_nothing_is_touched(run: Path, abstract: TrainState) -> None:
+    for step in (1, 2, 3):
+        flip(largest(run / "checkpoints" / str(step) / "params"), 0.9)
+    before = contents(run / "checkpoints")
+    for _ in range(2):  # it must not begin from scratch the second time
+        with (
+            CheckpointStore(run, KEEP_ALL) as store,
+            pytest.raises(UserError, match=r"no checkpoint in .* is whole .*--existing_run overwrite"),
+        ):
+            store.restore(abstract.params, abstract.opt_state)
+    assert contents(run / "checkpoints") == before
+
+
+def test_another_model_is_not_taken_for_damage(run: Path) -> None:
+    model = dataclasses.replace(CONFIG.model, hidden_dim=128)
+    target = abstract_train_state(dataclasses.replace(CONFIG, model=model), cpu_mesh(8))
+    with (
+        CheckpointStore(run, KEEP_ALL) as store,
+        pytest.raises(UserError, match="belongs to another model") as told,
+    ):
+        store.restore(target.params, target.opt_state)
+    assert not isinstance(told.value, DamagedCheckpoint)
+    assert names(run / "checkpoints") == ["1", "2", "3"]
+
+
+def test_reading_a_damaged_model_is_refused_and_changes_nothing(run: Path) -> None:
+    folder = run / "checkpoints" / "3"
+    shutil.rmtree(folder / "opt_state")  # which sampling does not need
+    Gemma.from_pretrained(run, mesh=MeshConfig(cpu_devices=1))
+    flip(largest(folder / "params"), 0.5)
+    before = contents(run)
+    for checkpoint in (run, folder):
+        with pytest.raises(UserError, match=re.escape(str(folder)) + ".* has changed; choose another step"):
+            Gemma.from_pretrained(checkpoint, mesh=MeshConfig(cpu_devices=1))
+    assert contents(run) == before
+
+
+def test_steps_that_follow_at_once_do_not_reach_what_is_being_saved(tmp_path: Path) -> None:
+    """Each step is given the buffers of the one before, which are still being written."""
+    sharding = jax.NamedSharding(cpu_mesh(8), jax.P("fsdp"))
+    make = jax.jit(lambda key: {"w": jax.random.normal(key, (4096, 1024))}, out_shardings={"w": sharding})
+    step = jax.jit(lambda tree: {"w": tree["w"] * 1.5 + 1}, donate_argnums=0)
+    params = make(jax.random.key(0))
+    abstract = {"w": jax.ShapeDtypeStruct((4096, 1024), jnp.float32, sharding=sharding)}
+    opt_state = {"count": jnp.int32(0)}
+    count = jax.ShapeDtypeStruct((), jnp.int32, sharding=jax.NamedSharding(cpu_mesh(8), jax.P()))
+    copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
+    jax.block_until_ready(step(make(jax.random.key(1))))  # compiled
+    with CheckpointStore(tmp_path / "run", KEEP_ALL) as store:
+        for number in range(3):
+            params = step(params)
+            expected = bits(copy(params), opt_state)  # looking at the arrays themselves would keep them
+            store.save(number, params, opt_state, 0, {})
+            for _ in range(5):
+                params = step(params)
+            jax.block_until_ready(params)
+            store.wait()
+            restored = store.restore(abstract, {"count": count})
+            assert restored is not None and restored[2].step == number
+            assert bits(*restored[:2]) == expected
+
+
+def test_save_returns_before_the_checkpoint_is_written(
+    tmp_path: Path, states: dict[int, TrainState], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+    write = store_module.write_record
+    monkeypatch.setattr(store_module, "write_record", lambda *args: (go_on.wait(60), write(*args)))
+    with CheckpointStore(tmp_path / "run", KEEP_ALL) as store:
+        save(store, 1, states[1])
+        assert saved_steps(tmp_path / "run") == []
+        with pytest.raises(UserError, match="holds no checkpoint"):
+            step_folder(tmp_path / "run")
+        go_on.set()
+        store.wait()
+        assert saved_steps(tmp_path / "run") == [1]
+
+
+LOSSES = {1: 5.0, 2: 4.0, 3: 1.0, 4: None, 5: float("nan"), 6: 2.0, 7: 3.0, 8: None}
+KEPT = {
+    "last": (CheckpointConfig(keep_last=3), {6, 7, 8}),
+    "every": (CheckpointConfig(keep_last=1, keep_every=3), {3, 6, 8}),
+    "best": (CheckpointConfig(keep_last=1, keep_best=2), {3, 6, 8}),
+    "all": (CheckpointConfig(keep_last=2, keep_every=5, keep_best=1), {3, 5, 7, 8}),
+}
+
+
+@pytest.mark.parametrize("reopened", [False, True])
+@pytest.mark.parametrize(("config", "kept"), KEPT.values(), ids=KEPT)
+def test_what_is_kept(tmp_path: Path, config: CheckpointConfig, kept: set[int], reopened: bool) -> None:
+    params, opt_state = {"w": jnp.ones(8)}, {"count": jnp.int32(0)}
+    store = CheckpointStore(tmp_path / "run", config)
+    for step, loss in LOSSES.items():
+        store.save(step, params, opt_state, step, {}, loss)
+        if reopened:
+            store.close()
+            store = CheckpointStore(tmp_path / "run", config)
+    store.close()
+    assert set(saved_steps(tmp_path / "run")) == kept
+    assert names(tmp_path / "run" / "checkpoints") == sorted(map(str, kept))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own with room for one checkpoint and not for two."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=800k", "tmpfs", str(folder)]
+    if os.getuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only root can mount a small disk")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_told_and_harms_nothing(
+    small_disk: Path, states: dict[int, TrainState], abstract: TrainState, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = small_disk / "run"
+    store = CheckpointStore(run, KEEP_ALL)
+    save(store, 1, states[1])
+    store.wait()
+    before = contents(run / "checkpoints")
+    save(store, 2, states[2])
+    with pytest.raises(UserError, match="No space left on device"):
+        save(store, 3, states[3])
+    save(store, 2, states[2])
+    with pytest.raises(UserError, match="No space left on device"):
+        store.close()
+    assert contents(run / "checkpoints") == before
+    with CheckpointStore(run, KEEP_ALL) as store:
+        restored = store.restore(abstract.params, abstract.opt_state)
+    assert restored is not None and restored[2].step == 1
+    assert bits(*restored[:2]) == bits(states[1].params, states[1].opt_state)
+    assert capfd.readouterr().err == ""
+
+
+def test_an_error_of_the_writer_comes_with_the_next_save_or_the_end(
+    tmp_path: Path, states: dict[int, TrainState], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CheckpointStore(tmp_path / "run", CheckpointConfig(keep_last=1))
+    save(store, 1, states[1])
+    store.wait()
+
+    def fails(*args: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(store_module, "write_record", fails)
+    save(store, 2, states[2])
+    with pytest.raises(UserError, match="cannot write a checkpoint .*Input/output error"):
+        save(store, 3, states[3])
+    save(store, 3, states[3])
+    with pytest.raises(UserError, match="Input/output error"):
+        store.close()
+    assert names(tmp_path / "run" / "checkpoints") == ["1"]
+    check_files(step_folder(tmp_path / "run")[0], run_record(tmp_path / "run" / "checkpoints" / "1"), [])
+
+
+def test_what_a_kill_left_is_removed_by_the_next_run_and_no_reader(run: Path, abstract: TrainState) -> None:
+    folder = run / "checkpoints"
+    shutil.copytree(folder / "3", folder / "4.unfinished.orbax-checkpoint-tmp")
+    shutil.copytree(folder / "3", folder / "5.unfinished")
+    before = contents(run)
+    assert step_folder(run)[0].name == "3"
+    Gemma.from_pretrained(run, mesh=MeshConfig(cpu_devices=1))
+    assert contents(run) == before
+    with CheckpointStore(run, KEEP_ALL):
+        assert names(folder) == ["1", "2", "3"]
+        (folder / "4.unfinished").mkdir()
+        with pytest.raises(UserError):
+            CheckpointStore(run, KEEP_ALL)
+        assert names(folder) == ["1", "2", "3", "4.unfinished"]  # this one is being written
+
+
+def test_two_runs_do_not_share_a_directory(run: Path, states: dict[int, TrainState]) -> None:
+    with CheckpointStore(run, KEEP_ALL) as store:
+        before = contents(run)
+        for overwrite in (False, True):
+            with pytest.raises(UserError, match=f"process {os.getpid()} .* is training in {run}"):
+                CheckpointStore(run, KEEP_ALL, overwrite=overwrite)
+        assert contents(run) == before
+        save(store, 4, states[1])
+    with CheckpointStore(run, KEEP_ALL):
+        pass
+    (run / "metrics.jsonl").write_text("{}\n")
+    with CheckpointStore(run, KEEP_ALL, overwrite=True) as store:
+        assert names(run) == ["checkpoints", "lock"] and names(run / "checkpoints") == []
+        with pytest.raises(UserError, match="is training"):
+            CheckpointStore(run, KEEP_ALL)
+
+
+# Last, because orbax's threads are still complaining after it in the second case.
+@pytest.mark.slow
+@pytest.mark.filterwarnings(  # orbax's, in the second case
+    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine .* was never awaited"
+)
+@pytest.mark.parametrize(
+    ("checked_bytes", "flips_a_file"),
+    [(2**20, 20), (0, 6)],
+    ids=["as it is", "with orbax and the fingerprints alone"],
+)
+def test_any_flipped_bit_is_refused_or_without_effect(
+    tmp_path: Path,
+    states: dict[int, TrainState],
+    abstract: TrainState,
+    monkeypatch: pytest.MonkeyPatch,
+    checked_bytes: int,
+    flips_a_file: int,
+) -> None:
+    monkeypatch.setattr(record_module, "CHECKED_BYTES", checked_bytes)
+    with CheckpointStore(tmp_path / "run", KEEP_ALL) as store:
+        save(store, 3, states[3])
+    original = tmp_path / "run" / "checkpoints" / "3"
+    files = [path.relative_to(original) for path in sorted(original.rglob("*")) if path.is_file()]
+    files = [path for path in files if (original / path).stat().st_size]
+    assert len(files) > 10
+    expected = bits(states[3].params, states[3].opt_state)
+    rng, refused = random.Random(checked_bytes), 0
+    for number in range(flips_a_file * len(files)):
+        # At a new path each time: tensorstore caches what it has read.
+        folder = tmp_path / str(number)
+        shutil.copytree(original, folder)
+        path = folder / files[number % len(files)]
+        raw = bytearray(path.read_bytes())
+        bit = rng.randrange(8 * len(raw))
+        raw[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(raw)
+        try:
+            record = run_record(folder)
+            parts = {"params": abstract.params, "opt_state": abstract.opt_state}
+            loaded = load_arrays(folder, parts, record)
+        except DamagedCheckpoint:
+            refused += 1
+        else:
+            assert bits(loaded["params"], loaded["opt_state"]) == expected, (path, bit)
+            assert (record.step, record.rows_seen, record.config) == (3, 24, CONFIG_AS_JSON)
+        shutil.rmtree(folder)
+    assert refused > 0.4 * number

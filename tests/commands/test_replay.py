@@ -1,0 +1,297 @@
+"""The batch of a past step, rebuilt and read."""
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from gemma_jax.cli import main
+from gemma_jax.commands.replay_report import Replay, print_report
+from gemma_jax.config import (
+    PRESETS,
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    MeshConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    replace,
+    to_json,
+)
+from gemma_jax.data.loader import Loader, prepare
+from gemma_jax.tokenizer import Tokenizer
+from gemma_jax.training.metrics import read_metrics
+from gemma_jax.training.replay import BatchMeasures
+
+WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "日本"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 6 steps with checkpoints after 3 and 6; its corpus, config and cache lie beside it."""
+    folder = tmp_path_factory.mktemp("replay")
+    (folder / "corpus").mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(60):
+        lines = [" ".join(rng.choice(WORDS, 5)) for _ in range(number % 8 + 1)]
+        (folder / "corpus" / f"{number}.txt").write_text("\n".join(lines), encoding="utf-8")
+    # One document stands out, and would take over a terminal.
+    (folder / "corpus" / "odd.txt").write_text("\x1b[31m QXJ ж☃ ZZZ\x07", encoding="utf-8")
+    config = PretrainConfig(
+        run_dir=str(folder / "run"),
+        steps=6,
+        model=replace(PRESETS["gemma_tiny"], {"vocab_size": 430}),
+        data=DataConfig(
+            sources=(f"{folder}/corpus/*.txt",),
+            sequence_length=64,
+            batch_size=4,
+            held_out=0.0,
+            cache_dir=str(folder / "cache"),
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
+        mesh=MeshConfig(cpu_devices=2),
+        checkpoint=CheckpointConfig(every=3),
+        evaluation=EvaluationConfig(every=0),
+        logging=LoggingConfig(every=1),
+    )
+    (folder / "config.json").write_text(to_json(config))
+    assert main(["pretrain", str(folder / "config.json")]) == 0
+    return folder / "run"
+
+
+def replayed(capsys: pytest.CaptureFixture[str], *arguments: object) -> list[dict[str, Any]]:
+    """The JSON lines of `gemma replay`."""
+    capsys.readouterr()
+    assert main(["replay", *map(str, arguments), "--json"]) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_the_step_after_a_checkpoint_has_the_numbers_that_the_run_logged(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary, *rows = replayed(capsys, trained, 4, "--rows", 0)
+    logged = next(entry for entry in read_metrics(trained) if entry["step"] == 4)
+    assert summary["parameters_of_step"] == 3 and summary["logged"] == logged
+    assert summary["loss"] == pytest.approx(logged["loss"], rel=1e-6)
+    assert summary["grad_norm"] == pytest.approx(logged["grad_norm"], rel=1e-5)
+    # By layer: two layers, and what is not stacked has one norm.
+    norms = summary["grad_norms"]
+    assert len(norms) == 11 and len(norms["blocks.attention.q"]) == 2
+    assert isinstance(norms["embedding"], float) and isinstance(norms["final_norm"], float)
+    squares = sum(float(np.sum(np.square(norm))) for norm in norms.values())
+    assert math.sqrt(squares) == pytest.approx(logged["grad_norm"], rel=1e-5)
+    # The mean over all tokens is the loss, and each segment's mean is its tokens'.
+    segments = [segment for row in rows for segment in row["segments"]]
+    losses = np.concatenate([segment["token_losses"] for segment in segments])
+    assert losses.mean() == pytest.approx(logged["loss"], rel=1e-5)
+    for segment in segments:
+        assert segment["loss"] == pytest.approx(np.mean(segment["token_losses"]), rel=1e-5)
+    assert [row["loss"] for row in rows] == sorted((row["loss"] for row in rows), reverse=True)
+    assert sorted(row["row"] for row in rows) == [12, 13, 14, 15]
+
+
+def test_segments_are_the_text_at_the_place_that_is_named(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = Tokenizer.load(trained / "tokenizer.model")
+    _, *rows = replayed(capsys, trained, 2, "--rows", 0)
+    segments = [segment for row in rows for segment in row["segments"]]
+    assert len(segments) > 4
+    for segment in segments:
+        document = Path(segment["place"]).read_text(encoding="utf-8")
+        body = [*tokenizer.encode(document), tokenizer.eos_id]
+        assert segment["token_ids"] == body[segment["start"] : segment["stop"]]
+        assert segment["text"].removesuffix("<eos>") in document
+        assert segment["loss_weights"] == [1.0] * len(segment["token_ids"])
+
+
+def test_every_step_before_the_first_checkpoint_has_the_first_parameters(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (summary,) = replayed(capsys, trained, 1)[:1]
+    assert summary["parameters_of_step"] == 0
+    assert summary["loss"] == pytest.approx(summary["logged"]["loss"], rel=1e-6)
+    (summary,) = replayed(capsys, trained, 2)[:1]
+    assert summary["parameters_of_step"] == 0
+    assert abs(summary["loss"] - summary["logged"]["loss"]) > 1e-3
+    # The checkpoint of a step comes after it.
+    assert [replayed(capsys, trained, step)[0]["parameters_of_step"] for step in (3, 6)] == [0, 3]
+
+
+def test_a_step_that_is_to_come_and_another_mesh(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = trained.with_name("longer")
+    shutil.copytree(trained, run)
+    config = json.loads((run / "config.json").read_text()) | {"steps": 9}
+    (run / "config.json").write_text(json.dumps(config))
+    on_two = replayed(capsys, run, 8)
+    on_four = replayed(capsys, run, 8, "--mesh.cpu_devices", 4, "--mesh.tensor", 2)
+    assert on_two[0]["logged"] is None and on_two[0]["parameters_of_step"] == 6
+    assert on_four[0]["loss"] == pytest.approx(on_two[0]["loss"], rel=1e-5)
+    assert [row["row"] for row in on_four[1:]] == [row["row"] for row in on_two[1:]]
+
+
+def test_a_damaged_checkpoint_is_passed_over_aloud(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = trained.with_name("damaged")
+    shutil.copytree(trained, run)
+    (run / "checkpoints" / "3" / "run" / "data.json").write_text("{")
+    assert main(["replay", str(run), "5", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out.splitlines()[0])["parameters_of_step"] == 0
+    assert "3 is damaged" in err and "older" in err
+
+
+def test_what_a_person_reads(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, *rows = replayed(capsys, trained, 5, "--rows", 0)
+    capsys.readouterr()
+    assert main(["replay", str(trained), "5", "--rows", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("step 5: rows 16 to 19 of the data, ")
+    assert "with the parameters of step 3, the newest checkpoint" in lines[1]
+    assert lines[2].startswith("the run logged loss ")
+    titles = [line for line in lines if line.startswith("row ")]
+    assert titles == [
+        f"row {row['row']} (number {row['row'] - 16} of the batch): loss {row['loss']:.3f}"
+        for row in rows[:2]
+    ]
+    text = "\n".join(line.removeprefix("  │ ") for line in lines if line.startswith("  │ "))
+    marked = re.findall(r"⟦([^⟧]*) (\d+\.\d)⟧", text)
+    threshold = np.quantile(np.concatenate([s["token_losses"] for r in rows for s in r["segments"]]), 0.95)
+    assert marked and all(float(loss) >= threshold - 0.05 for _, loss in marked)
+    unmarked = re.sub(r"⟦(⏎?)([^⟧]*) \d+\.\d⟧", r"\2", text)
+    assert unmarked == "\n".join(s["text"] for r in rows[:2] for s in r["segments"])
+    assert sum("blocks.attention.q " in line for line in lines) == 1
+
+
+@pytest.fixture
+def loader(trained: Path) -> tuple[Loader, Tokenizer, PretrainConfig]:
+    config = PretrainConfig(
+        data=DataConfig(
+            sources=(f"{trained.parent}/corpus/*.txt",),
+            sequence_length=64,
+            batch_size=4,
+            held_out=0.0,
+            cache_dir=str(trained.parent / "cache"),
+        )
+    )
+    tokenizer = Tokenizer.load(trained / "tokenizer.model")
+    return prepare(config.data, tokenizer, 0).train, tokenizer, config
+
+
+def report(
+    loader: tuple[Loader, Tokenizer, PretrainConfig], replay: Replay, limit: int = 0, terminal: bool = False
+) -> str:
+    import io
+
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=terminal, width=80, highlight=False)
+    print_report(replay, loader[0], loader[1], limit, console)
+    return screen.getvalue()
+
+
+def with_losses(loader: tuple[Loader, Tokenizer, PretrainConfig], losses: np.ndarray) -> Replay:
+    """The first batch, with losses that are made up."""
+    norms = {"embedding": np.float32(3.0), "blocks.q": np.array([4.0, 12.0], np.float32)}
+    measures = BatchMeasures(losses.astype(np.float32), float(losses.mean()), norms)  # type: ignore[arg-type]
+    return Replay(7, 3, 0, loader[0].batch(0, 4), measures, None)
+
+
+def test_rows_that_are_not_finite_come_first_and_tokens_are_marked(
+    loader: tuple[Loader, Tokenizer, PretrainConfig],
+) -> None:
+    losses = np.full((4, 64), 2.0)
+    losses[1] = 5.0
+    losses[2, 3] = np.nan
+    losses[3, 0] = np.inf
+    replay = with_losses(loader, losses)
+    assert replay.rows_by_loss(0) == [2, 3, 1, 0] and replay.rows_by_loss(1) == [2]
+    assert replay.gradient_norm == pytest.approx(13.0)
+    shown = report(loader, replay)
+    assert " nan⟧" in shown and " inf⟧" in shown and "1 of " in shown
+    assert "gradient norms: embedding 3; by layer:" in shown
+    # All of a batch: marks would hide the text, and say nothing.
+    spoilt = report(loader, with_losses(loader, np.full((4, 64), np.nan)))
+    assert "these parameters are spoilt, whatever the batch" in spoilt
+    assert "⟦" not in spoilt.partition("│")[2] and "losses are not finite" in spoilt
+
+
+def test_tokens_without_weight_are_told_and_do_not_count(
+    loader: tuple[Loader, Tokenizer, PretrainConfig],
+) -> None:
+    losses = np.full((4, 64), 1.0)
+    losses[0, :4] = 1000.0
+    replay = with_losses(loader, losses)
+    replay.batch.loss_weights[0, :4] = 0
+    assert replay.row_loss(0) == 1.0
+    text = report(loader, replay).partition("number 0 of")[2]
+    bracketed = re.search(r"│ ⟨([^⟩]*)⟩", text)
+    ids = replay.batch.targets[0, :4].tolist()
+    assert bracketed and bracketed[1] == loader[1].decode(ids) and "⟦" not in bracketed[0]
+    replay.batch.loss_weights[:] = 0
+    assert replay.row_loss(0) == 0.0
+
+
+def test_documents_cannot_control_the_terminal(loader: tuple[Loader, Tokenizer, PretrainConfig]) -> None:
+    shown = ""
+    for first in range(0, loader[0].num_rows, 4):
+        measures = BatchMeasures(np.ones((4, 64), np.float32), 1.0, {})
+        shown += report(loader, Replay(1, 0, first, loader[0].batch(first, 4), measures, None))
+    assert "QXJ ж☃ ZZZ" in re.sub(r"⟦([^⟧]*) \d+\.\d⟧", r"\1", shown)  # pieces of bytes, too
+    assert "\x1b" not in shown and "\x07" not in shown
+    assert "\\x1b" in re.sub(r" \d+\.\d⟧|⟦", "", shown)
+
+
+def test_marks_are_colours_in_a_terminal(loader: tuple[Loader, Tokenizer, PretrainConfig]) -> None:
+    losses = np.ones((4, 64))
+    losses[0, 0] = 9.0
+    shown = report(loader, with_losses(loader, losses), terminal=True)
+    assert "\x1b[" in shown and "⟦" not in shown
+
+
+def test_mistakes(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "config.json").write_text('{"experiment": "sample"}')
+    cases: list[tuple[list[object], str]] = [
+        ([trained, 0], "has no step 0; its steps are 1 to 6"),
+        ([trained, 7], "has no step 7"),
+        ([trained, "last"], "has no step last"),
+        ([trained], "RUN STEP"),
+        ([tmp_path / "nowhere", 1], "is not the directory of a run"),
+        ([foreign, 1], "holds a SampleConfig"),
+        ([trained, 1, "--rows", -1], "rows is -1"),
+        ([trained, 1, "--row", 1], "did you mean --rows?"),
+        ([trained, 1, "--mesh.cpu_devices", 8], "which data 1 x fsdp 8"),
+    ]
+    for arguments, told in cases:
+        capsys.readouterr()
+        assert main(["replay", *map(str, arguments)]) == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1 and lines[0].startswith("error: ") and told in lines[0], lines
+    with pytest.raises(SystemExit):
+        main(["replay", "--help"])
+    assert "--rows" in capsys.readouterr().out
+
+
+def test_data_that_has_changed_is_not_taken_for_what_the_run_saw(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, corpus = tmp_path / "run", tmp_path / "corpus"
+    shutil.copytree(trained, run)
+    shutil.copytree(trained.parent / "corpus", corpus)
+    config = json.loads((run / "config.json").read_text())
+    config["data"]["sources"] = [f"{corpus}/*.txt"]
+    (run / "config.json").write_text(json.dumps(config))
+    statistics = json.loads((run / "data.json").read_text())
+    statistics[0]["name"] = f"{corpus}/*.txt"
+    (run / "data.json").write_text(json.dumps(statistics))
+    assert main(["replay", str(run), "4"]) == 0  # a copy of the corpus will do
+    (corpus / "7.txt").write_text("something else")
+    assert main(["replay", str(run), "4"]) == 2
+    assert "has changed since" in capsys.readouterr().err

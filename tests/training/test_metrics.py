@@ -1,0 +1,280 @@
+"""What a run tells: its file, the terminal, TensorBoard, Weights & Biases, and the picture."""
+
+import io
+import json
+import re
+import struct
+import sys
+import types
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from etils.epath import backend
+from fsspec.implementations.memory import MemoryFileSystem
+from rich.console import Console
+
+from gemma_jax.config import LoggingConfig, PretrainConfig
+from gemma_jax.errors import UserError
+from gemma_jax.training import metrics
+from gemma_jax.training.metrics import RunLog, duration, plot_losses, read_metrics
+from gemma_jax.training.sinks import Entry, check_sinks, open_sinks
+
+SHOWN = {
+    "loss": 3.0,
+    "learning_rate": 1e-3,
+    "tokens_per_second": 1_234_567.0,
+    "flops_per_second": 12.3e12,
+    "input_wait_share": 0.0,
+}
+
+
+def written(step: int, **more: float) -> Entry:
+    """An entry that goes into the file."""
+    return {"step": step, **SHOWN, "peak_memory_bytes": 10**9, **more}
+
+
+class Remembering:
+    """A sink that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.entries: list[Entry] = []
+        self.closed = False
+
+    def write(self, entry: Entry) -> None:
+        self.entries.append(entry)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_a_resumed_log_drops_the_steps_that_are_done_again_and_their_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now)
+    log = RunLog(tmp_path, 10, 0)
+    for step in (1, 2, 3):
+        now = 10.0 * step
+        log.training(written(step), 0)
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # cut off by a kill
+    now = 1000.0
+    sink = Remembering()
+    log = RunLog(tmp_path, 10, 2, [sink])
+    now = 1005.0
+    log.training(written(3), 0)
+    log.close()
+    assert [(entry["step"], entry["seconds"]) for entry in read_metrics(tmp_path)] == [
+        (1, 10),
+        (2, 20),
+        (3, 25),
+    ]
+    assert sink.closed and sink.entries == read_metrics(tmp_path)[2:]
+
+
+def test_a_log_in_a_bucket_is_written_each_minute_and_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    filesystem = MemoryFileSystem()
+    monkeypatch.setattr(MemoryFileSystem, "store", {})
+    monkeypatch.setattr(backend._FileSystemSpecBackend, "_get_filesystem", lambda self, name: filesystem)
+    run_dir = epath.Path("gs://bucket/run")
+    now = 0.0
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now)
+    for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):
+        log = RunLog(run_dir, 10, start)
+        for step in steps:
+            now += 40.0
+            log.training(written(step), 0)
+            assert len(read_metrics(run_dir)) == start + (step - start) // 2 * 2
+        log.close()
+        assert [entry["step"] for entry in read_metrics(run_dir)] == list(range(1, steps[-1] + 1))
+
+
+def test_only_announced_steps_are_written(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, 10, 0)
+    log.training({"step": 1, **SHOWN}, 0)
+    log.training(written(2), 0)
+    log.held_out({"step": 2, "held_out_loss": 2.0, "held_out_bits_per_byte": 1.0})
+    assert [entry["step"] for entry in read_metrics(tmp_path)] == [2, 2]
+
+
+def test_other_processes_write_and_say_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    config = PretrainConfig(logging=LoggingConfig(tensorboard="on"))
+    assert open_sinks(config, epath.Path(tmp_path), 0) == []
+    sink = Remembering()
+    log = RunLog(tmp_path, 10, 0, [sink])
+    log.message("hello")
+    log.training(written(1), 0)
+    log.close()
+    assert list(tmp_path.iterdir()) == [] and sink.entries == [] and capsys.readouterr().err == ""
+
+
+def terminal_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int, steps: int, **more: float
+) -> list[str]:
+    """What stands on a terminal of this width after a step and an evaluation."""
+    screen = io.StringIO()
+
+    def console(**options: object) -> Console:
+        return Console(file=screen, force_terminal=True, width=width, highlight=False, color_system=None)
+
+    monkeypatch.setattr(metrics, "Console", console)
+    log = RunLog(tmp_path, steps, 0)
+    log.held_out({"step": steps, "held_out_loss": 2.0, "held_out_bits_per_byte": 1.0})
+    log.training({"step": steps - 1, **SHOWN, **more}, 3599)
+    log._progress.refresh()  # type: ignore[union-attr]  # there is one: this is a terminal
+    log.close()
+    return [line for line in re.split(r"\r|\n|\x1b\[[?0-9]*[a-zA-Z]", screen.getvalue()) if line.strip()]
+
+
+def test_a_terminal_of_80_columns_shows_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = terminal_lines(tmp_path, monkeypatch, 80, 100_000)
+    assert all(len(line.rstrip()) <= 80 for line in lines), lines
+    last = lines[-1]
+    assert (
+        last.startswith("99999/100000 ━━━━")
+        and "loss 3.000  1,234,567 tokens/s  lr 1.00e-03  59m59s left" in last
+        and "FLOP" not in last
+    )
+    assert any("held-out loss 2.000 nats a token, 1.000 bits a byte" in line for line in lines)
+
+
+def test_a_wide_terminal_shows_utilisation_and_what_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last = terminal_lines(tmp_path, monkeypatch, 120, 100, flops_utilisation=0.417, input_wait_share=0.25)[-1]
+    assert "41.7% MFU" in last and "waits 25% for data" in last
+    assert "12.3 TFLOP/s" in terminal_lines(tmp_path, monkeypatch, 120, 100)[-1]
+
+
+def test_plain_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = RunLog(tmp_path, 10, 0)
+    log.training({"step": 1, **SHOWN}, 0)
+    log.training(written(2, input_wait_share=0.04), 61)
+    log.training(written(3, input_wait_share=0.06), 61)
+    assert capsys.readouterr().err.splitlines() == [
+        "step 2/10  loss 3.000  1,234,567 tokens/s  12.3 TFLOP/s  lr 1.00e-03  1.00 GB  1m01s left",
+        "step 3/10  loss 3.000  1,234,567 tokens/s  12.3 TFLOP/s  lr 1.00e-03  1.00 GB  1m01s left  "
+        "waits 6% for data",
+    ]
+
+
+def tensorboard_scalars(folder: Path) -> dict[tuple[str, int], float]:
+    """What TensorBoard would show, read without it."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    scalars: dict[tuple[str, int], float] = {}
+    for path in sorted(folder.iterdir()):
+        data, place = path.read_bytes(), 0
+        while place < len(data):
+            (length,) = struct.unpack_from("<Q", data, place)
+            event = Event.FromString(data[place + 12 : place + 12 + length])
+            place += 12 + length + 4
+            if event.session_log.status == event.session_log.START:
+                scalars = {key: value for key, value in scalars.items() if key[1] < event.step}
+            for value in event.summary.value:
+                scalars[value.tag, event.step] = value.simple_value
+    return scalars
+
+
+def test_tensorboard_shows_every_number_once_after_a_resume(tmp_path: Path) -> None:
+    config = PretrainConfig(logging=LoggingConfig(tensorboard="on"))
+    for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):
+        log = RunLog(tmp_path, 10, start, open_sinks(config, epath.Path(tmp_path), start))
+        for step in steps:
+            log.training(written(step, loss=float(10 * start + step)), 0)
+        log.held_out({"step": steps[-1], "held_out_loss": 2.5, "held_out_bits_per_byte": 1.0})
+        log.close()
+    scalars = tensorboard_scalars(tmp_path / "tensorboard")
+    assert {step: value for (tag, step), value in scalars.items() if tag == "loss"} == {
+        1: 1,
+        2: 2,
+        3: 23,
+        4: 24,
+    }
+    assert scalars["held_out_loss", 4] == 2.5 and ("held_out_loss", 3) not in scalars
+    assert not {tag for tag, _ in scalars} & {"step", "time"}
+
+
+def test_weights_and_biases_goes_on_with_the_same_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[dict[str, object]] = []
+    logged: list[tuple[dict[str, float], int]] = []
+    finished: list[bool] = []
+
+    def init(**options: object) -> types.SimpleNamespace:
+        calls.append(options)
+        return types.SimpleNamespace(
+            log=lambda numbers, step: logged.append((numbers, step)), finish=lambda: finished.append(True)
+        )
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    config = PretrainConfig(steps=7, logging=LoggingConfig(wandb_project="gemmas"))
+    check_sinks(config.logging)
+    for start in (0, 1):
+        log = RunLog(tmp_path, 10, start, open_sinks(config, epath.Path(tmp_path), start))
+        log.training(written(start + 1), 0)
+        log.close()
+    assert [call["project"] for call in calls] == ["gemmas"] * 2 and calls[0]["config"]["steps"] == 7
+    assert calls[0]["id"] == calls[1]["id"] and calls[1]["resume"] == "allow"
+    assert [step for _, step in logged] == [1, 2] and logged[0][0]["loss"] == 3.0 and finished == [True] * 2
+
+
+@pytest.mark.parametrize(
+    ("package", "logging"),
+    [
+        ("wandb", LoggingConfig(wandb_project="gemmas")),
+        ("tensorboardX", LoggingConfig(tensorboard="on")),
+    ],
+)
+def test_a_sink_whose_package_is_missing(
+    monkeypatch: pytest.MonkeyPatch, package: str, logging: LoggingConfig
+) -> None:
+    check_sinks(LoggingConfig())
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=f"pip install {package}"):
+        check_sinks(logging)
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(42.9, "42s"), (185, "3m05s"), (7620, "2h07m"), (0, "0s")])
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_the_picture_is_not_squashed_by_the_first_steps_or_one_spike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+
+    drawn: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **o: (drawn.append(self), save(self, *a, **o)))
+    steps = range(10, 5001, 10)
+    entries = [{"step": step, "loss": 2 + 50 / step} for step in steps]
+    entries[0]["loss"], entries[300]["loss"] = 1000.0, 500.0
+    entries += [{"step": 5000, "held_out_loss": 2.2}]
+    plot_losses({"one": entries, "two": entries[:100], "empty": []}, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    low, high = drawn[0].axes[0].get_ylim()
+    assert 1.8 < low < 2.01 and 2.2 < high < 4
+    names = [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()]
+    assert names == ["training", "held out", "one", "two", "empty"]
+    # Many runs: the legend stands beside the curves.
+    plot_losses({str(number): entries for number in range(12)}, tmp_path / "many.png")
+    colors = {tuple(np.round(line.get_color(), 3)) for line in drawn[1].axes[0].lines}
+    assert len(colors) == 12
+    plot_losses({}, tmp_path / "none.png")
+
+
+def test_lines_of_the_file_are_json(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, 10, 0)
+    log.training(written(1), 0)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 1 and json.loads(lines[0])["peak_memory_bytes"] == 10**9
