@@ -11,7 +11,7 @@ demo: $(INSTALLED)
 	  --prompt "def fibonacci(n):" --prompt "class Queue:" --prompt "import os"
 	@printf '\n%s\n' 'Next, try:' \
 	  '  $(BIN)/python sample.py runs/demo --prompt "for line in" --temperature 0.8 --samples 3' \
-	  '  $(BIN)/python train.py pretrain demo --steps 1200' \
+	  '  $(BIN)/python train.py pretrain demo --steps 1000' \
 	  '  $(BIN)/python train.py pretrain demo --run_dir runs/deeper --model.num_layers 8' \
 	  '  $(BIN)/gemma inspect runs/demo'
 

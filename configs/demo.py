@@ -12,13 +12,13 @@ from gemma_jax.config import (
 )
 
 config = PretrainConfig(
-    steps=560,
+    steps=420,
     model=PRESETS["gemma_small"],
     data=DataConfig(sources=("python-stdlib",), sequence_length=256, batch_size=8),
     optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=50),
     # All layers in one iteration and 32 x 8 positions of logits at a time are what two CPU cores like best.
     compute=ComputeConfig(scan_unroll=4, loss_block=32),
     mesh=MeshConfig(cpu_devices=2),
-    checkpoint=CheckpointConfig(every=280),
+    checkpoint=CheckpointConfig(every=210),
     evaluation=EvaluationConfig(every=140, rows=128),
 )

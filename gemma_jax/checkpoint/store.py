@@ -85,7 +85,7 @@ class CheckpointStore:
         Raises:
           UserError: another process trains there, or the directory cannot be written.
         """
-        self._run_dir, self._config = epath.Path(run_dir), config
+        self._run_dir, self._config = _absolute(run_dir), config
         self.folder = self._run_dir / STEPS_FOLDER
         self._first = jax.process_index() == 0
         self._lock: RunLock | None = None
@@ -113,6 +113,7 @@ class CheckpointStore:
         self.close()
 
     def _clear(self) -> None:
+        self.folder.rmtree()  # first: without them, what a kill leaves is no run
         for child in self._run_dir.iterdir():
             if child.name == LOCK_FILE:
                 continue
@@ -269,6 +270,11 @@ class CheckpointStore:
                 self._lock.release()
 
 
+def _absolute(path: epath.PathLike) -> epath.Path:
+    """As orbax wants paths; a bucket address is absolute already."""
+    return epath.Path(path if "://" in os.fspath(path) else os.path.abspath(path))
+
+
 def _any_process(flag: bool) -> bool:
     return (
         bool(np.any(multihost_utils.process_allgather(np.array(flag)))) if jax.process_count() > 1 else flag
@@ -302,7 +308,7 @@ def load_arrays(step_folder: epath.PathLike, abstract: dict[str, Any], record: R
     }
     check_files(epath.Path(step_folder), record, wanted.keys())
     try:
-        loaded = ocp.load_checkpointables(step_folder, saved)
+        loaded = ocp.load_checkpointables(_absolute(step_folder), saved)
     except (OSError, ValueError, KeyError) as error:
         raise DamagedCheckpoint(step_folder, first_line(error)) from error
     for part, prints in jax.device_get(fingerprints(loaded)).items():

@@ -25,7 +25,8 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.requested = False
-        self._untold = threading.Lock()
+        # Two threads hear of a signal, and the handler of one can interrupt that of another.
+        self._telling = threading.RLock()
 
     def __enter__(self) -> Self:
         self._pipe, write = os.pipe()
@@ -49,39 +50,37 @@ class StopSignals:
         os.close(self._pipe)
 
     def _listen(self) -> None:
-        interrupts = 0
+        heard = False
         while number := os.read(self._pipe, 1)[0]:
-            interrupts += number == signal.SIGINT
-            if number == signal.SIGINT and self.requested and (interrupts > 1 or self._first != number):
-                os._exit(128 + number)
             if number in SIGNALS:
+                if heard and number == signal.SIGINT:
+                    os._exit(128 + number)
+                heard = True
                 self._hear(number)
 
     def _hear(self, number: int) -> None:
-        if self._untold.acquire(blocking=False):
-            self._first = number
-            # Not print: the signal may have come in the middle of one.
-            cursor = SHOW_CURSOR if sys.__stderr__ is not None and sys.__stderr__.isatty() else ""
-            os.write(2, f"{cursor}\n{signal.Signals(number).name}: {self.told}\n".encode())
-        self.requested = True
+        with self._telling:
+            before, self.requested = self.requested, True
+            if not before:
+                # Not print: the signal may have come in the middle of one.
+                cursor = SHOW_CURSOR if sys.__stderr__ is not None and sys.__stderr__.isatty() else ""
+                os.write(2, f"{cursor}\n{signal.Signals(number).name}: {self.told}\n".encode())
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         # The same signal as in `_listen`, or the only notice of it while orbax's event loop has the pipe.
         self._hear(number)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        self._act()
-
-    def _act(self) -> None:
-        """What the main thread does besides."""
 
 
 class EndSignals(StopSignals):
     """For the time before training: SIGTERM and Ctrl-C end the program with STOPPED_STATUS.
 
-    Nothing is lost then: all that is written meanwhile is written whole or not at all.
+    Without unwinding, for an exception from a signal can come in a callback that swallows it. Nothing is
+    lost: all that is written meanwhile is written whole or not at all, so that a run can be killed.
     """
 
-    told = "ending before a step was made; the same command begins again"
+    told = "ending before the first step; the same command begins again"
 
-    def _act(self) -> None:
-        raise SystemExit(STOPPED_STATUS)
+    def _hear(self, number: int) -> None:
+        super()._hear(number)
+        os._exit(STOPPED_STATUS)

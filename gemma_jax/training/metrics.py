@@ -102,24 +102,20 @@ class RunLog:
         a plain line where there is no terminal.
         """
         announce = "peak_memory_bytes" in entry
-        shown = [
-            f"loss {entry['loss']:.3f}",
-            f"{entry['tokens_per_second']:,.0f} tokens/s",
-            f"lr {entry['learning_rate']:.2e}",
-            f"{duration(seconds_left)} left",
-        ]
-        if "flops_utilisation" in entry:
-            speed = f"{entry['flops_utilisation']:.1%} MFU"
-        else:
-            speed = quantity(entry["flops_per_second"], "FLOP/s")
-        if not self._progress or self.console.width >= _WIDE:
-            shown.insert(2, speed)
+        shown = [f"loss {entry['loss']:.3f}", f"lr {entry['learning_rate']:.2e}"]
+        if entry["tokens_per_second"]:  # known from the second step on
+            shown.append(f"{entry['tokens_per_second']:,.0f} tokens/s")
+            if not self._progress or self.console.width >= _WIDE:
+                utilisation = entry.get("flops_utilisation")
+                achieved = quantity(entry["flops_per_second"], "FLOP/s")
+                shown.append(achieved if utilisation is None else f"{utilisation:.1%} MFU")
+            shown.append(f"{duration(seconds_left)} left")
         if entry["input_wait_share"] >= 0.05:
             shown.append(f"waits {entry['input_wait_share']:.0%} for data")
         if self._progress:
             self._progress.update(self._task, completed=entry["step"], description="  ".join(shown))
         elif announce:
-            shown.insert(4, quantity(entry["peak_memory_bytes"], "B"))
+            shown.append(quantity(entry["peak_memory_bytes"], "B"))
             self.message(f"step {entry['step']}/{self._steps}  {'  '.join(shown)}")
         if announce:
             self._write(entry)

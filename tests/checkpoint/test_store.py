@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import json
 import os
 import random
 import re
@@ -11,7 +10,6 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,77 +17,22 @@ import numpy as np
 import pytest
 
 from gemma_jax import Gemma
-from gemma_jax.checkpoint import record as record_module
 from gemma_jax.checkpoint import store as store_module
 from gemma_jax.checkpoint.record import DamagedCheckpoint, check_files, fingerprints, run_record
 from gemma_jax.checkpoint.store import CheckpointStore, load_arrays, saved_steps, step_folder
-from gemma_jax.config import PRESETS, CheckpointConfig, ComputeConfig, MeshConfig, PretrainConfig, to_dict
+from gemma_jax.config import CheckpointConfig, ComputeConfig, MeshConfig
 from gemma_jax.errors import UserError
-from gemma_jax.sharding import named_arrays
 from gemma_jax.testing import cpu_mesh
-from gemma_jax.training.state import TrainState, abstract_train_state, create_train_state
-
-CONFIG = PretrainConfig(model=PRESETS["gemma_tiny"])
-CONFIG_AS_JSON = json.loads(json.dumps(to_dict(CONFIG)))
-KEEP_ALL = CheckpointConfig(keep_last=100)
-Bits = dict[str, bytes]
-
-
-def random_state(seed: int) -> TrainState:
-    """A state in which no array is constant: zeros would not be written at all."""
-    state = create_train_state(CONFIG, cpu_mesh(8, fsdp=4, tensor=2))
-    keys = iter(jax.random.split(jax.random.key(seed), 1000))
-
-    def fill(x: jax.Array) -> jax.Array:
-        values = jax.random.normal(next(keys), x.shape) if x.dtype == jnp.float32 else x + seed
-        return jax.device_put(values.astype(x.dtype), x.sharding)
-
-    return dataclasses.replace(
-        state, params=jax.tree.map(fill, state.params), opt_state=jax.tree.map(fill, state.opt_state)
-    )
-
-
-def bits(params: Any, opt_state: Any) -> Bits:
-    named = named_arrays({"params": params, "opt_state": opt_state})
-    return {name: np.asarray(x).tobytes() for name, x in named.items()}
-
-
-def save(store: CheckpointStore, step: int, state: TrainState, loss: float | None = None) -> None:
-    store.save(step, state.params, state.opt_state, step * 8, to_dict(CONFIG), loss)
-
-
-@pytest.fixture(scope="module")
-def states() -> dict[int, TrainState]:
-    return {step: random_state(step) for step in (1, 2, 3)}
-
-
-@pytest.fixture(scope="module")
-def three_saved(states: dict[int, TrainState], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with whole checkpoints of steps 1, 2 and 3. Copied by the tests that change it."""
-    run = tmp_path_factory.mktemp("saved") / "run"
-    with CheckpointStore(run, KEEP_ALL) as store:
-        for step, state in states.items():
-            save(store, step, state)
-    return run
-
-
-@pytest.fixture
-def run(three_saved: Path, tmp_path: Path) -> Path:
-    shutil.copytree(three_saved, tmp_path / "run")
-    return tmp_path / "run"
-
-
-@pytest.fixture(scope="module")
-def abstract() -> TrainState:
-    return abstract_train_state(CONFIG, cpu_mesh(8, fsdp=4, tensor=2))
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+from gemma_jax.training.state import TrainState, abstract_train_state
+from tests.checkpoint.states import (
+    CONFIG,
+    CONFIG_AS_JSON,
+    KEEP_ALL,
+    bits,
+    contents,
+    names,
+    save,
+)
 
 
 @pytest.mark.parametrize("devices", [1, 2, 8])
@@ -406,49 +349,3 @@ def test_two_runs_do_not_share_a_directory(run: Path, states: dict[int, TrainSta
 
 
 # Last, because orbax's threads are still complaining after it in the second case.
-@pytest.mark.slow
-@pytest.mark.filterwarnings(  # orbax's, in the second case
-    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine .* was never awaited"
-)
-@pytest.mark.parametrize(
-    ("checked_bytes", "flips_a_file"),
-    [(2**20, 20), (0, 6)],
-    ids=["as it is", "with orbax and the fingerprints alone"],
-)
-def test_any_flipped_bit_is_refused_or_without_effect(
-    tmp_path: Path,
-    states: dict[int, TrainState],
-    abstract: TrainState,
-    monkeypatch: pytest.MonkeyPatch,
-    checked_bytes: int,
-    flips_a_file: int,
-) -> None:
-    monkeypatch.setattr(record_module, "CHECKED_BYTES", checked_bytes)
-    with CheckpointStore(tmp_path / "run", KEEP_ALL) as store:
-        save(store, 3, states[3])
-    original = tmp_path / "run" / "checkpoints" / "3"
-    files = [path.relative_to(original) for path in sorted(original.rglob("*")) if path.is_file()]
-    files = [path for path in files if (original / path).stat().st_size]
-    assert len(files) > 10
-    expected = bits(states[3].params, states[3].opt_state)
-    rng, refused = random.Random(checked_bytes), 0
-    for number in range(flips_a_file * len(files)):
-        # At a new path each time: tensorstore caches what it has read.
-        folder = tmp_path / str(number)
-        shutil.copytree(original, folder)
-        path = folder / files[number % len(files)]
-        raw = bytearray(path.read_bytes())
-        bit = rng.randrange(8 * len(raw))
-        raw[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(raw)
-        try:
-            record = run_record(folder)
-            parts = {"params": abstract.params, "opt_state": abstract.opt_state}
-            loaded = load_arrays(folder, parts, record)
-        except DamagedCheckpoint:
-            refused += 1
-        else:
-            assert bits(loaded["params"], loaded["opt_state"]) == expected, (path, bit)
-            assert (record.step, record.rows_seen, record.config) == (3, 24, CONFIG_AS_JSON)
-        shutil.rmtree(folder)
-    assert refused > 0.4 * number

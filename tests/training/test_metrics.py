@@ -139,7 +139,7 @@ def test_a_terminal_of_80_columns_shows_one_line(tmp_path: Path, monkeypatch: py
     last = lines[-1]
     assert (
         last.startswith("99999/100000 ━━━━")
-        and "loss 3.000  1,234,567 tokens/s  lr 1.00e-03  59m59s left" in last
+        and "loss 3.000  lr 1.00e-03  1,234,567 tokens/s  59m59s left" in last
         and "FLOP" not in last
     )
     assert any("held-out loss 2.000 nats a token, 1.000 bits a byte" in line for line in lines)
@@ -159,9 +159,9 @@ def test_plain_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     log.training(written(2, input_wait_share=0.04), 61)
     log.training(written(3, input_wait_share=0.06), 61)
     assert capsys.readouterr().err.splitlines() == [
-        "step 2/10  loss 3.000  1,234,567 tokens/s  12.3 TFLOP/s  lr 1.00e-03  1.00 GB  1m01s left",
-        "step 3/10  loss 3.000  1,234,567 tokens/s  12.3 TFLOP/s  lr 1.00e-03  1.00 GB  1m01s left  "
-        "waits 6% for data",
+        "step 2/10  loss 3.000  lr 1.00e-03  1,234,567 tokens/s  12.3 TFLOP/s  1m01s left  1.00 GB",
+        "step 3/10  loss 3.000  lr 1.00e-03  1,234,567 tokens/s  12.3 TFLOP/s  1m01s left  "
+        "waits 6% for data  1.00 GB",
     ]
 
 

@@ -1,0 +1,52 @@
+"""States to save, and what of them must come back."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gemma_jax.checkpoint.store import CheckpointStore
+from gemma_jax.config import PRESETS, CheckpointConfig, PretrainConfig, to_dict
+from gemma_jax.sharding import named_arrays
+from gemma_jax.testing import cpu_mesh
+from gemma_jax.training.state import TrainState, create_train_state
+
+CONFIG = PretrainConfig(model=PRESETS["gemma_tiny"])
+CONFIG_AS_JSON = json.loads(json.dumps(to_dict(CONFIG)))
+KEEP_ALL = CheckpointConfig(keep_last=100)
+Bits = dict[str, bytes]
+
+
+def random_state(seed: int) -> TrainState:
+    """A state in which no array is constant: zeros would not be written at all."""
+    state = create_train_state(CONFIG, cpu_mesh(8, fsdp=4, tensor=2))
+    keys = iter(jax.random.split(jax.random.key(seed), 1000))
+
+    def fill(x: jax.Array) -> jax.Array:
+        values = jax.random.normal(next(keys), x.shape) if x.dtype == jnp.float32 else x + seed
+        return jax.device_put(values.astype(x.dtype), x.sharding)
+
+    return dataclasses.replace(
+        state, params=jax.tree.map(fill, state.params), opt_state=jax.tree.map(fill, state.opt_state)
+    )
+
+
+def bits(params: Any, opt_state: Any) -> Bits:
+    named = named_arrays({"params": params, "opt_state": opt_state})
+    return {name: np.asarray(x).tobytes() for name, x in named.items()}
+
+
+def save(store: CheckpointStore, step: int, state: TrainState, loss: float | None = None) -> None:
+    store.save(step, state.params, state.opt_state, step * 8, to_dict(CONFIG), loss)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
