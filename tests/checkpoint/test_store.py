@@ -176,10 +176,9 @@ def test_another_model_is_not_taken_for_damage(run: Path) -> None:
     target = abstract_train_state(dataclasses.replace(CONFIG, model=model), cpu_mesh(8))
     with (
         CheckpointStore(run, KEEP_ALL) as store,
-        pytest.raises(UserError, match="belongs to another model") as told,
+        pytest.raises(UserError, match=r"^blocks\.\S+ has shape .* belongs to another model"),
     ):
         store.restore(target.params, target.opt_state)
-    assert not isinstance(told.value, DamagedCheckpoint)
     assert names(run / "checkpoints") == ["1", "2", "3"]
 
 
@@ -236,7 +235,7 @@ def test_save_returns_before_the_checkpoint_is_written(
         assert saved_steps(tmp_path / "run") == [1]
 
 
-LOSSES = {1: 5.0, 2: 4.0, 3: 1.0, 4: None, 5: float("nan"), 6: 2.0, 7: 3.0, 8: None}
+LOSSES = {1: float("nan"), 2: 4.0, 3: 1.0, 4: None, 5: 5.0, 6: 2.0, 7: 3.0, 8: None}
 KEPT = {
     "last": (CheckpointConfig(keep_last=3), {6, 7, 8}),
     "every": (CheckpointConfig(keep_last=1, keep_every=3), {3, 6, 8}),

@@ -214,11 +214,12 @@ def test_a_signal_saves_and_the_same_command_goes_on(
 
 def test_a_second_interrupt_ends_at_once(runs: Runs, cleanup: list[subprocess.Popen[str]]) -> None:
     """Steps take seconds here, and Python hears nothing while it waits for one."""
-    slow = ("--data.batch_size", "512", "--data.sequence_length", "256", "--evaluation.every", "0")
+    slow = ("--data.batch_size", "768", "--data.sequence_length", "256", "--evaluation.every", "0")
     run, remat = "interrupted-twice", ("--compute.remat", "full", "--checkpoint.every", "1000")
     process = runs.start(run, *slow, *remat)
     cleanup.append(process)
     wait_for(process, lambda: len(runs.steps(run)) >= 1, within=120)
+    time.sleep(1)  # now it waits for the second step
     process.send_signal(signal.SIGINT)
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
