@@ -54,7 +54,8 @@ class DataConfig:
     sources: tuple[str, ...] = setting(
         ("python-stdlib",),
         "Corpora: python-stdlib (this Python installation's own sources), tfds:NAME, or a path, glob or "
-        "bucket address of text files, .jsonl[.gz|.zst], .array_record files, or a TFDS directory.",
+        "bucket address of text files, .jsonl[.gz|.zst] or .array_record files, a TFDS directory, or "
+        "tokens:uint16:PATH (uint32) for ArrayRecord files of token ids.",
     )
     weights: tuple[float, ...] = setting(
         (), "Share of rows from each source; empty means in proportion to their size."
