@@ -1,6 +1,7 @@
 """The `gemma` command."""
 
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "gemma", commands: 
 
 
 def run_command(name: str, arguments: Sequence[str], prog: str) -> int:
-    """Run one command and give its exit status.
+    """Run one command and give its exit status: 130 after Ctrl-C, where the command has no way of its own.
 
     Args:
       name: of the command.
@@ -50,6 +51,8 @@ def run_command(name: str, arguments: Sequence[str], prog: str) -> int:
         return importlib.import_module(f"gemma_jax.commands.{name}").run(arguments, prog)
     except UserError as error:
         return _tell(str(error))
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
 
 
 def _tell(mistake: str) -> int:
