@@ -4,6 +4,7 @@ Both take turns in one process; quote the ratio. Prints one JSON line for each p
 one with the ratio. Seconds are those of a whole call: prefill and every new token.
 
     python benchmarks/decode.py [--threads 2] [--rounds 5] [--batches 1 8] [--prompt 64] [--new 128]
+        [--unroll 1]
 """
 
 import argparse
@@ -17,12 +18,12 @@ import numpy as np
 from train_step import PRESET, in_turn, tokens, transformers_model, use_threads
 
 
-def ours() -> Callable[[np.ndarray, int], None]:
+def ours(unroll: int) -> Callable[[np.ndarray, int], None]:
     """A function of prompts [B, P] and a number of new tokens."""
     from gemma_jax import Gemma
-    from gemma_jax.config import PRESETS, ComputeConfig, MeshConfig, SamplingConfig
+    from gemma_jax.config import ComputeConfig, MeshConfig, SamplingConfig
 
-    compute = ComputeConfig(dtype="float32", scan_unroll=PRESETS[PRESET].num_layers)
+    compute = ComputeConfig(dtype="float32", scan_unroll=unroll)
     gemma = Gemma.from_pretrained(f"random:{PRESET}", mesh=MeshConfig(cpu_devices=1), compute=compute)
 
     def run(prompts: np.ndarray, new: int) -> None:
@@ -52,12 +53,12 @@ def theirs() -> Callable[[np.ndarray, int], None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    for name, default in (("threads", 2), ("rounds", 5), ("prompt", 64), ("new", 128)):
+    for name, default in (("threads", 2), ("rounds", 5), ("prompt", 64), ("new", 128), ("unroll", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     arguments = parser.parse_args()
     use_threads(arguments.threads)
-    programs = {"gemma_jax": ours()}
+    programs = {"gemma_jax": ours(arguments.unroll)}
     if importlib.util.find_spec("transformers"):
         programs["transformers"] = theirs()
     for batch in arguments.batches:
