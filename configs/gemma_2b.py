@@ -1,4 +1,4 @@
-"""Pretrain the 2B shape: at least 8 accelerators of 32 GB, and a corpus and tokenizer of your own."""
+"""Pretrain the 2B shape on a corpus and tokenizer of your own: a starting point, tuned for nothing."""
 
 from gemma_jax.config import (
     PRESETS,

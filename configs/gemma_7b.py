@@ -1,4 +1,4 @@
-"""Pretrain the 7B shape: at least 32 accelerators of 16 GB, and a corpus and tokenizer of your own."""
+"""Pretrain the 7B shape on a corpus and tokenizer of your own: a starting point, tuned for nothing."""
 
 from gemma_jax.config import (
     PRESETS,

@@ -197,6 +197,7 @@ def report(
 
 def with_losses(loader: tuple[Loader, Tokenizer, PretrainConfig], losses: np.ndarray) -> Replay:
     """The first batch, with losses that are made up."""
+    # Numbers of numpy stand for those of the device.
     norms = {"embedding": np.float32(3.0), "blocks.q": np.array([4.0, 12.0], np.float32)}
     measures = BatchMeasures(losses.astype(np.float32), float(losses.mean()), norms)  # type: ignore[arg-type]
     return Replay(7, 3, 0, loader[0].batch(0, 4), measures, None)
