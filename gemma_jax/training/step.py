@@ -19,7 +19,9 @@ from gemma_jax.training.state import TrainState, abstract_train_state
 
 
 class StepMetrics(NamedTuple):
-    """What a step tells; all scalars on the device."""
+    """What a step tells; all scalars on the device. A step whose loss or gradient norm is not finite
+    changed nothing but counts.
+    """
 
     loss: jax.Array  # cross entropy, nats a token
     grad_norm: jax.Array  # before clipping
@@ -92,11 +94,19 @@ def make_train_step(config: PretrainConfig, mesh: Mesh) -> TrainStep:
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         loss, grads = differentiate(state.params, batch)
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+
+        def kept_if_not_finite(old: jax.Array, new: jax.Array) -> jax.Array:
+            # Counts go on, so that the learning rate stays that of the step.
+            return new if jnp.issubdtype(new.dtype, jnp.integer) else jnp.where(finite, new, old)
+
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = StepMetrics(
-            loss, optax.tree.norm(grads), jnp.asarray(schedule(state.step)), jnp.sum(batch.loss_weights)
+        params, opt_state = jax.tree.map(
+            kept_if_not_finite, (state.params, state.opt_state), (params, opt_state)
         )
+        metrics = StepMetrics(loss, norm, jnp.asarray(schedule(state.step)), jnp.sum(batch.loss_weights))
         return TrainState(state.step + 1, params, opt_state), metrics
 
     out = jax.tree.map(lambda leaf: leaf.sharding, abstract_train_state(config, mesh))

@@ -220,3 +220,25 @@ def test_every_device_holds_its_own_rows() -> None:
     assert {shard.data.shape for shard in rows.addressable_shards} == {(B // 4, 3)}
     np.testing.assert_array_equal(rows, np.arange(B * 3).reshape(B, 3))
     assert jnp.shape(rows) == (B, 3)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion"])
+def test_a_step_that_is_not_finite_changes_nothing_but_counts(name: str) -> None:
+    config = replace(CONFIG, {"optimizer.name": name})
+    mesh = cpu_mesh(4, fsdp=2, tensor=2)
+    state, step = create_train_state(config, mesh), make_train_step(config, mesh)
+    good = packed_batch(config.model)
+    weights = good.loss_weights.copy()
+    weights[0, 0] = np.nan
+    state, _ = step(state, put_batch(good, B, mesh))
+    before = jax.device_get(named_arrays(state))
+    state, metrics = step(state, put_batch(good._replace(loss_weights=weights), B, mesh))
+    assert not np.isfinite(metrics.loss) and int(state.step) == 2
+    for path, after in named_arrays(state).items():
+        if np.issubdtype(after.dtype, np.integer):
+            assert after == before[path] + 1, path
+        else:
+            np.testing.assert_array_equal(after, before[path], err_msg=path)
+    state, metrics = step(state, put_batch(good, B, mesh))
+    assert np.isfinite(metrics.loss) and np.isfinite(metrics.grad_norm)
+    assert metrics.learning_rate == learning_rate_schedule(config.optimizer, config.steps)(2)
