@@ -12,26 +12,21 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from gemma_jax.checkpoint.pretrained import open_checkpoint
 from gemma_jax.config import (
-    PRESETS,
     ComputeConfig,
     MeshConfig,
-    PretrainConfig,
     SamplingConfig,
     TransformerConfig,
-    from_record,
-    suggestion,
-    validate_model,
     validate_sampling,
 )
 from gemma_jax.errors import UserError
-from gemma_jax.model import abstract_transformer, init_params
+from gemma_jax.model import abstract_transformer
 from gemma_jax.sampling import Completion, Generator
 from gemma_jax.sampling.generate import FinishReason
-from gemma_jax.sharding import make_mesh, shardings
+from gemma_jax.sharding import make_mesh
 from gemma_jax.tokenizer import Tokenizer
 
-RANDOM = "random:"
 STRIDE = 8  # tokens between two looks at a text that is streamed or may meet a stop text
 
 
@@ -58,6 +53,7 @@ class Gemma:
         tokenizer: Tokenizer | None,
         mesh: Mesh,
         compute: ComputeConfig,
+        end_tokens: Sequence[int] = (Tokenizer.eos_id,),
     ) -> None:
         """Args:
         config: shape of the model.
@@ -65,6 +61,7 @@ class Gemma:
         tokenizer: None leaves the calls that take token ids.
         mesh: that the parameters lie on.
         compute: how to execute.
+        end_tokens: ids that end a continuation.
 
         Raises:
           UserError: the tokenizer has another vocabulary than the model.
@@ -75,6 +72,7 @@ class Gemma:
                 f"{config.vocab_size}; they belong to different models."
             )
         self.config, self.params, self.mesh, self.compute = config, params, mesh, compute
+        self.end_tokens = tuple(end_tokens)
         self._tokenizer = tokenizer
         self._generator = Generator(config, compute, mesh, params)
         graphdef, _ = abstract_transformer(config, compute, mesh)
@@ -98,49 +96,20 @@ class Gemma:
         """Load a model.
 
         Args:
-          checkpoint: a run directory, one of its steps, or `random:PRESET` for random weights of a preset.
+          checkpoint: a run directory, one of its steps, a Hugging Face directory, or `random:PRESET` for
+            random weights of a preset.
           mesh: how to split it over the devices; all of them on fsdp if left out.
           compute: how to execute it.
 
         Raises:
           UserError: nothing there, a damaged checkpoint, a preset that does not exist.
         """
+        found = open_checkpoint(checkpoint)
         device_mesh = make_mesh(mesh or MeshConfig())
         compute = compute or ComputeConfig()
-        name = os.fspath(checkpoint)
-        if name.startswith(RANDOM):
-            preset = name.removeprefix(RANDOM)
-            if preset not in PRESETS:
-                raise UserError(
-                    f"there is no preset {preset!r}{suggestion(preset, PRESETS)}; "
-                    f"the presets are {', '.join(PRESETS)}."
-                )
-            config = PRESETS[preset]
-            return cls(config, init_params(config, compute, device_mesh, seed=0), None, device_mesh, compute)
-
-        # Late: orbax costs a second.
-        from gemma_jax.checkpoint import store
-
-        folder, run_dir = store.step_folder(name)
-        record = store.run_record(folder)
-        experiment = from_record(record.config, str(folder))
-        if not isinstance(experiment, PretrainConfig):
-            raise UserError(
-                f"{folder} is no training checkpoint: its config is a {type(experiment).__name__}."
-            )
-        config = experiment.model
-        validate_model(config)
-        _, abstract = abstract_transformer(config, compute, device_mesh)
-        placed = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            abstract,
-            shardings(abstract, device_mesh),
-        )
-        params = store.load_arrays(folder, {"params": placed}, record)["params"]
-        tokenizer = run_dir / "tokenizer.model"
-        return cls(
-            config, params, Tokenizer.load(tokenizer) if tokenizer.exists() else None, device_mesh, compute
-        )
+        tokenizer = found.tokenizer()  # first: what is wrong with it is known at once
+        params = found.params(compute, device_mesh)
+        return cls(found.config, params, tokenizer, device_mesh, compute)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -263,13 +232,14 @@ class Gemma:
     ) -> Iterator[list[Generation]]:
         """The generations as far as they are, at every stride."""
         ids = [self._prompt_ids(prompt) for prompt in prompts]
-        ends = [self._tokenizer.eos_id] if self._tokenizer else [1]
 
         def ended(completions: list[Completion]) -> list[bool]:
             texts = [self.tokenizer.decode(completion.token_ids) for completion in completions]
             return [any(stop in text for stop in config.stop) for text in texts]
 
-        for completions in self._generator.run(ids, config, ends, stride, ended if config.stop else None):
+        for completions in self._generator.run(
+            ids, config, self.end_tokens, stride, ended if config.stop else None
+        ):
             yield [self._generation(completion, config.stop) for completion in completions]
 
     def _generation(self, completion: Completion, stop: Sequence[str]) -> Generation:

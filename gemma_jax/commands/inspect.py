@@ -10,7 +10,7 @@ from gemma_jax.config import (
     from_record,
     load,
     parse,
-    suggestion,
+    preset,
     validate_mesh,
     validate_model,
 )
@@ -62,14 +62,10 @@ def run(arguments: Sequence[str], prog: str) -> int:
 
 
 def _config(name: str) -> PretrainConfig:
-    preset = name.removeprefix("random:")  # as `gemma sample` is given it
-    if preset in PRESETS:
-        return PretrainConfig(model=PRESETS[preset])
-    if preset != name:
-        raise UserError(
-            f"there is no preset {preset!r}{suggestion(preset, PRESETS)}; "
-            f"the presets are {', '.join(PRESETS)}."
-        )
+    if name.startswith("random:"):  # as `gemma sample` is given it
+        return PretrainConfig(model=preset(name.removeprefix("random:")))
+    if name in PRESETS:
+        return PretrainConfig(model=PRESETS[name])
     folder = os.path.expanduser(name)
     if os.path.isfile(os.path.join(folder, "run", "data.json")):
         from gemma_jax.checkpoint import store
@@ -78,4 +74,9 @@ def _config(name: str) -> PretrainConfig:
         if not isinstance(config, PretrainConfig):
             raise UserError(f"{name} holds a {type(config).__name__}, which has no model.")
         return config
+    if os.path.isdir(folder):
+        from gemma_jax.checkpoint.pretrained import is_published, open_checkpoint
+
+        if is_published(folder):
+            return PretrainConfig(model=open_checkpoint(name).config)
     return load(name, PretrainConfig)[0]

@@ -2,7 +2,7 @@
 
 from gemma_jax.config.command_line import load, parse
 from gemma_jax.config.experiments import PretrainConfig, SampleConfig
-from gemma_jax.config.presets import PRESETS
+from gemma_jax.config.presets import PRESETS, preset
 from gemma_jax.config.sections import (
     CheckpointConfig,
     ComputeConfig,
@@ -47,6 +47,7 @@ __all__ = [
     "load",
     "mesh_shape",
     "parse",
+    "preset",
     "replace",
     "suggestion",
     "to_dict",

@@ -1,6 +1,8 @@
 """Shapes with a name."""
 
 from gemma_jax.config.sections import TransformerConfig
+from gemma_jax.config.serialization import suggestion
+from gemma_jax.errors import UserError
 
 PRESETS = {
     # The published models (Gemma: Open Models Based on Gemini Research and Technology, 2024, table 1).
@@ -41,3 +43,14 @@ PRESETS = {
         vocab_multiple=64,
     ),
 }
+
+
+def preset(name: str) -> TransformerConfig:
+    """Raises:
+    UserError: there is no such preset.
+    """
+    if name not in PRESETS:
+        raise UserError(
+            f"there is no preset {name!r}{suggestion(name, PRESETS)}; the presets are {', '.join(PRESETS)}."
+        )
+    return PRESETS[name]

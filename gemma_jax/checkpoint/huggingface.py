@@ -1,0 +1,177 @@
+"""Hugging Face directories: config.json and safetensors, in one file or in shards with an index."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+
+from gemma_jax.checkpoint.layout import EMBEDDING, FINAL_NORM, in_order, parameter_shapes
+from gemma_jax.checkpoint.published_config import CONFIG_FILE, read_config, read_json
+from gemma_jax.checkpoint.safetensors import SafetensorsFile
+from gemma_jax.config import TransformerConfig
+from gemma_jax.errors import UserError
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+DTYPES = ("float32", "bfloat16", "float16")
+_TIED = "lm_head.weight"
+_IGNORED = ".rotary_emb.inv_freq"  # a buffer that old versions of transformers saved
+_BLOCK_NAMES = {
+    "attention_norm": "input_layernorm",
+    "attention.q": "self_attn.q_proj",
+    "attention.k": "self_attn.k_proj",
+    "attention.v": "self_attn.v_proj",
+    "attention.o": "self_attn.o_proj",
+    "feed_forward_norm": "post_attention_layernorm",
+    "feed_forward.gate": "mlp.gate_proj",
+    "feed_forward.up": "mlp.up_proj",
+    "feed_forward.down": "mlp.down_proj",
+}
+
+
+def tensor_name(parameter: str, layer: int | None) -> str:
+    """The name of an array of ours in the files."""
+    if layer is None:
+        return {EMBEDDING: "model.embed_tokens.weight", FINAL_NORM: "model.norm.weight"}[parameter]
+    return f"model.layers.{layer}.{_BLOCK_NAMES[parameter.removeprefix('blocks.')]}.weight"
+
+
+def _inputs(parameter: str) -> int:
+    """How many leading axes of an array of ours are summed over in its product; 0: it is stored as it is."""
+    if parameter == EMBEDDING or parameter.endswith("norm"):
+        return 0
+    return 2 if parameter.endswith(".o") else 1
+
+
+def stored_shape(parameter: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape in the files: torch keeps a matrix as [outputs, inputs], each of them one axis."""
+    inputs = _inputs(parameter)
+    return (math.prod(shape[inputs:]), math.prod(shape[:inputs])) if inputs else shape
+
+
+def from_stored(parameter: str, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """A tensor of the files as a view of our `shape`."""
+    inputs = _inputs(parameter)
+    outputs = len(shape) - inputs
+    split = tensor.reshape(shape[inputs:] + shape[:inputs])
+    return split.transpose(*range(outputs, len(shape)), *range(outputs))
+
+
+def to_stored(parameter: str, array: np.ndarray) -> np.ndarray:
+    """An array of ours as the files have it: the inverse of `from_stored`."""
+    inputs = _inputs(parameter)
+    turned = array.transpose(*range(inputs, array.ndim), *range(inputs))
+    return turned.reshape(stored_shape(parameter, array.shape))
+
+
+class HuggingFaceDirectory:
+    """The weights in a Hugging Face directory: nothing but headers is read before they are asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        """Check that the files are there, are whole and hold the model that config.json describes.
+
+        Raises:
+          UserError: otherwise; the file or the tensor is named.
+        """
+        self.folder = folder
+        self.config: TransformerConfig = read_config(folder / CONFIG_FILE)
+        self._files = self._open()
+        self._shapes = parameter_shapes(self.config)
+        self._check_tensors()
+        self.dtype = str(self._files["model.embed_tokens.weight"].tensors["model.embed_tokens.weight"].dtype)
+
+    def _open(self) -> dict[str, SafetensorsFile]:
+        """The file of each tensor."""
+        if (self.folder / WEIGHTS_FILE).exists():
+            file = SafetensorsFile(self.folder / WEIGHTS_FILE)
+            return dict.fromkeys(file.tensors, file)
+        if not (self.folder / INDEX_FILE).exists():
+            raise UserError(
+                f"{self.folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}; "
+                "give a directory with the weights as safetensors (pickled .bin files are not read)."
+            )
+        index = self.folder / INDEX_FILE
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not names:
+            raise UserError(f"{index} has no weight_map that names a file for each tensor; copy it again.")
+        files: dict[str, SafetensorsFile] = {}
+        opened: dict[str, SafetensorsFile] = {}
+        for tensor, name in names.items():
+            # A plain name: one with a folder in it could lead anywhere on this machine.
+            if not isinstance(name, str) or not name.endswith(".safetensors") or set(name) & set("/\\\0"):
+                raise UserError(
+                    f"{index} names {str(name)[:100]!r} for {tensor[:100]!r}, but a shard is a .safetensors "
+                    "file in the same directory."
+                )
+            if name not in opened:
+                if not (self.folder / name).exists():
+                    raise UserError(f"{index} names {name!r}, which is missing there; copy or download it.")
+                opened[name] = SafetensorsFile(self.folder / name)
+            if tensor not in opened[name].tensors:
+                raise UserError(f"{index} names {name!r} for {tensor[:100]!r}, which is not in that file.")
+            files[tensor] = opened[name]
+        for file in opened.values():
+            for tensor in file.tensors:
+                if files.get(tensor) is not file:
+                    raise UserError(
+                        f"{file.path} holds {tensor[:100]!r}, which {index} does not place there."
+                    )
+        return files
+
+    def _check_tensors(self) -> None:
+        wanted = {
+            tensor_name(parameter, layer): stored_shape(parameter, self._shapes[parameter])
+            for parameter, layer in in_order(self.config)
+        }
+        for name, shape in wanted.items():
+            if name not in self._files:
+                raise UserError(
+                    f"{name} of shape {shape}, which {self.folder / CONFIG_FILE} asks for, is missing from "
+                    "the weights; copy or download them again."
+                )
+        for name, file in self._files.items():
+            stored = file.tensors[name]
+            if name == _TIED:
+                self._check_tied(file[_TIED])
+            elif name in wanted:
+                if stored.shape != wanted[name]:
+                    raise UserError(
+                        f"{name} has shape {stored.shape} in {file.path}, but {wanted[name]} by "
+                        f"{self.folder / CONFIG_FILE}; they belong to different models."
+                    )
+                if str(stored.dtype) not in DTYPES:
+                    raise UserError(
+                        f"{name} in {file.path} is {stored.dtype}; give weights of {', '.join(DTYPES)}."
+                    )
+            elif not name.endswith(_IGNORED):
+                raise UserError(
+                    f"{file.path} holds {name[:100]!r} of shape {stored.shape}, which is no part of the "
+                    f"Gemma that {self.folder / CONFIG_FILE} describes; they belong to different models."
+                )
+
+    def _check_tied(self, head: np.ndarray) -> None:
+        embedding = self._tensor("model.embed_tokens.weight")
+        step = 1024  # rows at a time: this copies what it compares
+        same = head.shape == embedding.shape and all(
+            head[i : i + step].tobytes() == embedding[i : i + step].tobytes()
+            for i in range(0, len(head), step)
+        )
+        if not same:
+            raise UserError(
+                f"{_TIED} of shape {head.shape} in {self.folder} is not model.embed_tokens.weight, of shape "
+                f"{embedding.shape}; in a Gemma both are one."
+            )
+
+    def _tensor(self, name: str) -> np.ndarray:
+        return self._files[name][name]
+
+    def get(self, parameter: str, layer: int | None) -> np.ndarray:
+        """See `gemma_jax.checkpoint.layout.Weights`."""
+        name = tensor_name(parameter, layer)
+        self._files[name].check(name)
+        return from_stored(parameter, self._tensor(name), self._shapes[parameter])
+
+    def where(self, parameter: str, layer: int | None) -> str:
+        """See `gemma_jax.checkpoint.layout.Weights`."""
+        name = tensor_name(parameter, layer)
+        return f"{name} in {self._files[name].path}"
