@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from gemma_jax.checkpoint.end_tokens import END_OF_TURN, EOS
 from gemma_jax.checkpoint.pretrained import open_checkpoint
 from gemma_jax.config import (
     ComputeConfig,
@@ -20,9 +21,10 @@ from gemma_jax.config import (
     TransformerConfig,
     validate_sampling,
 )
+from gemma_jax.data.chat import Message
 from gemma_jax.errors import UserError
 from gemma_jax.model import abstract_transformer
-from gemma_jax.sampling import Completion, Generator
+from gemma_jax.sampling import Chat, Completion, Generator
 from gemma_jax.sampling.generate import FinishReason
 from gemma_jax.sharding import make_mesh
 from gemma_jax.tokenizer import Tokenizer
@@ -53,7 +55,7 @@ class Gemma:
         tokenizer: Tokenizer | None,
         mesh: Mesh,
         compute: ComputeConfig,
-        end_tokens: Sequence[int] = (Tokenizer.eos_id,),
+        end_tokens: Sequence[int] = (EOS,),
     ) -> None:
         """Args:
         config: shape of the model.
@@ -92,6 +94,7 @@ class Gemma:
         *,
         mesh: MeshConfig | None = None,
         compute: ComputeConfig | None = None,
+        instruction_tuned: bool | None = None,
     ) -> "Gemma":
         """Load a model.
 
@@ -100,6 +103,8 @@ class Gemma:
             random weights of a preset.
           mesh: how to split it over the devices; all of them on fsdp if left out.
           compute: how to execute it.
+          instruction_tuned: whether it was trained on dialogues; if left out it was where its
+            generation_config.json lists `<end_of_turn>` or its name ends in `-it`.
 
         Raises:
           UserError: nothing there, a damaged checkpoint, a preset that does not exist.
@@ -108,8 +113,9 @@ class Gemma:
         device_mesh = make_mesh(mesh or MeshConfig())
         compute = compute or ComputeConfig()
         tokenizer = found.tokenizer()  # first: what is wrong with it is known at once
+        ends = found.end_tokens(instruction_tuned)
         params = found.params(compute, device_mesh)
-        return cls(found.config, params, tokenizer, device_mesh, compute)
+        return cls(found.config, params, tokenizer, device_mesh, compute, ends)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -119,6 +125,34 @@ class Gemma:
         if self._tokenizer is None:
             raise UserError("this model has no tokenizer.model beside it; pass token ids instead of text.")
         return self._tokenizer
+
+    @property
+    def instruction_tuned(self) -> bool:
+        """Whether the model was trained on dialogues: it ends an answer with `<end_of_turn>`."""
+        return END_OF_TURN in self.end_tokens
+
+    def chat(self, *, system: str = "", history: Sequence[Message] = (), **settings: Any) -> Chat:
+        """A dialogue that remembers what was said.
+
+        Args:
+          system: an instruction, put in front of the first user turn: Gemma has no turn of its own for it.
+          history: messages `{"role": ..., "content": ...}` to go on from.
+          **settings: those of `generate` but for samples, for every answer; max_new_tokens is 1024.
+
+        Raises:
+          UserError: the model is not known to be instruction-tuned, or has no tokenizer.
+        """
+        if not self.instruction_tuned:
+            raise UserError(
+                "this model is not known to be instruction-tuned: its generation_config.json lists no "
+                "<end_of_turn> (107) and its name does not end in -it; load it with instruction_tuned=True "
+                "(--instruction_tuned yes) if it is."
+            )
+
+        def pieces(ids: Sequence[int], settings: dict[str, Any]) -> Iterator[tuple[str, FinishReason]]:
+            return ((piece, so_far.finish_reason) for piece, so_far in self._pieces(ids, **settings))
+
+        return Chat(self.tokenizer, pieces, self.config.context_length, system, history, settings)
 
     def logits(self, token_ids: Sequence[Sequence[int]] | np.ndarray) -> np.ndarray:
         """Logits of the token after each position.
@@ -214,6 +248,11 @@ class Gemma:
         Raises:
           UserError: as `generate`, and for a model without a tokenizer.
         """
+        return (piece for piece, _ in self._pieces(prompt, **settings) if piece)
+
+    def _pieces(self, prompt: str | Sequence[int], **settings: Any) -> Iterator[tuple[str, Generation]]:
+        """Pieces of a continuation, each with the generation so far. The last comes with the whole, and may
+        be empty."""
         settings["stop"] = tuple(settings.get("stop", ()))
         config = SamplingConfig(**settings, samples=1)
         validate_sampling(config)
@@ -222,10 +261,9 @@ class Gemma:
         for [generation] in self._run([prompt], config, STRIDE):
             certain = generation.text[: len(generation.text) - _uncertain(generation.text, config.stop)]
             if certain.startswith(shown) and certain != shown:
-                yield certain[len(shown) :]
+                yield certain[len(shown) :], generation
                 shown = certain
-        if generation.text != shown:
-            yield generation.text[len(shown) :]
+        yield generation.text[len(shown) :], generation
 
     def _run(
         self, prompts: Sequence[str | Sequence[int]], config: SamplingConfig, stride: int

@@ -11,6 +11,7 @@ from gemma_jax.errors import UserError
 COMMANDS = {
     "pretrain": "train a model from random weights: gemma pretrain CONFIG [--FIELD VALUE ...]",
     "sample": "continue prompts: gemma sample CHECKPOINT --prompt TEXT [--FIELD VALUE ...]",
+    "chat": "talk with an instruction-tuned model: gemma chat CHECKPOINT [--FIELD VALUE ...]",
     "replay": "the batch of a step with the loss of each token: gemma replay RUN STEP [--rows N] [--json]",
     "runs": "a table of the runs under a directory: gemma runs DIR [--plot FILE.png]",
     "inspect": "each parameter's shape and place on the mesh: gemma inspect CONFIG_OR_CHECKPOINT",

@@ -61,6 +61,8 @@ ANSWERED_AT_ONCE = {
     "help of pretrain": (("pretrain", "--help"), 0, "--optimizer.learning_rate FLOAT"),
     "help of a config": (("pretrain", "demo", "--help"), 0, "--steps INT"),
     "help of sample": (("sample", "--help"), 0, "--temperature FLOAT"),
+    "help of chat": (("chat", "--help"), 0, "--system STR"),
+    "several answers": (("chat", "runs/demo", "--samples", "2"), 2, "samples is 2"),
     "help of inspect": (("inspect", "--help"), 0, "--mesh.fsdp INT"),
     "unknown command": (("pretrian",), 2, "did you mean pretrain?"),
     "unknown config": (("pretrain", "dmeo"), 2, "did you mean demo?"),

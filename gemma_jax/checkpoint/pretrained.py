@@ -12,6 +12,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
+from gemma_jax.checkpoint.end_tokens import end_tokens
 from gemma_jax.checkpoint.huggingface import HuggingFaceDirectory
 from gemma_jax.checkpoint.placement import place
 from gemma_jax.checkpoint.published_config import CONFIG_FILE
@@ -49,6 +50,10 @@ class Checkpoint:
         UserError: there is one, but it is none of Gemma's kind.
         """
         return Tokenizer.load(self.tokenizer_path) if self.tokenizer_path else None
+
+    def end_tokens(self, instruction_tuned: bool | None = None) -> tuple[int, ...]:
+        """The ids that end an answer; see `checkpoint.end_tokens`."""
+        return end_tokens(self.name, self.folder, instruction_tuned=instruction_tuned)
 
 
 def open_checkpoint(name: str | os.PathLike[str]) -> Checkpoint:

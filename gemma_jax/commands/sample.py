@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 
 from gemma_jax.config import SampleConfig, SamplingConfig, parse, validate_sample
@@ -9,7 +10,10 @@ from gemma_jax.errors import UserError
 
 
 def run(arguments: Sequence[str], prog: str) -> int:
-    """Print each prompt with its continuation, or a JSON object a line with `--json`."""
+    """Print each prompt with its continuation, or a JSON object a line with `--json`.
+
+    An instruction-tuned model gets each prompt as a turn of the user, unless `--raw` is given.
+    """
     if not arguments or arguments[0].startswith("-"):
         parse(SampleConfig(), [a for a in arguments if a in ("-h", "--help")], f"{prog} CHECKPOINT")
         raise UserError(f"name a checkpoint first: {prog} CHECKPOINT --prompt TEXT.")
@@ -21,20 +25,39 @@ def run(arguments: Sequence[str], prog: str) -> int:
 
     from gemma_jax.api import Gemma
 
-    gemma = Gemma.from_pretrained(checkpoint, mesh=config.mesh, compute=config.compute)
+    gemma = Gemma.from_pretrained(
+        checkpoint,
+        mesh=config.mesh,
+        compute=config.compute,
+        instruction_tuned=config.is_instruction_tuned,
+    )
+    prompts: Sequence[str | list[int]] = config.prompt
+    as_turn = gemma.instruction_tuned and not config.raw
+    if as_turn:
+        from gemma_jax.data.chat import encode_dialogue
+
+        prompts = [
+            encode_dialogue(gemma.tokenizer, [{"role": "user", "content": prompt}], answer=True)
+            for prompt in config.prompt
+        ]
+        print(
+            f"{checkpoint} is instruction-tuned: the prompt is given to it as a turn of the user "
+            "(--raw gives it as it is)",
+            file=sys.stderr,
+        )
     settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(SamplingConfig)}
     if config.stream:
         del settings["samples"]
-        print(config.prompt[0], end="", flush=True)
-        for piece in gemma.stream(config.prompt[0], **settings):
+        print(config.prompt[0], end="\n" if as_turn else "", flush=True)
+        for piece in gemma.stream(prompts[0], **settings):
             print(piece, end="", flush=True)
         print()
         return 0
-    prompts = [prompt for prompt in config.prompt for _ in range(config.samples)]
-    generations = gemma.generate(config.prompt, **settings)
-    for index, (prompt, generation) in enumerate(zip(prompts, generations, strict=True)):
+    repeated = [prompt for prompt in config.prompt for _ in range(config.samples)]
+    generations = gemma.generate(prompts, **settings)
+    for index, (prompt, generation) in enumerate(zip(repeated, generations, strict=True)):
         if config.json:
-            print(json.dumps({"prompt": prompt, **dataclasses.asdict(generation)}))
+            print(json.dumps({"prompt": prompt, "turn": as_turn, **dataclasses.asdict(generation)}))
         else:
-            print(("\n" if index else "") + prompt + generation.text)
+            print(("\n" if index else "") + prompt + ("\n" if as_turn else "") + generation.text)
     return 0

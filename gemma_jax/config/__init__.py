@@ -1,7 +1,7 @@
 """Configs: frozen dataclasses, presets, validation, JSON and the command line. Standard library only."""
 
 from gemma_jax.config.command_line import load, parse
-from gemma_jax.config.experiments import PretrainConfig, SampleConfig
+from gemma_jax.config.experiments import ChatConfig, PretrainConfig, SampleConfig
 from gemma_jax.config.presets import PRESETS, preset
 from gemma_jax.config.sections import (
     CheckpointConfig,
@@ -20,6 +20,7 @@ from gemma_jax.config.validation import (
     MESH_AXES,
     mesh_shape,
     validate,
+    validate_chat,
     validate_mesh,
     validate_model,
     validate_on_devices,
@@ -30,6 +31,7 @@ from gemma_jax.config.validation import (
 __all__ = [
     "MESH_AXES",
     "PRESETS",
+    "ChatConfig",
     "CheckpointConfig",
     "ComputeConfig",
     "DataConfig",
@@ -53,6 +55,7 @@ __all__ = [
     "to_dict",
     "to_json",
     "validate",
+    "validate_chat",
     "validate_mesh",
     "validate_model",
     "validate_on_devices",

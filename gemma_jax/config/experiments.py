@@ -41,11 +41,37 @@ class PretrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class SampleConfig(SamplingConfig):
+class LoadConfig:
+    """How a trained model is loaded."""
+
+    instruction_tuned: Literal["auto", "yes", "no"] = setting(
+        "auto",
+        "Whether the model was trained on dialogues; auto goes by generation_config.json and its name.",
+    )
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    @property
+    def is_instruction_tuned(self) -> bool | None:
+        """As `Gemma.from_pretrained` takes it: None for auto."""
+        return None if self.instruction_tuned == "auto" else self.instruction_tuned == "yes"
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig(LoadConfig, SamplingConfig):
     """Continue prompts with a trained model."""
 
     prompt: tuple[str, ...] = setting((), "Text to continue; may be given several times.")
+    raw: bool = setting(
+        False, "Continue the prompt as it is, where an instruction-tuned model would get it as a turn."
+    )
     stream: bool = setting(False, "Print text while it is made; for a single prompt and sample.")
     json: bool = setting(False, "Print one JSON object a line and nothing else.")
-    compute: ComputeConfig = field(default_factory=ComputeConfig)
-    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatConfig(LoadConfig, SamplingConfig):
+    """Talk with an instruction-tuned model."""
+
+    max_new_tokens: int = setting(1024, "Tokens of an answer, at most.")
+    system: str = setting("", "An instruction that is put in front of your first message.")

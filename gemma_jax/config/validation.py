@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-from gemma_jax.config.experiments import PretrainConfig, SampleConfig
+from gemma_jax.config.experiments import ChatConfig, PretrainConfig, SampleConfig
 from gemma_jax.config.sections import MeshConfig, SamplingConfig, TransformerConfig
 from gemma_jax.errors import UserError
 
@@ -122,6 +122,16 @@ def validate_sample(config: SampleConfig) -> None:
         not config.stream or (len(config.prompt) * config.samples <= 1 and not config.json),
         "stream shows one continuation as it is made; give a single prompt and sample, without json.",
     )
+    _require_at_least(config.compute, "compute.", {"scan_unroll": 1, "loss_block": 1})
+    validate_mesh(config.mesh)
+
+
+def validate_chat(config: ChatConfig) -> None:
+    """Raises:
+    UserError: naming the setting that is out of range.
+    """
+    validate_sampling(config)
+    _require(config.samples == 1, f"samples is {config.samples}, but a dialogue has one answer a turn.")
     _require_at_least(config.compute, "compute.", {"scan_unroll": 1, "loss_block": 1})
     validate_mesh(config.mesh)
 

@@ -11,6 +11,7 @@ from gemma_jax import Gemma
 from gemma_jax.checkpoint.store import CheckpointStore
 from gemma_jax.cli import main
 from gemma_jax.config import PRESETS, ComputeConfig, MeshConfig, PretrainConfig, replace, to_dict
+from gemma_jax.data.chat import encode_dialogue
 from gemma_jax.model import init_params
 from gemma_jax.testing import cpu_mesh
 from gemma_jax.tokenizer import Tokenizer
@@ -57,7 +58,8 @@ def test_json_is_one_object_a_prompt_and_nothing_else(run: Path, capsys: pytest.
     assert [entry["prompt"] for entry in objects] == list(PROMPTS)
     gemma = Gemma.from_pretrained(run, mesh=MeshConfig(cpu_devices=1))
     for entry, expected in zip(objects, gemma.generate(PROMPTS, max_new_tokens=5), strict=True):
-        assert entry.keys() == {"prompt", "text", "token_ids", "log_probs", "finish_reason"}
+        assert entry.keys() == {"prompt", "turn", "text", "token_ids", "log_probs", "finish_reason"}
+        assert entry["turn"] is False
         assert entry["text"] == expected.text == gemma.tokenizer.decode(entry["token_ids"])
         assert entry["token_ids"] == expected.token_ids and len(entry["token_ids"]) <= 5
         assert entry["finish_reason"] == expected.finish_reason
@@ -92,6 +94,24 @@ def test_a_prompt_is_text_and_no_control_token(run: Path, capsys: pytest.Capture
     marker = sample(capsys, run, *prompts("<start_of_turn>"), *FIVE, "--json")
     assert json.loads(marker)["prompt"] == "<start_of_turn>"
     assert sample(capsys, run, *prompts("--top-k of alpha"), *FIVE).startswith("--top-k of alpha")
+
+
+def test_an_instruction_tuned_model_gets_the_prompt_as_a_turn(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flag = ("--instruction_tuned", "yes")
+    gemma = Gemma.from_pretrained(run, mesh=MeshConfig(cpu_devices=1), instruction_tuned=True)
+    ids = encode_dialogue(gemma.tokenizer, [{"role": "user", "content": "alpha"}], answer=True)
+    [expected] = gemma.generate([ids], max_new_tokens=5)
+    assert main(["sample", str(run), *prompts("alpha"), *FIVE, *flag]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == f"alpha\n{expected.text}\n"
+    assert "is instruction-tuned" in captured.err and "--raw" in captured.err
+    assert sample(capsys, run, *prompts("alpha"), *FIVE, *flag, "--stream") == captured.out
+    [entry] = map(json.loads, sample(capsys, run, *prompts("alpha"), *FIVE, *flag, "--json").splitlines())
+    assert entry["turn"] is True and entry["token_ids"] == expected.token_ids
+    raw = sample(capsys, run, *prompts("alpha"), *FIVE, *flag, "--raw", "--json")
+    assert raw == sample(capsys, run, *prompts("alpha"), *FIVE, "--json") != captured.out
 
 
 BAD = {

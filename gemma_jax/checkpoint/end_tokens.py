@@ -1,0 +1,49 @@
+"""Which tokens end an answer, and so whether a checkpoint is an instruction-tuned one.
+
+A model is instruction-tuned where `<end_of_turn>` is among its end tokens. Published checkpoints do not say
+so in one place: generation_config.json lists the token in newer ones only, and the Flax form has no mark.
+"""
+
+from pathlib import Path
+
+from gemma_jax.checkpoint.published_config import GENERATION_FILE, read_json
+from gemma_jax.errors import UserError
+from gemma_jax.tokenizer import Tokenizer
+
+EOS = Tokenizer.eos_id
+END_OF_TURN = 107  # in Gemma's tokenizer, and in those that we train
+
+
+def end_tokens(name: str, folder: str = "", *, instruction_tuned: bool | None = None) -> tuple[int, ...]:
+    """The ids that end an answer.
+
+    Args:
+      name: what the checkpoint is called. Names of instruction-tuned weights end in `-it`, as Google's do.
+      folder: that may hold a generation_config.json, whose `eos_token_id` is one id or a list; its name
+        counts too. Empty: nowhere.
+      instruction_tuned: what the caller knows; None goes by the file and the names.
+
+    Raises:
+      UserError: generation_config.json cannot be read, or its eos_token_id is no token id or list of them.
+    """
+    ids = {EOS}
+    # Only published weights come with the file, and those are never read from a bucket in place.
+    path = Path(folder) / GENERATION_FILE
+    if folder and path.exists():
+        ids |= set(_listed(path))
+    if instruction_tuned is None:
+        instruction_tuned = END_OF_TURN in ids or any(
+            place.rstrip("/").lower().endswith("-it") for place in (name, folder)
+        )
+    return tuple(sorted(ids | {END_OF_TURN} if instruction_tuned else ids - {END_OF_TURN}))
+
+
+def _listed(path: Path) -> list[int]:
+    listed = read_json(path).get("eos_token_id")
+    ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
+    wrong = [value for value in ids if type(value) is not int or not 0 <= value < 2**31]
+    if wrong:
+        raise UserError(
+            f"{path} has {str(wrong[0]):.80} as eos_token_id, but must hold a token id or a list of them."
+        )
+    return ids

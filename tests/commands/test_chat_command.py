@@ -1,0 +1,215 @@
+"""`gemma chat` as a person calls it: from a pipe, and in a terminal."""
+
+import io
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+from gemma_jax import Gemma
+from gemma_jax.checkpoint.store import CheckpointStore
+from gemma_jax.cli import main
+from gemma_jax.config import PRESETS, ComputeConfig, MeshConfig, PretrainConfig, replace, to_dict
+from gemma_jax.model import init_params
+from gemma_jax.sampling.chat import Chat
+from gemma_jax.testing import cpu_mesh
+from gemma_jax.tokenizer import Tokenizer
+
+# Ctrl-C reaches the programs whose controlling terminal it is typed on.
+IN_THIS_TERMINAL = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.executable, [sys.executable, "-m", "gemma_jax.cli", *sys.argv[1:]])
+"""
+SETTINGS = ("--max_new_tokens", "5", "--mesh.cpu_devices", "1")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose name says that it is instruction-tuned; its weights are random."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny-it"
+    folder.mkdir()
+    texts = [f"{a} and {b} are {a + b}\n" for a in range(40) for b in range(40)]
+    vocab_size = Tokenizer.train(texts, 390, folder / "tokenizer.model").vocab_size
+    config = PretrainConfig(model=replace(PRESETS["gemma_tiny"], {"vocab_size": vocab_size}))
+    params = init_params(config.model, ComputeConfig(), cpu_mesh(1), seed=0)
+    store = CheckpointStore(folder, config.checkpoint)
+    store.save(3, params, {"count": jnp.zeros(())}, 0, to_dict(config))
+    store.close()
+    return folder
+
+
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Puts text on standard input, as a pipe would."""
+
+    def put(text: str) -> None:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+
+    return put
+
+
+@pytest.fixture
+def at_the_keyboard(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Lines for the prompt of a terminal; an exception is what its key raises. Then Ctrl-D."""
+
+    def put(*lines: str | type[BaseException]) -> None:
+        left: Iterator[str | type[BaseException]] = iter([*lines, EOFError])
+
+        def read(prompt: str) -> str:
+            line = next(left)
+            if isinstance(line, str):
+                return line
+            raise line
+
+        terminal = io.StringIO()
+        terminal.isatty = lambda: True  # type: ignore[method-assign]  # a terminal of paper
+        monkeypatch.setattr(sys, "stdin", terminal)
+        monkeypatch.setattr("builtins.input", read)
+
+    return put
+
+
+def answers(run: Path, *messages: str) -> list[str]:
+    chat = Gemma.from_pretrained(run, mesh=MeshConfig(cpu_devices=1)).chat(max_new_tokens=5)
+    return [chat.send(message) for message in messages]
+
+
+def test_a_pipe_is_answered_line_by_line(
+    run: Path, typed: Callable[[str], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed("  /1\r\n\n/1/2")
+    assert main(["chat", str(run), *SETTINGS]) == 0
+    expected = answers(run, "  /1", "/1/2")
+    assert capsys.readouterr().out == "".join(f"{answer}\n" for answer in expected)
+
+
+def test_commands_reset_and_save(
+    run: Path, tmp_path: Path, typed: Callable[[str], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "a dialogue.jsonl"
+    typed(f"1\n/save {file}\n/reset\n2\n/save {file}\n/help\n")
+    assert main(["chat", str(run), *SETTINGS]) == 0
+    [line] = file.read_text(encoding="utf-8").splitlines()
+    [two] = answers(run, "2")
+    assert json.loads(line)["messages"] == [
+        {"role": "user", "content": "2"},
+        {"role": "model", "content": two},
+    ]
+    told = capsys.readouterr().err
+    assert all(part in told for part in ("begins anew", "2 messages are in", "/save FILE"))
+
+
+def test_in_a_pipe_a_mistake_ends_it(
+    run: Path, tmp_path: Path, typed: Callable[[str], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken = tmp_path / "taken"
+    taken.write_text("mine")
+    for line, told in [
+        ("/rest", "there is no command /rest; did you mean /reset?"),
+        ("/save", "/save needs the name of a file"),
+        (f"/save {taken}", "is there already"),
+        (f"/save {tmp_path / 'no' / 'where'}", "cannot be written"),
+        ("1 and 2 " * 200, "context holds 256"),
+        ("half a character: \udcff", "surrogate"),
+    ]:
+        typed(f"{line}\n1\n")
+        assert main(["chat", str(run), *SETTINGS]) == 2
+        captured = capsys.readouterr()
+        [sentence] = captured.err.splitlines()
+        assert sentence.startswith("error: ") and told in sentence and captured.out == ""
+    assert taken.read_text() == "mine"
+
+
+def test_in_a_terminal_mistakes_and_ctrl_c_leave_the_dialogue_going(
+    run: Path,
+    at_the_keyboard: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    stream = Chat.stream
+
+    def interrupted(self: Chat, message: str) -> Iterator[str]:
+        for piece in stream(self, message):
+            yield piece
+            if message == "stop here":
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(Chat, "stream", interrupted)
+    at_the_keyboard("1", "/rest", "stop here", KeyboardInterrupt, "2")
+    assert main(["chat", str(run), *SETTINGS]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith(answers(run, "1")[0] + "\n")
+    told = captured.err.splitlines()
+    assert [line.split(":")[0] for line in told] == [
+        told[0],
+        "[cut off after max_new_tokens]",
+        "error",
+        "[stopped]",
+        "[Ctrl-D ends]",
+        "[cut off after max_new_tokens]",
+    ]
+
+
+def test_what_cannot_be_talked_to(
+    run: Path, typed: Callable[[str], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed("1\n")
+    for arguments, told in [
+        ([], "name a checkpoint first"),
+        ([str(run), "--instruction_tuned", "no"], "--instruction_tuned yes"),
+        ([str(run), "--instruction_tuned", "maybe"], "invalid choice"),
+        (["random:gemma_tiny", "--instruction_tuned", "yes"], "no tokenizer.model"),
+        ([str(run), "--samples", "2"], "samples is 2"),
+        ([str(run / "nothing")], "no checkpoint"),
+    ]:
+        assert main(["chat", *arguments]) == 2
+        captured = capsys.readouterr()
+        [sentence] = captured.err.splitlines()
+        assert told in sentence and captured.out == ""
+
+
+@pytest.mark.slow
+def test_a_real_terminal_with_a_real_ctrl_c(run: Path) -> None:
+    """Ctrl-C stops an answer at most, never the program; Ctrl-D ends it with status 0."""
+    keyboard, terminal = os.openpty()
+    program = subprocess.Popen(
+        [sys.executable, "-c", IN_THIS_TERMINAL, "chat", str(run), "--max_new_tokens", "200"],
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    os.close(terminal)
+
+    def shown_until(mark: str) -> str:
+        """What appears on the screen up to a mark; a test that waits for a mark that never comes fails."""
+        screen, end = "", time.monotonic() + 120
+        while mark not in screen:
+            assert time.monotonic() < end and select.select([keyboard], [], [], 120)[0], screen
+            screen += os.read(keyboard, 1).decode("utf-8", "replace")
+        return screen
+
+    try:
+        shown_until("> ")
+        os.write(keyboard, b"1 and 2\n")
+        shown_until("1 and 2\r\n")
+        os.write(keyboard, b"\x03")
+        # Where the key meets it depends on the machine: typing, compiling, answering, or done already.
+        shown_until("> ")
+        os.write(keyboard, b"/help\n")
+        assert "/save FILE" in shown_until("this list")
+        shown_until("> ")
+        os.write(keyboard, b"\x04")
+        assert program.wait(60) == 0
+    finally:
+        program.kill()
+        os.close(keyboard)

@@ -1,0 +1,145 @@
+"""A dialogue with a model: what it is given, what is remembered, how it ends."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+
+from gemma_jax import Gemma
+from gemma_jax.config import PRESETS, ComputeConfig, replace
+from gemma_jax.data.chat import encode_dialogue
+from gemma_jax.errors import UserError
+from gemma_jax.model import init_params
+from gemma_jax.testing import cpu_mesh
+from gemma_jax.tokenizer import Tokenizer
+
+SHORT = {"max_new_tokens": 12, "temperature": 1.0}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    texts = [f"{a} and {b} are {a + b}\n" for a in range(40) for b in range(40)]
+    return Tokenizer.train(texts, 390, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
+
+
+def make_gemma(tokenizer: Tokenizer, end_tokens: Sequence[int] = (1, 107)) -> Gemma:
+    config = replace(PRESETS["gemma_tiny"], {"vocab_size": 390, "context_length": 128})
+    mesh, compute = cpu_mesh(1), ComputeConfig()
+    return Gemma(config, init_params(config, compute, mesh, 0), tokenizer, mesh, compute, end_tokens)
+
+
+@pytest.fixture(scope="module")
+def gemma(tokenizer: Tokenizer) -> Gemma:
+    return make_gemma(tokenizer)
+
+
+def test_an_answer_continues_the_whole_dialogue(gemma: Gemma) -> None:
+    chat = gemma.chat(**SHORT)
+    first = chat.send("1 and 2")
+    second = chat.send(" 3 and 4\n", seed=5)
+    assert chat.history == [
+        {"role": "user", "content": "1 and 2"},
+        {"role": "model", "content": first},
+        {"role": "user", "content": " 3 and 4\n"},
+        {"role": "model", "content": second},
+    ]
+    prompt = encode_dialogue(gemma.tokenizer, chat.history[:-1], answer=True)
+    assert second == gemma.generate([prompt], **SHORT, seed=5)[0].text
+    prompt = encode_dialogue(gemma.tokenizer, chat.history[:1], answer=True)
+    assert first == gemma.generate([prompt], **SHORT)[0].text
+    again = gemma.chat(history=chat.history[:2], **SHORT)
+    assert again.send(" 3 and 4\n", seed=5) == second
+
+
+def test_every_answer_draws_anew_and_the_same_dialogue_draws_alike(gemma: Gemma) -> None:
+    seeds: list[int] = []
+
+    def recorded(chat: Any) -> Any:
+        pieces = chat._pieces
+        chat._pieces = lambda ids, settings: seeds.append(settings["seed"]) or pieces(ids, settings)
+        return chat
+
+    first, second = (recorded(gemma.chat(**SHORT, seed=7)) for _ in range(2))
+    answers = [[chat.send("1"), chat.send("1")] for chat in (first, second)]
+    assert seeds == [7, 8, 7, 8]
+    assert answers[0] == answers[1]
+
+
+def test_streamed_pieces_are_the_answer(gemma: Gemma) -> None:
+    chat = gemma.chat(**SHORT)
+    pieces = list(chat.stream("1 and 2"))
+    assert len(pieces) > 1 and "" not in pieces
+    assert "".join(pieces) == chat.history[-1]["content"] == gemma.chat(**SHORT).send("1 and 2")
+    prompt = encode_dialogue(gemma.tokenizer, chat.history[:1], answer=True)
+    assert chat.finish_reason == gemma.generate([prompt], **SHORT)[0].finish_reason
+
+
+def test_an_answer_that_is_left_early_is_kept_as_far_as_it_was_made(gemma: Gemma) -> None:
+    chat = gemma.chat(max_new_tokens=16, temperature=1.0)
+    answer = chat.stream("1 and 2")
+    piece = next(answer)
+    answer.close()  # type: ignore[attr-defined]  # a generator, which is what a `for` that breaks closes
+    assert chat.history[-1] == {"role": "model", "content": piece}
+    assert chat.finish_reason is None
+    assert chat.send("on") and len(chat.history) == 4
+
+
+def test_an_interrupt_before_anything_was_said_leaves_the_history_alone(gemma: Gemma) -> None:
+    chat = gemma.chat(**SHORT)
+    chat.send("1")
+    before = list(chat.history)
+
+    def interrupted(ids: Sequence[int], settings: dict[str, Any]) -> Iterator[Any]:
+        raise KeyboardInterrupt
+        yield
+
+    chat._pieces = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        chat.send("2")
+    assert chat.history == before and chat.finish_reason is None
+
+
+def test_end_of_turn_ends_an_answer_even_an_empty_one(tokenizer: Tokenizer, gemma: Gemma) -> None:
+    prompt = encode_dialogue(tokenizer, [{"role": "user", "content": "1"}], answer=True)
+    [generation] = gemma.generate([prompt], max_new_tokens=8)
+    third = generation.token_ids[0]
+    # Whatever the model says first ends its turn, as <end_of_turn> would.
+    chat = make_gemma(tokenizer, [1, 107, third]).chat(max_new_tokens=8)
+    assert chat.send("1") == "" and chat.finish_reason == "stop"
+    assert [message["role"] for message in chat.history] == ["user", "model"]
+    assert generation.finish_reason == "length" and len(generation.token_ids) == 8
+
+
+def test_a_full_context_is_told_and_a_reset_helps(gemma: Gemma) -> None:
+    chat = gemma.chat(max_new_tokens=500)
+    chat.send("1 and 2")
+    assert chat.finish_reason == "context"  # 128 tokens in all
+    before = list(chat.history)
+    with pytest.raises(UserError, match=r"dialogue has \d+ tokens, .* context holds 128, .* reset"):
+        chat.send("and now?")
+    assert chat.history == before
+    chat.reset()
+    assert chat.history == [] and chat.finish_reason is None
+    assert chat.send("1 and 2") == before[1]["content"]
+
+
+def test_a_system_instruction_is_part_of_the_first_turn(gemma: Gemma) -> None:
+    chat = gemma.chat(system="Be brief.", **SHORT)
+    answer = chat.send("1 and 2")
+    assert answer == gemma.chat(**SHORT).send("Be brief.\n\n1 and 2")
+    assert chat.history[0] == {"role": "user", "content": "1 and 2"}
+    chat.reset()
+    assert chat.send("1 and 2") == answer
+
+
+def test_what_cannot_chat_says_why(tokenizer: Tokenizer, gemma: Gemma) -> None:
+    base = make_gemma(tokenizer, [1])
+    assert not base.instruction_tuned and gemma.instruction_tuned
+    with pytest.raises(UserError, match="not known to be instruction-tuned"):
+        base.chat()
+    with pytest.raises(UserError, match="tokenizer.model"):
+        Gemma.from_pretrained("random:gemma_tiny", instruction_tuned=True).chat()
+    with pytest.raises(UserError, match="temperature is -1"):
+        gemma.chat(temperature=-1).send("1")
+    with pytest.raises(UserError, match="turn 1"):
+        gemma.chat(history=[{"role": "model", "content": "a"}]).send("1")
