@@ -14,6 +14,7 @@ COMMANDS = {
     "chat": "talk with an instruction-tuned model: gemma chat CHECKPOINT [--FIELD VALUE ...]",
     "replay": "the batch of a step with the loss of each token: gemma replay RUN STEP [--rows N] [--json]",
     "runs": "a table of the runs under a directory: gemma runs DIR [--plot FILE.png]",
+    "plan": "memory, traffic and time on TPUs that are not here: gemma plan CONFIG --topology v5e-256",
     "inspect": "each parameter's shape and place on the mesh: gemma inspect CONFIG_OR_CHECKPOINT",
 }
 

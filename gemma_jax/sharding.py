@@ -42,13 +42,18 @@ RULES: dict[str, tuple[str, ...]] = {
 MAY_REPLICATE = frozenset({"kv_heads"})
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """The mesh of axes data, fsdp and tensor over the devices that there are.
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of axes data, fsdp and tensor.
+
+    Args:
+      config: sizes of the axes.
+      devices: those of the mesh, which need not be here; those that there are if left out.
 
     Raises:
       UserError: the axes do not fit the devices (see `gemma_jax.config.mesh_shape`).
     """
-    devices = _cpu_devices(config.cpu_devices) if config.cpu_devices else jax.devices()
+    if devices is None:
+        devices = _cpu_devices(config.cpu_devices) if config.cpu_devices else jax.devices()
     shape = mesh_shape(config, len(devices))
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
 

@@ -1,0 +1,154 @@
+"""What a program sends between devices: which collective, over which mesh axis, how many bytes a step."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from gemma_jax.planning.hlo import Array, Instruction, Module, descend, executions
+
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective of a program, with all its executions in a step."""
+
+    kind: str
+    axis: str  # mesh axes that its groups span, joined by ` x `
+    arrays: tuple[str, ...]  # whole arrays: what an all-gather makes, what a reduce-scatter takes
+    count: int  # executions a step
+    bytes: float  # that one device receives in a step
+    source: str  # the code that asked for it, innermost first
+    op_name: str  # jax's own name of the operation
+
+
+def collectives(module: Module, mesh_shape: Mapping[str, int]) -> list[Collective]:
+    """All collectives that a step executes.
+
+    Bytes are those that one device receives when the algorithm is the best for its bandwidth, n devices in a
+    group: (n - 1) / n of the result of an all-gather and of the operand of a reduce-scatter or all-to-all,
+    twice that of an all-reduce, all of a permute.
+
+    Args:
+      module: the optimised program.
+      mesh_shape: sizes of the mesh axes, in the order that numbers the devices.
+    """
+    found = []
+    seen: set[tuple[str, str]] = set()
+    for executed in executions(module):
+        for instruction, scatters in _inside(module, executed.instruction):
+            # The compiler lays a collective over several fusions, with a copy of it in each: they are one.
+            channel = instruction.attribute("channel_id")
+            key = (executed.computation.name, channel or instruction.name)
+            if key in seen:
+                continue
+            seen.add(key)
+            kind = instruction.opcode.removesuffix("-start")
+            groups = _groups(instruction.attributes)
+            size = len(groups[0]) if groups else math.prod(mesh_shape.values())
+            if size < 2:
+                continue
+            arrays = _whole_arrays(kind, instruction, size)
+            kind = "reduce-scatter" if kind == "all-reduce" and scatters else kind
+            payload = sum(array.bytes for array in arrays)
+            factor = {"all-reduce": 2 * (size - 1) / size, "collective-permute": 1}.get(
+                kind, (size - 1) / size
+            )
+            told = instruction if instruction.metadata("op_name") else executed.instruction
+            found.append(
+                Collective(
+                    kind,
+                    _axis(groups, mesh_shape),
+                    tuple(map(str, arrays)),
+                    executed.count,
+                    factor * payload * executed.count,
+                    module.source(told),
+                    told.metadata("op_name"),
+                )
+            )
+    return found
+
+
+def _inside(module: Module, instruction: Instruction) -> Iterator[tuple[Instruction, bool]]:
+    """Collectives in an instruction, and whether each device keeps only its own part of the sum."""
+    if instruction.opcode == "fusion":
+        # A reduce-scatter is a fusion of an all-reduce and a slice.
+        scatters = "all-reduce-scatter" in instruction.called("calls")[0]
+        for inner in descend(module, instruction):
+            if inner.opcode.removesuffix("-start") in KINDS:
+                yield inner, scatters
+    elif instruction.opcode.removesuffix("-start") in KINDS:
+        yield instruction, False
+
+
+def _whole_arrays(kind: str, instruction: Instruction, size: int) -> tuple[Array, ...]:
+    arrays = instruction.arrays
+    if instruction.opcode.endswith("-start") and kind in ("all-gather", "collective-permute"):
+        # (operands, results, and counters of a permute): the results are wanted.
+        arrays = arrays[len(instruction.operands) : 2 * len(instruction.operands)]
+    if kind == "reduce-scatter":
+        return tuple(Array(a.dtype, (size, *a.shape)) for a in arrays)
+    return arrays
+
+
+def _groups(attributes: str) -> list[list[int]]:
+    """Groups of device numbers; each pair of a permute is one. None at all means all devices together."""
+    if found := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", attributes):
+        return [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", found[1])]
+    if found := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes):
+        return _iota(found[2]).reshape(_numbers(found[1])[0], -1).tolist()
+    found = re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, ?device_ids=\(?([^ )]*)\)?)? \{([^}]*)\}", attributes
+    )
+    if found is None:
+        return []
+    # mesh['a'=4,'b'=2] {'b'}: the groups run along the named axes; 'a':(2)2 is a part of an axis.
+    axes = [(name, int(size)) for name, size in re.findall(r"'?([\w.]+)'?=(\d+)", found[1])]
+    sizes: list[int] = []
+    along: list[int] = []
+    for name, size in axes:
+        part = re.search(rf"'?\b{name}\b'?(?::\((\d+)\)(\d+))?", found[3])
+        before, width = (int(part[1]), int(part[2])) if part and part[1] else (1, size)
+        if part:
+            along.append(len(sizes) + 1)
+        sizes += [before, width, size // (before * width)]
+    ids = _iota(found[2]) if found[2] else np.arange(math.prod(sizes))
+    across = [axis for axis in range(len(sizes)) if axis not in along]
+    width = math.prod(sizes[axis] for axis in along)
+    return ids.reshape(sizes).transpose(across + along).reshape(-1, width).tolist()
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(n) for n in text.split(",")]
+
+
+def _iota(text: str) -> np.ndarray:
+    """`[2,4]T(1,0)`: the numbers from 0 in that shape, transposed."""
+    found = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    if found is None:
+        raise ValueError(f"device numbers {text} are in a form that is not known")
+    shape = _numbers(found[1])
+    ids = np.arange(math.prod(shape)).reshape(shape)
+    return ids.transpose(_numbers(found[2])) if found[2] else ids
+
+
+def _axis(groups: list[list[int]], mesh_shape: Mapping[str, int]) -> str:
+    """The mesh axes along which the members of a group differ."""
+    names, sizes = list(mesh_shape), tuple(mesh_shape.values())
+    differ: set[str] = set()
+    for group in groups or [list(range(math.prod(sizes)))]:
+        for name, along in zip(names, np.unravel_index(group, sizes), strict=True):
+            if len(set(along.tolist())) > 1:
+                differ.add(name)
+    return " x ".join(name for name in names if name in differ)

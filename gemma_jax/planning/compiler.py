@@ -1,0 +1,141 @@
+"""The TPU compiler on a machine without a TPU: topologies as devices, and programs compiled for them."""
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from gemma_jax.errors import UserError
+from gemma_jax.planning.topology import Topology
+
+if TYPE_CHECKING:
+    import jax
+
+# libtpu would ask the metadata server of a TPU machine, which this is not, and wait; and it takes a lock that
+# is for the owner of a real TPU.
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+def compiler_version() -> str:
+    """Of libtpu and jax, which decide what a program is compiled to.
+
+    Raises:
+      UserError: libtpu is not installed.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            "planning needs the TPU compiler, the package libtpu, which is not installed; "
+            "install it with: pip install 'gemma_jax[tpu]' (no TPU is needed)."
+        )
+    return f"libtpu {importlib.metadata.version('libtpu')}, jax {importlib.metadata.version('jax')}"
+
+
+def prepare() -> None:
+    """Set up this process for compiling; must come before jax is imported.
+
+    Raises:
+      UserError: libtpu is not installed.
+    """
+    compiler_version()
+    if "jax" not in sys.modules:
+        os.environ.update(ENVIRONMENT)
+
+
+def devices_of(topology: Topology) -> "list[jax.Device]":
+    """The devices of slices that need not exist. A device is a chip, or one TensorCore of v4 and tpu7x.
+
+    Raises:
+      UserError: the compiler knows no such slice.
+    """
+    import jax
+    from jax.experimental import topologies
+
+    layout = topology.layout + (1,) * (3 - len(topology.layout))
+    host = (2, 2, 1)
+    options: dict[str, object] = {}
+    if any(size % along for size, along in zip(layout, host, strict=True)):
+        options["chips_per_host_bounds"] = list(layout)  # smaller than a host of four chips
+    if topology.slices > 1:
+        options["num_slices"] = topology.slices
+    try:
+        described = topologies.get_topology_desc(
+            platform="tpu", topology_name=topology.compiler_name, **options
+        )
+    except jax.errors.JaxRuntimeError as error:
+        message = str(error).splitlines()[0]
+        raise UserError(f"the compiler refuses {topology.compiler_name}: {message}") from error
+    return list(described.devices)
+
+
+class OutOfMemory(Exception):
+    """A program needs more memory than a device has."""
+
+    def __init__(self, needed: int | None, available: int | None, message: str) -> None:
+        super().__init__(message)
+        self.needed = needed  # bytes a device; None where the compiler does not tell
+        self.available = available
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A program as the compiler made it; sizes in bytes a device."""
+
+    text: str
+    arguments: int
+    outputs: int
+    aliased: int  # of the outputs: those that take the place of arguments
+    temporaries: int
+
+
+def compile_lowered(lowered: "jax.stages.Lowered", options: Mapping[str, str]) -> Compiled:
+    """Compile for the devices that a program was lowered for.
+
+    Memory is what XLA's buffer assignment says. `cost_analysis` is not asked: it counts bodies of loops once.
+
+    Raises:
+      OutOfMemory: it does not fit.
+      UserError: an option that the compiler does not know.
+    """
+    import jax
+
+    try:
+        compiled = lowered.compile(compiler_options=dict(options) or None)
+    except jax.errors.JaxRuntimeError as error:
+        message = str(error)
+        if "RESOURCE_EXHAUSTED" in message:
+            raise OutOfMemory(*_memory_told(message), message) from error
+        if "No such compile option" in message:
+            raise UserError(f"the compiler refuses an option: {message.splitlines()[0]}") from error
+        raise
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    assert text is not None and memory is not None  # the TPU compiler gives both
+    return Compiled(
+        text,
+        memory.argument_size_in_bytes,
+        memory.output_size_in_bytes,
+        memory.alias_size_in_bytes,
+        memory.temp_size_in_bytes,
+    )
+
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def _memory_told(message: str) -> tuple[int | None, int | None]:
+    """`Used 20.53G of 15.75G hbm` as bytes."""
+    found = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
+    if found is None:
+        return None, None
+    used, used_unit, of, of_unit = found.groups()
+    return int(float(used) * _UNITS[used_unit]), int(float(of) * _UNITS[of_unit])

@@ -1,0 +1,319 @@
+"""The optimised program that XLA prints, read as text: computations, instructions, loops.
+
+The format is that of `jax.stages.Compiled.as_text()`. An instruction is a line
+
+    %name = TYPE opcode(%operand, ...), attribute=value, ..., metadata={...}, backend_config={...}
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator
+
+# Bytes of an element; predicates are stored as bytes, 4-bit numbers as halves.
+ITEM_BYTES = {
+    "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "s64": 8,
+    "u64": 8, "f16": 2, "bf16": 2, "f32": 4, "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1, "c64": 8, "c128": 16,
+}  # fmt: skip
+_ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_OPCODE = re.compile(r"([\w\-]+)\(")
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """Dtype and shape of an array in a program."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> float:
+        """Without the padding of a layout."""
+        return ITEM_BYTES.get(self.dtype, 0) * math.prod(self.shape)
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a program."""
+
+    name: str
+    opcode: str
+    type: str
+    operands: tuple[str, ...]  # names
+    attributes: str  # what follows the operands
+    arguments: str  # what stands between the parentheses: for a constant its value
+    is_root: bool
+
+    @functools.cached_property
+    def arrays(self) -> tuple[Array, ...]:
+        """Of the result, in order; one unless it is a tuple."""
+        return arrays_of(self.type)
+
+    @property
+    def cycles(self) -> int:
+        """The compiler's estimate for one execution; 0 where it gives none."""
+        found = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
+        return int(found[1]) if found else 0
+
+    @property
+    def is_kernel(self) -> bool:
+        """Whether it is a Pallas kernel, which the compiler gives no cycles for."""
+        return self.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in self.attributes
+
+    @property
+    def known_trip_count(self) -> int | None:
+        """What the compiler wrote down for a while loop, if it did."""
+        found = re.search(r'"known_trip_count":\{"n":"(\d+)"', self.attributes)
+        return int(found[1]) if found else None
+
+    def called(self, attribute: str) -> list[str]:
+        """Names of the computations under an attribute: `calls`, `body`, `branch_computations`."""
+        found = re.search(rf"\b{attribute}=(\{{[^}}]*\}}|%?[\w.\-]+)", self.attributes)
+        return re.findall(r"[\w.\-]+", found[1]) if found else []
+
+    def attribute(self, name: str) -> str:
+        """A simple attribute, such as the number after `channel_id=`; empty where there is none."""
+        found = re.search(rf"\b{name}=([\w.\-]+)", self.attributes)
+        return found[1] if found else ""
+
+    def metadata(self, key: str) -> str:
+        """`op_name`, `source_file`, `source_line`, `stack_frame_id`; empty where it is not known."""
+        found = re.search(rf'metadata=\{{[^}}]*?\b{key}=("(?:[^"\\]|\\.)*"|\d+)', self.attributes)
+        return found[1].strip('"') if found else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Computation:
+    """A function of a program, in the order of execution."""
+
+    name: str
+    instructions: dict[str, Instruction]
+
+    @property
+    def root(self) -> Instruction:
+        """What it returns."""
+        return next(i for i in self.instructions.values() if i.is_root)
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """A whole program."""
+
+    computations: dict[str, Computation]
+    entry: str
+    frames: dict[int, tuple[str, ...]]  # FILE:LINE of a stack frame and of its callers, innermost first
+
+    def source(self, instruction: Instruction) -> str:
+        """FILE:LINE of the code that an instruction comes from, and of its callers, innermost first."""
+        frame = instruction.metadata("stack_frame_id")
+        if frame:
+            return " < ".join(self.frames.get(int(frame), ()))
+        file, line = instruction.metadata("source_file"), instruction.metadata("source_line")
+        return f"{file}:{line}" if file else ""
+
+
+def arrays_of(type_text: str) -> tuple[Array, ...]:
+    """The arrays in a type, which may be a tuple: `(f32[2,3]{1,0}, s32[])`."""
+    # Layouts, {1,0:T(8,128)S(1)}, hold nothing that looks like an array.
+    return tuple(
+        Array(m[1], tuple(int(n) for n in m[2].split(",") if n))
+        for m in _ARRAY.finditer(type_text)
+        if m[1] in ITEM_BYTES
+    )
+
+
+def parse(text: str) -> Module:
+    """Read a program.
+
+    Raises:
+      ValueError: it has no entry computation.
+    """
+    computations: dict[str, Computation] = {}
+    entry = ""
+    current: dict[str, Instruction] = {}
+    for line in text.splitlines():
+        if header := _COMPUTATION.match(line):
+            current = {}
+            computations[header[2]] = Computation(header[2], current)
+            if header[1]:
+                entry = header[2]
+        elif start := _INSTRUCTION.match(line):
+            instruction = _instruction(line[start.end() :], start[2], bool(start[1]))
+            current[instruction.name] = instruction
+    if not entry:
+        raise ValueError("the text of the program has no ENTRY computation")
+    return Module(computations, entry, _frames(text))
+
+
+def _frames(text: str) -> dict[int, tuple[str, ...]]:
+    """The tables in front of a program: files, functions, places in them, and who called whom."""
+    files = {int(m[1]): m[2] for m in re.finditer(r'^(\d+) "([^"]*)"$', _table(text, "FileNames"), re.M)}
+    places = {
+        int(m[1]): f"{files[int(m[2])]}:{m[3]}"
+        for m in re.finditer(
+            r"^(\d+) \{file_name_id=(\d+) .*?\bline=(\d+)", _table(text, "FileLocations"), re.M
+        )
+    }
+    parents = {
+        int(m[1]): (int(m[2]), int(m[3] or 0))
+        for m in re.finditer(
+            r"^(\d+) \{file_location_id=(\d+)(?: parent_frame_id=(\d+))?", _table(text, "StackFrames"), re.M
+        )
+    }
+    # The first frame has no caller: where it names itself, all numbers of callers are printed one too high.
+    shift = 1 if parents.get(1, (0, 0))[1] == 1 else 0
+    frames: dict[int, tuple[str, ...]] = {}
+    for frame in parents:
+        stack: list[str] = []
+        at = frame
+        while at in parents:
+            place, parent = parents[at]
+            stack.append(places[place])
+            at = parent - shift
+        frames[frame] = tuple(stack)
+    return frames
+
+
+def _table(text: str, title: str) -> str:
+    found = re.search(rf"^{title}\n(.*?)(?:\n\n|\Z)", text, re.M | re.S)
+    return found[1] if found else ""
+
+
+def _instruction(rest: str, name: str, is_root: bool) -> Instruction:
+    # A tuple's type stands in parentheses; any other has no space.
+    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+    opcode = _OPCODE.match(rest, end + 1)
+    if opcode is None:
+        return Instruction(name, rest[end + 1 :].split(" ")[0], rest[:end], (), "", "", is_root)
+    close = _closing(rest, opcode.end() - 1)
+    arguments = rest[opcode.end() : close]
+    operands = tuple(re.findall(r"%([\w.\-]+)", arguments))
+    return Instruction(name, opcode[1], rest[:end], operands, rest[close + 1 :], arguments, is_root)
+
+
+def _closing(text: str, start: int) -> int:
+    """Index of the parenthesis that closes the one at `start`; strings are passed over."""
+    depth, quoted = 0, False
+    for at in range(start, len(text)):
+        letter = text[at]
+        if letter == '"' and text[at - 1] != "\\":
+            quoted = not quoted
+        elif not quoted and letter == "(":
+            depth += 1
+        elif not quoted and letter == ")":
+            depth -= 1
+            if not depth:
+                return at
+    return len(text)
+
+
+def trip_count(module: Module, computation: Computation, loop: Instruction) -> int | None:
+    """How often a while loop's body runs; None where the text does not tell.
+
+    The compiler writes it down (`known_trip_count`) for most loops. Else it is read from a condition that
+    compares the counter with a constant, if the counter starts from a constant and rises by one.
+    """
+    if loop.known_trip_count is not None:
+        return loop.known_trip_count
+    (condition_name,) = loop.called("condition")
+    condition = module.computations[condition_name].instructions
+    compare = module.computations[condition_name].root
+    if compare.opcode == "fusion":  # the comparison alone, fused
+        inner = module.computations[compare.called("calls")[0]]
+        outer = dict(zip(_parameters(inner), compare.operands, strict=True))
+        compare = inner.root
+        operands = [outer.get(name, name) for name in compare.operands]
+        condition = {**inner.instructions, **condition}
+    else:
+        operands = list(compare.operands)
+    if compare.opcode != "compare" or "direction=LT" not in compare.attributes or len(operands) != 2:
+        return None
+    counter, limit = (_through_copies(condition, name) for name in operands)
+    if limit.opcode != "constant" or counter.opcode != "get-tuple-element":
+        return None
+    index = re.search(r"index=(\d+)", counter.attributes)
+    start = computation.instructions.get(loop.operands[0])
+    if index is None or start is None or start.opcode != "tuple":
+        return None
+    first = _through_copies(computation.instructions, start.operands[int(index[1])])
+    if first.opcode != "constant":
+        return None
+    return max(int(limit.arguments) - int(first.arguments), 0)
+
+
+def _parameters(computation: Computation) -> list[str]:
+    found = [i for i in computation.instructions.values() if i.opcode == "parameter"]
+    return [i.name for i in sorted(found, key=lambda i: int(i.arguments))]
+
+
+def _through_copies(instructions: dict[str, Instruction], name: str) -> Instruction:
+    instruction = instructions[name]
+    while instruction.opcode in ("copy", "bitcast") and instruction.operands[0] in instructions:
+        instruction = instructions[instruction.operands[0]]
+    return instruction
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """An instruction in its place: how often a step executes it."""
+
+    instruction: Instruction
+    computation: Computation
+    count: int
+    counted: bool  # False where the trip count of a loop, itself or around it, is not known and taken as 1
+
+    @property
+    def operand_arrays(self) -> tuple[Array, ...]:
+        """Of all operands, in order."""
+        operands = (self.computation.instructions[name] for name in self.instruction.operands)
+        return tuple(array for operand in operands for array in operand.arrays)
+
+
+def executions(module: Module) -> Iterator[Execution]:
+    """Every instruction that a run of the program executes, with its number of executions.
+
+    Bodies of loops, calls and asynchronous calls are entered; fusions are one instruction each. Of a
+    conditional's branches the one with most cycles is taken.
+    """
+    yield from _executions(module, module.entry, 1, True)
+
+
+def _executions(module: Module, name: str, count: int, counted: bool) -> Iterator[Execution]:
+    computation = module.computations[name]
+    for instruction in computation.instructions.values():
+        if instruction.opcode == "while":
+            trips = trip_count(module, computation, instruction)
+            known = counted and trips is not None
+            yield Execution(instruction, computation, count, known)
+            (body,) = instruction.called("body")
+            yield from _executions(module, body, count * (1 if trips is None else trips), known)
+            continue
+        yield Execution(instruction, computation, count, counted)
+        if instruction.opcode == "call":
+            yield from _executions(module, instruction.called("to_apply")[0], count, counted)
+        elif instruction.opcode == "async-start":
+            yield from _executions(module, instruction.called("calls")[0], count, counted)
+        elif instruction.opcode == "conditional":
+            branches = instruction.called("branch_computations") or [
+                *instruction.called("true_computation"),
+                *instruction.called("false_computation"),
+            ]
+            heaviest = max(
+                (list(_executions(module, branch, count, counted)) for branch in branches),
+                key=lambda executed: sum(e.instruction.cycles * e.count for e in executed),
+            )
+            yield from heaviest
+
+
+def descend(module: Module, instruction: Instruction) -> Iterator[Instruction]:
+    """The instructions inside a fusion, and inside fusions in it."""
+    for name in instruction.called("calls"):
+        for inner in module.computations[name].instructions.values():
+            yield inner
+            yield from descend(module, inner)

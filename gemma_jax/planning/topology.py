@@ -1,0 +1,127 @@
+"""TPU slices by the names that people use, and what is published of their chips."""
+
+import dataclasses
+import re
+
+from gemma_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """A TPU generation. Figures are of one chip, from docs.cloud.google.com/tpu/docs/NAME."""
+
+    name: str  # as libtpu calls it
+    dimensions: int  # of the torus of chips
+    cores_a_chip: int  # TensorCores
+    named_by_cores: bool  # v5p-128 has 128 TensorCores, so 64 chips; v5e-256 has 256 chips
+    hbm_gib: int
+    most_chips: int  # in one slice
+    # Cycles a second of a TensorCore. None where it is not published and does not follow from what is: the
+    # documents name both 2 and 4 matrix units for v6e, and none for tpu7x.
+    clock: float | None
+
+
+# Clocks follow from the published peak: FLOP/s = cores * 4 matrix units * 128 * 128 * 2 * clock. That of v4
+# is published too, 1.05 GHz (Jouppi et al., 2023, table 4).
+GENERATIONS = {
+    "v4": Generation("v4", 3, 2, True, 32, 4096, 275e12 / (2 * 4 * 128 * 128 * 2)),
+    "v5e": Generation("v5e", 2, 1, False, 16, 256, 197e12 / (4 * 128 * 128 * 2)),
+    "v5p": Generation("v5p", 3, 2, True, 95, 8960, 459e12 / (2 * 4 * 128 * 128 * 2)),
+    "v6e": Generation("v6e", 2, 1, False, 32, 256, None),
+    "tpu7x": Generation("tpu7x", 3, 2, True, 192, 9216, None),
+}
+OTHER_NAMES = {"v5litepod": "v5e", "v7x": "tpu7x"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """One slice of a generation, and how many of them a job has."""
+
+    generation: Generation
+    layout: tuple[int, ...]  # chips along each dimension of the torus
+    slices: int
+
+    @property
+    def chips(self) -> int:
+        """Chips of all slices."""
+        product = self.slices
+        for size in self.layout:
+            product *= size
+        return product
+
+    @property
+    def compiler_name(self) -> str:
+        """As libtpu wants it: v5e:16x16."""
+        return f"{self.generation.name}:{'x'.join(map(str, self.layout))}"
+
+    def __str__(self) -> str:
+        cores = self.generation.cores_a_chip if self.generation.named_by_cores else 1
+        name = f"{self.generation.name}-{self.chips // self.slices * cores}"
+        return f"{self.slices} x {name}" if self.slices > 1 else name
+
+
+def parse_topology(name: str, slices: int = 1) -> Topology:
+    """The slice that a name means.
+
+    Args:
+      name: as in the cloud's documents, `v5e-256`, `v5litepod-256`, `v5p-128` (which counts TensorCores, so
+        64 chips), or a generation and its layout of chips, `v5p-4x4x8`.
+      slices: how many of it, connected by the data-centre network.
+
+    Raises:
+      UserError: no such generation, or no slice of that size.
+    """
+    match = re.fullmatch(r"([a-z0-9]+)[-:](\d+(?:x\d+)*)", name.strip().lower())
+    generation = GENERATIONS.get(OTHER_NAMES.get(match[1], match[1])) if match else None
+    if match is None or generation is None:
+        raise UserError(
+            f"topology {name!r} is not known; give a generation ({', '.join(GENERATIONS)}) and a size, "
+            "such as v5e-256 or v5p-4x4x8."
+        )
+    if slices < 1:
+        raise UserError(f"slices is {slices}, but must be at least 1.")
+    numbers = tuple(int(number) for number in match[2].split("x"))
+    layout = numbers if len(numbers) > 1 else _layout(generation, numbers[0], name)
+    chips = Topology(generation, layout, 1).chips
+    if len(layout) != generation.dimensions or not 0 < chips <= generation.most_chips:
+        raise UserError(
+            f"topology {name!r} does not exist: a slice of {generation.name} has {generation.dimensions} "
+            f"dimensions and at most {generation.most_chips} chips."
+        )
+    return Topology(generation, layout, slices)
+
+
+def _layout(generation: Generation, number: int, name: str) -> tuple[int, ...]:
+    """The most cubic layout of a slice that is called by a number."""
+    per_chip = generation.cores_a_chip if generation.named_by_cores else 1
+    chips, rest = divmod(number, per_chip)
+    if rest or not chips:
+        raise UserError(
+            f"topology {name!r} does not exist: {generation.name} is named by its TensorCores, "
+            f"{per_chip} a chip."
+        )
+    layouts: list[tuple[int, ...]]
+    if generation.dimensions == 2:
+        layouts = [(a, chips // a) for a in _divisors(chips) if a * a <= chips]
+    else:
+        layouts = [
+            (a, b, chips // (a * b))
+            for a in _divisors(chips)
+            for b in _divisors(chips // a)
+            if a <= b <= chips // (a * b)
+        ]
+        if chips >= 64:  # built of cubes of 4 x 4 x 4 chips
+            layouts = [layout for layout in layouts if all(size % 4 == 0 for size in layout)]
+        elif chips == 4:
+            layouts = [(2, 2, 1)]  # one host
+    layouts = [layout for layout in layouts if max(layout) <= 2 * min(layout)]
+    if not layouts:
+        raise UserError(
+            f"topology {name!r} does not exist: {chips} chips of {generation.name} make no slice; "
+            f"give the layout itself, such as {generation.name}-{'x'.join(['4'] * generation.dimensions)}."
+        )
+    return min(layouts, key=lambda layout: (sum(layout), layout))
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
