@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow parity lint clean
 
 demo: $(INSTALLED)
 	@$(BIN)/python train.py pretrain demo
@@ -22,6 +22,18 @@ test: lint
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow || [ $$? -eq 5 ]
 
+# In an environment of its own: nothing else needs transformers and torch.
+parity: .venv-parity/installed
+	GEMMA_JAX_PARITY=1 .venv-parity/bin/python -m pytest tests/test_parity.py
+
+.venv-parity/installed: $(INSTALLED) constraints/parity.txt
+	@test -x .venv-parity/bin/python || $(BIN)/python -m venv .venv-parity
+	@echo "Installing gemma_jax, transformers and torch into .venv-parity (once)"
+	@$(BIN)/python -m pip --disable-pip-version-check freeze --exclude-editable >.venv-parity/constraints.txt
+	@.venv-parity/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[test]" \
+	  torch transformers --constraint .venv-parity/constraints.txt --constraint constraints/parity.txt
+	@touch $@
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,5 +51,5 @@ $(INSTALLED): setup.py constraints/py311.txt constraints/py312.txt
 	@touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-parity build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
