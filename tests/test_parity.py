@@ -76,7 +76,7 @@ def live_case(name: str, dtype: str, folder: Path) -> Case:
     return Case(folder, make.reference(make.CASES[name], weights))
 
 
-NAMES = [*make.CASES, *(f"live {name} {dtype}" for name in make.CASES for dtype in ("float32", "bfloat16"))]
+NAMES = [*make.CASES, "live multi_query float32", "live multi_head bfloat16"]
 
 
 @pytest.fixture(scope="module", params=NAMES if LIVE else list(make.CASES))
