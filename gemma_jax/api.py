@@ -26,7 +26,7 @@ from gemma_jax.errors import UserError
 from gemma_jax.model import abstract_transformer
 from gemma_jax.sampling import Chat, Completion, Generator
 from gemma_jax.sampling.generate import FinishReason
-from gemma_jax.sharding import make_mesh
+from gemma_jax.sharding import make_mesh, row_parts
 from gemma_jax.tokenizer import Tokenizer
 
 STRIDE = 8  # tokens between two looks at a text that is streamed or may meet a stop text
@@ -187,7 +187,7 @@ class Gemma:
                 f"token id {wrong[0]} is out of range; "
                 f"the model's ids go from 0 to {self.config.vocab_size - 1}."
             )
-        parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        parts = row_parts(self.mesh)
         padded = np.pad(tokens, [(0, -len(tokens) % parts), (0, 0)]).astype(np.int32)
         return np.asarray(self._logits(self.params, padded))[: len(tokens)]
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -21,7 +22,7 @@ Tree = TypeVar("Tree")
 Axes = tuple[str | None, ...]
 Arrays = dict[str, Any]
 
-# Logical axis -> mesh axes that split it. Batches are split over data and fsdp, parameters over fsdp
+# Logical axis -> mesh axes that split it. Batches are split over slice, data and fsdp, parameters over fsdp
 # (fully sharded data parallelism) and tensor (Megatron's split of heads and feed-forward).
 RULES: dict[str, tuple[str, ...]] = {
     # parameters
@@ -33,7 +34,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "head_dim": (),
     "mlp": ("tensor",),
     # activations
-    "batch": ("data", "fsdp"),
+    "batch": ("slice", "data", "fsdp"),
     "length": (),
     "residual": (),
 }
@@ -43,19 +44,31 @@ MAY_REPLICATE = frozenset({"kv_heads"})
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of axes data, fsdp and tensor.
+    """The mesh of axes slice, data, fsdp and tensor.
+
+    Devices are in an order that keeps the last axes on neighbouring links. Each slice, which reaches the
+    others only through the data-centre network, is one row of the first axis.
 
     Args:
       config: sizes of the axes.
       devices: those of the mesh, which need not be here; those that there are if left out.
 
     Raises:
-      UserError: the axes do not fit the devices (see `gemma_jax.config.mesh_shape`).
+      UserError: the axes do not fit the devices (see `gemma_jax.config.mesh_shape`) or their slices.
     """
     if devices is None:
         devices = _cpu_devices(config.cpu_devices) if config.cpu_devices else jax.devices()
     shape = mesh_shape(config, len(devices))
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
+    types = (AxisType.Auto,) * len(shape)
+    slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"})
+    if slices <= 1:  # other devices can stand for several slices in tests
+        return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+    if config.slice != slices:
+        raise UserError(
+            f"mesh.slice is {config.slice}, but the devices are on {slices} slices; set it to that."
+        )
+    ordered = create_hybrid_device_mesh((1, *shape[1:]), (slices, 1, 1, 1), devices)
+    return Mesh(ordered, MESH_AXES, axis_types=types)
 
 
 def _cpu_devices(count: int) -> list[jax.Device]:
@@ -173,6 +186,11 @@ def shardings(tree: Tree, mesh: Mesh) -> Tree:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Of arrays [B, ...] whose rows are split over the mesh."""
     return NamedSharding(mesh, P(RULES["batch"]))
+
+
+def row_parts(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are split."""
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
 def local_rows(batch_size: int, mesh: Mesh) -> list[int]:

@@ -25,13 +25,13 @@ def use_cpu_devices(count: int = 8) -> None:
     make_mesh(MeshConfig(cpu_devices=count))
 
 
-def cpu_mesh(devices: int = 8, *, data: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
+def cpu_mesh(devices: int = 8, *, slices: int = 1, data: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
     """A mesh of that many CPU devices; by default all of them on fsdp.
 
     Raises:
       UserError: there are fewer, or the axes do not fit them.
     """
-    return make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor, cpu_devices=devices))
+    return make_mesh(MeshConfig(slice=slices, data=data, fsdp=fsdp, tensor=tensor, cpu_devices=devices))
 
 
 def tiny_gemma(mesh: Mesh | None = None, seed: int = 0, **changes: Any) -> Gemma:

@@ -48,8 +48,8 @@ TINY = PRESETS["gemma_tiny"]
     ((1, 4, 2), ("layers", "embed", "kv_heads", "head_dim"), (2, 32, 3, 16), P(None, "fsdp", None, None)),
     ((1, 1, 8), ("layers", "embed", "kv_heads", "head_dim"), (2, 32, 4, 16), P(None, "fsdp", None, None)),
     # activations: rows over data and fsdp together, nothing over tensor
-    ((2, 2, 2), ("batch", "length", "residual"), (8, 3, 5), P(("data", "fsdp"), None, None)),
-    ((2, 2, 2), ("batch", None), (4, 7), P(("data", "fsdp"), None)),
+    ((2, 2, 2), ("batch", "length", "residual"), (8, 3, 5), P(("slice", "data", "fsdp"), None, None)),
+    ((2, 2, 2), ("batch", None), (4, 7), P(("slice", "data", "fsdp"), None)),
     ((2, 2, 2), ("batch", "length"), (1, 3), P(None, None)),  # a single row
     ((2, 2, 2), (), (), P()),
 ])  # fmt: skip
@@ -63,7 +63,7 @@ def test_partition_specs(mesh: tuple[int, int, int], axes: Axes, shape: tuple[in
     (("embed", "mlp"), (30, 64), "w: axis 'embed' of size 30 is not divisible by mesh axis fsdp of size 4"),
     (("layers", "heads"), (2, 3), "w: axis 'heads' of size 3 is not divisible by mesh axis tensor of size 2"),
     (("vocab",), (511,), "w: axis 'vocab' of size 511 is not divisible by mesh axis tensor of size 2"),
-    (("batch",), (6,), "w: axis 'batch' of size 6 is not divisible by mesh axis data x fsdp of size 4"),
+    (("batch",), (6,), "w: axis 'batch' of size 6 is not divisible by mesh axis slice x data x fsdp of size"),
     (("heads", "mlp"), (4, 4), "w: axes 'heads' and 'mlp' are both split over mesh axis 'tensor'"),
     (("batch", "embed"), (8, 8), "w: axes 'batch' and 'embed' are both split over mesh axis 'fsdp'"),
     (("embed", "embed"), (8, 8), "w: axes 'embed' and 'embed' are both split over mesh axis 'fsdp'"),
@@ -150,7 +150,10 @@ def test_names_of_arrays_and_back() -> None:
 
 
 def test_meshes_of_some_of_the_devices() -> None:
-    assert dict(cpu_mesh(8, data=2, tensor=2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(cpu_mesh(8, data=2, tensor=2).shape) == {"slice": 1, "data": 2, "fsdp": 2, "tensor": 2}
+    two = cpu_mesh(8, slices=2, tensor=2)
+    assert dict(two.shape) == {"slice": 2, "data": 1, "fsdp": 2, "tensor": 2}
+    assert list(two.devices[0].flat) == jax.devices()[:4]  # a slice's devices are together
     small = cpu_mesh(2)
     assert small.size == 2 and list(small.devices.flat) == jax.devices()[:2]
     assert platform(small) == "cpu"
@@ -199,7 +202,7 @@ def test_a_constraint_decides_where_an_activation_lies() -> None:
 
     assert placed(lambda x: x + 1).is_equivalent_to(everywhere, 3)
     split = placed(lambda x: constrain(x + 1, RESIDUAL, mesh))
-    assert split.is_equivalent_to(NamedSharding(mesh, P(("data", "fsdp"))), 3)
+    assert split.is_equivalent_to(NamedSharding(mesh, P(("slice", "data", "fsdp"))), 3)
     assert split.shard_shape((8, 4, 6)) == (2, 4, 6)
     heads = placed(lambda x: constrain(x + 1, ("batch", "length", "heads"), mesh))
     assert heads.shard_shape((8, 4, 6)) == (2, 4, 3)

@@ -9,6 +9,7 @@ from gemma_jax.config import (
     PretrainConfig,
     from_record,
     load,
+    mesh_text,
     parse,
     preset,
     validate_mesh,
@@ -56,7 +57,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
     # Wide where the output goes to a file or a pipe: rows must not be folded there.
     console = Console(highlight=False)
     (console if console.is_terminal else Console(highlight=False, width=160)).print(table)
-    shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    shape = mesh_text(mesh.shape)
     print(f"{count:,} parameters; {bytes_a_device:,} bytes a device on {mesh.size} devices ({shape})")
     return 0
 

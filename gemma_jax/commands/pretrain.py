@@ -12,6 +12,7 @@ from gemma_jax.config import (
     PretrainConfig,
     from_json,
     load,
+    mesh_text,
     parse,
     replace,
     to_dict,
@@ -114,7 +115,7 @@ def pretrain(config: PretrainConfig) -> int:
         return 0
     log = RunLog(run_dir, config.steps, start, open_sinks(config, run_dir, start))
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    shape = mesh_text(mesh.shape)
     log.message(f"{'resuming' if start else 'starting'} {run_dir} at step {start} of {config.steps}")
     log.message(
         f"{parameters:,} parameters on {mesh.size} {mesh.devices.flat[0].device_kind} devices ({shape})"

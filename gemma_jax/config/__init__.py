@@ -19,6 +19,7 @@ from gemma_jax.config.serialization import from_json, from_record, replace, sugg
 from gemma_jax.config.validation import (
     MESH_AXES,
     mesh_shape,
+    mesh_text,
     validate,
     validate_chat,
     validate_mesh,
@@ -48,6 +49,7 @@ __all__ = [
     "from_record",
     "load",
     "mesh_shape",
+    "mesh_text",
     "parse",
     "preset",
     "replace",

@@ -99,6 +99,9 @@ class OptimizerConfig:
 class MeshConfig:
     """How devices are arranged. One of data, fsdp and tensor may be -1: all devices that are left."""
 
+    slice: int = setting(
+        1, "TPU slices, joined by the data-centre network; batches are split and parameters copied over them."
+    )
     data: int = setting(1, "Devices along which batches are split and parameters copied.")
     fsdp: int = setting(-1, "Devices along which batches and parameters are split.")
     tensor: int = setting(1, "Devices along which heads, feed-forward and vocabulary are split.")

@@ -8,7 +8,7 @@ from gemma_jax.config.experiments import ChatConfig, PretrainConfig, SampleConfi
 from gemma_jax.config.sections import MeshConfig, SamplingConfig, TransformerConfig
 from gemma_jax.errors import UserError
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("slice", "data", "fsdp", "tensor")
 TOO_LARGE = 2**31  # for any number here: on devices, integers have 32 bits
 LARGEST_SEED = 2**32 - 1  # jax.random.key drops higher bits without a word
 
@@ -147,8 +147,9 @@ def validate_mesh(mesh: MeshConfig) -> None:
     sizes = {axis: getattr(mesh, axis) for axis in MESH_AXES}
     for axis, size in sizes.items():
         _require(
-            size == -1 or size >= 1,
-            f"mesh.{axis} is {size}, but must be 1 or more, or -1 for all that are left.",
+            size >= 1 or (size == -1 and axis != "slice"),
+            f"mesh.{axis} is {size}, but must be 1 or more"
+            + ("." if axis == "slice" else ", or -1 for all that are left."),
         )
     free = [axis for axis, size in sizes.items() if size == -1]
     _require(
@@ -159,15 +160,20 @@ def validate_mesh(mesh: MeshConfig) -> None:
         mesh_shape(mesh, mesh.cpu_devices)
 
 
-def mesh_shape(mesh: MeshConfig, device_count: int) -> tuple[int, int, int]:
-    """Sizes of the axes data, fsdp and tensor on that many devices.
+def mesh_text(shape: Mapping[str, int]) -> str:
+    """`data 1 x fsdp 8 x tensor 1`; the slices are told where there are several."""
+    return " x ".join(f"{axis} {size}" for axis, size in shape.items() if axis != "slice" or size != 1)
+
+
+def mesh_shape(mesh: MeshConfig, device_count: int) -> tuple[int, int, int, int]:
+    """Sizes of the axes slice, data, fsdp and tensor on that many devices.
 
     Raises:
       UserError: the axes want more devices than there are, leave some unused, or do not divide them.
     """
     sizes = [getattr(mesh, axis) for axis in MESH_AXES]
     fixed = math.prod(size for size in sizes if size != -1)
-    asked = " x ".join(f"{axis} {size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
+    asked = mesh_text(dict(zip(MESH_AXES, sizes, strict=True)))
     _require(
         fixed <= device_count,
         f"the mesh ({asked}) needs {fixed} devices, but there {'is' if device_count == 1 else 'are'} "
@@ -178,8 +184,8 @@ def mesh_shape(mesh: MeshConfig, device_count: int) -> tuple[int, int, int]:
         f"the mesh ({asked}) does not use exactly the {device_count} devices there are; "
         "set one axis to -1 to take what is left, or mesh.cpu_devices to use fewer.",
     )
-    data, fsdp, tensor = (device_count // fixed if size == -1 else size for size in sizes)
-    return data, fsdp, tensor
+    slices, data, fsdp, tensor = (device_count // fixed if size == -1 else size for size in sizes)
+    return slices, data, fsdp, tensor
 
 
 def validate_on_devices(config: PretrainConfig, device_count: int) -> None:
@@ -188,11 +194,12 @@ def validate_on_devices(config: PretrainConfig, device_count: int) -> None:
     Raises:
       UserError: each device would not get the same number of rows.
     """
-    data, fsdp, _ = mesh_shape(config.mesh, device_count)
-    parts = data * fsdp * config.optimizer.accumulation_steps
+    slices, data, fsdp, _ = mesh_shape(config.mesh, device_count)
+    parts = slices * data * fsdp * config.optimizer.accumulation_steps
+    over = mesh_text({"slice": slices, "data": data, "fsdp": fsdp})
     _require(
         config.data.batch_size % parts == 0,
-        f"data.batch_size is {config.data.batch_size}, which data {data} x fsdp {fsdp} x accumulation_steps "
+        f"data.batch_size is {config.data.batch_size}, which {over} x accumulation_steps "
         f"{config.optimizer.accumulation_steps} = {parts} does not divide; "
         f"use {-(-config.data.batch_size // parts) * parts}.",
     )

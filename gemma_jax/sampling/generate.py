@@ -18,7 +18,7 @@ from gemma_jax.config import ComputeConfig, SamplingConfig, TransformerConfig
 from gemma_jax.errors import UserError
 from gemma_jax.model import KVCache, Transformer, abstract_transformer
 from gemma_jax.sampling.select import select
-from gemma_jax.sharding import batch_sharding
+from gemma_jax.sharding import batch_sharding, row_parts
 
 FinishReason = Literal["stop", "length", "context"]
 
@@ -68,8 +68,8 @@ class Generator:
     ) -> None:
         self.config, self.mesh, self.params = config, mesh, params
         self._graphdef, _ = abstract_transformer(config, compute, mesh)
-        self._prefill = jax.jit(self._prefill_impl, static_argnames=("slots", "capacity"))
-        self._decode = jax.jit(self._decode_impl, donate_argnums=1)
+        self.prefill = jax.jit(self._prefill_impl, static_argnames=("slots", "capacity"))
+        self.decode = jax.jit(self._decode_impl, donate_argnums=1)
 
     def check_prompt(self, prompt: Sequence[int]) -> None:
         """Raises:
@@ -117,7 +117,7 @@ class Generator:
             self.check_prompt(prompt)
         prompts = [prompt for prompt in prompts for _ in range(config.samples)]
         # Every device gets the same number of rows; rows that fill up are done before they start.
-        parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        parts = row_parts(self.mesh)
         rows = -(-len(prompts) // parts) * parts
         context = self.config.context_length
         longest = min(bucket(max(map(len, prompts))), context)
@@ -133,7 +133,7 @@ class Generator:
         seed_key = jax.random.key(config.seed)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(seed_key, jnp.arange(rows))
         ends = jnp.asarray(sorted(set(end_tokens)) or [-1], jnp.int32)
-        state = self._prefill(
+        state = self.prefill(
             self.params,
             put(tokens),
             put(lengths),
@@ -157,7 +157,7 @@ class Generator:
             if made >= config.max_new_tokens or bool(jnp.all(state.done)):
                 return
             steps = min(stride, config.max_new_tokens - made)
-            state = self._decode(self.params, state, steps, ends)
+            state = self.decode(self.params, state, steps, ends)
             made += steps
 
     def _prefill_impl(

@@ -141,17 +141,19 @@ def test_presets_and_defaults_contradict_nothing(preset: str) -> None:
 
 
 @pytest.mark.parametrize(("mesh", "devices", "shape"), [
-    (MeshConfig(), 1, (1, 1, 1)),
-    (MeshConfig(), 8, (1, 8, 1)),  # all there are on fsdp
-    (MeshConfig(tensor=2), 8, (1, 4, 2)),
-    (MeshConfig(data=2, tensor=2), 8, (2, 2, 2)),
-    (MeshConfig(data=-1, fsdp=1, tensor=4), 8, (2, 1, 4)),
-    (MeshConfig(data=1, fsdp=2, tensor=-1), 8, (1, 2, 4)),
-    (MeshConfig(data=2, fsdp=2, tensor=2), 8, (2, 2, 2)),
-    (MeshConfig(data=8), 8, (8, 1, 1)),
-    (MeshConfig(), 6, (1, 6, 1)),
+    (MeshConfig(), 1, (1, 1, 1, 1)),
+    (MeshConfig(), 8, (1, 1, 8, 1)),  # all there are on fsdp
+    (MeshConfig(tensor=2), 8, (1, 1, 4, 2)),
+    (MeshConfig(data=2, tensor=2), 8, (1, 2, 2, 2)),
+    (MeshConfig(data=-1, fsdp=1, tensor=4), 8, (1, 2, 1, 4)),
+    (MeshConfig(data=1, fsdp=2, tensor=-1), 8, (1, 1, 2, 4)),
+    (MeshConfig(data=2, fsdp=2, tensor=2), 8, (1, 2, 2, 2)),
+    (MeshConfig(data=8), 8, (1, 8, 1, 1)),
+    (MeshConfig(), 6, (1, 1, 6, 1)),
+    (MeshConfig(slice=2), 8, (2, 1, 4, 1)),
+    (MeshConfig(slice=2, data=2, tensor=2), 8, (2, 2, 1, 2)),
 ])  # fmt: skip
-def test_shape_of_a_mesh(mesh: MeshConfig, devices: int, shape: tuple[int, int, int]) -> None:
+def test_shape_of_a_mesh(mesh: MeshConfig, devices: int, shape: tuple[int, int, int, int]) -> None:
     assert mesh_shape(mesh, devices) == shape
 
 
@@ -169,6 +171,7 @@ def test_meshes_that_do_not_fit_the_devices(mesh: MeshConfig, devices: int, told
 
 @pytest.mark.parametrize(("mesh", "told"), [
     (MeshConfig(data=0), "mesh.data is 0"),
+    (MeshConfig(slice=-1), "mesh.slice is -1, but must be 1 or more."),
     (MeshConfig(fsdp=-2), "mesh.fsdp is -2"),
     (MeshConfig(tensor=-1), "mesh.fsdp and mesh.tensor are both -1"),
     (MeshConfig(data=-1, tensor=-1), "mesh.data and mesh.fsdp and mesh.tensor"),

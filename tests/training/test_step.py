@@ -54,6 +54,7 @@ def test_loss_gradients_and_steps_on_eight_devices_equal_those_on_one() -> None:
         cpu_mesh(8, fsdp=4, tensor=2),
         cpu_mesh(8, fsdp=2, tensor=4),
         cpu_mesh(8, data=2, fsdp=2, tensor=2),
+        cpu_mesh(8, slices=2, fsdp=2, tensor=2),
     ]
     with jax.enable_x64(True):
         assert_same_on_meshes(lambda mesh: three_steps(replace(CONFIG, FLOAT64), mesh), meshes, 1e-10)
