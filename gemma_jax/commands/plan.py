@@ -2,32 +2,50 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-from gemma_jax.config import PretrainConfig, load, parse, validate, validate_on_devices
+from gemma_jax.config import PretrainConfig, load, parse, validate
 from gemma_jax.config.sections import setting
 from gemma_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from gemma_jax.planning.analysis import Analysis
-    from gemma_jax.planning.topology import Topology
+    from gemma_jax.planning.planner import Plan, Planner
 
 
 @dataclasses.dataclass(frozen=True)
 class PlanOptions(PretrainConfig):
-    """Compile a config's training step for TPUs that are not here, and print what it would need."""
+    """Compile a config's program for TPUs that are not here, and tell what it would need."""
 
-    topology: str = setting("", "The TPU slice: v5e-256, v5p-128 (TensorCores), or by layout, v5p-4x4x8.")
-    slices: int = setting(1, "Slices, connected by the data-centre network.")
+    topology: str = setting(
+        "",
+        "The slice: v5e-256, v6e-8; v4-32, v5p-128 and tpu7x-64 count TensorCores; or a layout, v5p-4x4x8.",
+    )
+    slices: int = setting(1, "So many of it, connected by the data-centre network.")
+    mode: Literal["pretrain", "prefill", "decode", "finetune"] = setting(
+        "pretrain",
+        "The step of training; or, for data.batch_size prompts of data.sequence_length tokens, prefill or a "
+        "step of decode.",
+    )
+    new_tokens: int = setting(128, "prefill and decode: room in the cache behind the prompts.")
     compiler_option: tuple[str, ...] = setting((), "Options of the XLA compiler: NAME=VALUE.")
-    explain: bool = setting(False, "Show where each collective comes from.")
-    json: bool = setting(False, "Print one JSON object and nothing else.")
-    dump_hlo: str = setting("", "A file to write the compiled program's text to.")
+    tokens: str = setting("", "Tokens of the whole run, such as 20B or 6T; empty means those of the config.")
+    price: float = setting(0.0, "Of a chip and hour, for the cost of the run; 0 leaves it out.")
+    explain: bool = setting(False, "Show which code and which parameter each collective is for.")
+    sweep: bool = setting(False, "Try meshes, rematerialisation and rows a device, and rank what fits.")
+    sweep_data: tuple[int, ...] = setting((1,), "Sizes of mesh.data to try.")
+    sweep_tensor: tuple[int, ...] = setting((1, 2, 4), "Sizes of mesh.tensor to try.")
+    sweep_remat: tuple[str, ...] = setting((), "Values of compute.remat to try; empty means all.")
+    sweep_rows: tuple[int, ...] = setting((1, 2, 4), "Rows a device to try.")
+    json: bool = setting(False, "Print one JSON object a plan and nothing else.")
+    dump_hlo: str = setting("", "A file for the text of the compiled program.")
 
 
 def run(arguments: Sequence[str], prog: str) -> int:
-    """Print the plan of a config."""
+    """Print the plan of a config; status 1 if it does not fit."""
     if not arguments or arguments[0].startswith("-"):
         parse(PlanOptions(), [a for a in arguments if a in ("-h", "--help")], f"{prog} CONFIG")
         raise UserError(f"name a config first: {prog} CONFIG --topology v5e-256.")
@@ -37,68 +55,95 @@ def run(arguments: Sequence[str], prog: str) -> int:
     options = parse(PlanOptions(**sections), rest, f"{prog} {name}")
     config = PretrainConfig(**{field: getattr(options, field) for field in sections})
     validate(config)
+    tokens = token_count(options.tokens) if options.tokens else _tokens_of(config)
+    wrong = [option for option in options.compiler_option if not re.fullmatch(r"\w+=.*", option)]
+    if wrong:
+        raise UserError(f"compiler_option is {wrong[0]!r}, but must be NAME=VALUE.")
 
-    from gemma_jax.planning.compiler import compiler_version, prepare
+    from gemma_jax.planning.compiler import prepare
     from gemma_jax.planning.topology import parse_topology
 
     topology = parse_topology(options.topology, options.slices)
     prepare()
 
-    from gemma_jax.planning.analysis import analyse
-    from gemma_jax.planning.compiler import OutOfMemory, compile_lowered, devices_of
-    from gemma_jax.planning.programs import pretrain_step
-    from gemma_jax.sharding import make_mesh
+    from gemma_jax.commands.plan_report import print_plan, print_sweep, record
+    from gemma_jax.planning.cache import PlanCache
+    from gemma_jax.planning.planner import Planner
 
-    devices = devices_of(topology)
-    validate_on_devices(config, len(devices))
-    mesh = make_mesh(config.mesh, devices)
-    program = pretrain_step(config, mesh)
-    try:
-        compiled = compile_lowered(
-            program.lowered, dict(option.split("=", 1) for option in options.compiler_option)
-        )
-    except OutOfMemory as error:
-        print(f"does not fit: needs {_gib(error.needed)} of {_gib(error.available)}")
-        return 1
-    if options.dump_hlo:
-        with open(options.dump_hlo, "w", encoding="utf-8") as file:
-            file.write(compiled.text)
-    analysis = analyse(program, compiled, mesh)
+    planner = Planner(topology, PlanCache(Path(config.data.cache_dir).expanduser() / "plans"))
+    if options.sweep:
+        found = _sweep(planner, config, options)
+        if options.json:
+            for variant, plan in found:
+                print(json.dumps(record(name, variant, plan, tokens, options.price)))
+        else:
+            print_sweep(name, found, tokens, options.price)
+        return 0 if found and found[0][1].analysis else 1
+    plan = planner.plan(
+        config,
+        options.mode,
+        options.new_tokens,
+        _pairs(options),
+        Path(options.dump_hlo) if options.dump_hlo else None,
+    )
     if options.json:
-        print(json.dumps({"topology": str(topology), **dataclasses.asdict(analysis)}))
-        return 0
-    print(f"{name} on {topology}: {topology.chips} chips, {len(devices)} devices ({compiler_version()})")
-    _print(analysis, topology, options.explain)
-    return 0
+        print(json.dumps(record(name, config, plan, tokens, options.price)))
+    else:
+        print_plan(name, config, plan, options.mode, tokens, options.price, options.explain)
+    return 0 if plan.analysis else 1
 
 
-def _print(analysis: "Analysis", topology: "Topology", explain: bool) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def token_count(text: str) -> float:
+    """20B as 20,000,000,000; K, M, B and T are thousands, millions, billions and trillions.
 
-    console = Console(highlight=False)
-    console = console if console.is_terminal else Console(highlight=False, width=160)
-    parts = ", ".join(f"{_gib(size)} {part}" for part, size in analysis.memory.items() if size)
-    console.print(f"fits: {_gib(analysis.total_memory)} a device = {parts}")
-    clock = topology.generation.clock
-    told = f"{analysis.cycles / clock:.3f} s" if clock else f"{analysis.cycles:,} cycles (uncalibrated)"
-    console.print(f"step: {told} without Pallas kernels")
-    for kernel in analysis.kernels:
-        console.print(f"kernel: {kernel.count} x {kernel.name} {' '.join(kernel.arrays)}")
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    titles = ("collective", "axis", "executions", "MiB a step", *(("arrays", "source") if explain else ()))
-    for title in titles:
-        table.add_column(title, overflow="fold")
-    rows: dict[tuple[Any, ...], list[float]] = {}
-    for c in analysis.collectives:
-        key = (c.kind, c.axis, *((" ".join(c.arrays), f"{c.op_name} {c.source}") if explain else ()))
-        sums = rows.setdefault(key, [0, 0])
-        sums[0] += c.count
-        sums[1] += c.bytes
-    for (kind, axis, *more), (count, size) in sorted(rows.items(), key=lambda row: -row[1][1]):
-        table.add_row(kind, axis, f"{count:,}", f"{size / 2**20:,.1f}", *more)
-    console.print(table)
+    Raises:
+      UserError: it is no such number.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMBT]?)", text.strip().upper().replace(",", "").replace("_", ""))
+    if match is None or not float(match[1]):
+        raise UserError(f"tokens is {text!r}, but must be a number such as 500M, 20B or 6T.")
+    return float(match[1]) * 1000 ** " KMBT".index(match[2] or " ")
 
 
-def _gib(size: int | None) -> str:
-    return "an unknown amount" if size is None else f"{size / 2**30:.2f} GiB"
+def _tokens_of(config: PretrainConfig) -> float:
+    return float(config.steps) * config.data.batch_size * config.data.sequence_length
+
+
+def _pairs(options: PlanOptions) -> Mapping[str, str]:
+    return dict(option.split("=", 1) for option in options.compiler_option)
+
+
+def _sweep(
+    planner: "Planner", config: PretrainConfig, options: PlanOptions
+) -> "list[tuple[PretrainConfig, Plan]]":
+    from gemma_jax.commands.plan_report import summary
+    from gemma_jax.planning.sweep import REMAT_POLICIES, ranked, variants
+
+    unknown = set(options.sweep_remat) - set(REMAT_POLICIES)
+    if unknown:
+        raise UserError(f"sweep_remat has {unknown.pop()!r}; the policies are {', '.join(REMAT_POLICIES)}.")
+    to_try = list(
+        variants(
+            config,
+            len(planner.devices),
+            options.sweep_data,
+            options.sweep_tensor,
+            options.sweep_remat or REMAT_POLICIES,
+            options.sweep_rows,
+        )
+    )
+    if not to_try:
+        raise UserError("no combination of the sweep is possible for this model on this topology.")
+    found: list[tuple[PretrainConfig, Plan]] = []
+    too_large: dict[tuple[object, str], int] = {}
+    for number, variant in enumerate(to_try, 1):
+        kind = (variant.mesh, variant.compute.remat)
+        rows = variant.data.batch_size
+        if rows >= too_large.get(kind, rows + 1):
+            continue  # fewer rows of the same did not fit
+        plan = planner.plan(variant, options=_pairs(options))
+        if plan.analysis is None:
+            too_large[kind] = rows
+        found.append((variant, plan))
+        print(f"{number} of {len(to_try)}: {summary(variant, plan)}", file=sys.stderr, flush=True)
+    return ranked(found)

@@ -1,54 +1,82 @@
-"""What a compiled program needs: memory, cycles, bytes between devices."""
+"""What a compiled program needs: memory, cycles, kernels, bytes between devices."""
 
 import dataclasses
-
-from jax.sharding import Mesh
+import math
+import re
+from collections.abc import Mapping
 
 from gemma_jax.planning.collectives import Collective, collectives
 from gemma_jax.planning.compiler import Compiled
-from gemma_jax.planning.hlo import executions, parse
-from gemma_jax.planning.programs import Program
+from gemma_jax.planning.hlo import ITEM_BYTES, Array, Execution, executions, parse
+
+# Products of two matrices that each of splash attention's kernels has, by the part of its name that tells it:
+# scores and values; scores, gradient of the weights, queries; those and gradients of keys and values. The
+# last kernel does the work of the second too where the backward pass is fused into one.
+SPLASH_PRODUCTS = {"_fwd": 2, "_dq": 3, "_dkv": 4}
+FUSED_BACKWARD_PRODUCTS = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A Pallas kernel, for which the compiler gives no cycles."""
+    """A Pallas kernel with all its executions in a step. The compiler gives no cycles for it."""
 
     name: str
-    arrays: tuple[str, ...]  # operands
+    attention: bool
     count: int  # executions a step
+    flops: float  # in a step; of causal attention half of the products. 0 where it is not known
 
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
-    """A program that fits. Everything is a step of one device."""
+    """A compiled program. Everything is of one device and one step."""
 
-    memory: dict[str, int]  # bytes by what they are; the total is their sum
-    cycles: int  # the compiler's estimate, loops counted, kernels not
-    uncounted_loops: int  # loops whose number of rounds the program does not tell, counted once
-    kernels: list[Kernel]
-    collectives: list[Collective]
-
-    @property
-    def total_memory(self) -> int:
-        """Bytes a device."""
-        return sum(self.memory.values())
+    memory: dict[str, int]  # bytes by what they are; their sum is what the program needs
+    cycles: int  # the compiler's estimates, loops counted, kernels not
+    uncounted_loops: int  # loops whose number of rounds the program does not tell: counted once
+    kernels: tuple[Kernel, ...]
+    collectives: tuple[Collective, ...]
 
 
-def analyse(program: Program, compiled: Compiled, mesh: Mesh) -> Analysis:
-    """Read a compiled program: its memory is arguments, outputs in a place of their own, and temporaries."""
-    memory = dict(program.argument_bytes)
-    # What layouts add to shapes, and constants.
-    memory["padding"] = compiled.arguments - sum(memory.values())
-    memory["outputs"] = compiled.outputs - compiled.aliased
+def analyse(compiled: Compiled, argument_bytes: Mapping[str, int], mesh_shape: Mapping[str, int]) -> Analysis:
+    """Read a compiled program.
+
+    Args:
+      compiled: the program.
+      argument_bytes: of its arguments, by what they are, as shapes say.
+      mesh_shape: sizes of the mesh axes, in the order that numbers the devices.
+    """
+    memory = dict(argument_bytes)
+    memory["padding"] = compiled.arguments - sum(memory.values())  # what layouts add to shapes
+    memory["outputs"] = compiled.outputs - compiled.aliased  # in a place of their own
     memory["temporaries"] = compiled.temporaries
     module = parse(compiled.text)
-    cycles, uncounted, kernels = 0, 0, []
-    for executed in executions(module):
-        instruction = executed.instruction
-        cycles += instruction.cycles * executed.count
-        uncounted += instruction.opcode == "while" and not executed.counted
-        if instruction.is_kernel:
-            arrays = tuple(map(str, executed.operand_arrays))
-            kernels.append(Kernel(instruction.metadata("op_name"), arrays, executed.count))
-    return Analysis(memory, cycles, uncounted, kernels, collectives(module, dict(mesh.shape)))
+    executed = list(executions(module))
+    kernels = [e for e in executed if e.instruction.is_kernel]
+    fused = not any("_dq" in e.instruction.name for e in kernels)
+    return Analysis(
+        memory,
+        sum(e.instruction.cycles * e.count for e in executed),
+        sum(e.instruction.opcode == "while" and not e.counted for e in executed),
+        tuple(_kernel(e, fused) for e in kernels),
+        tuple(collectives(module, mesh_shape)),
+    )
+
+
+def _kernel(executed: Execution, fused_backward: bool) -> Kernel:
+    instruction = executed.instruction
+    name = re.sub(r"\.\d+$", "", instruction.name)
+    products = next((n for part, n in SPLASH_PRODUCTS.items() if part in name), 0)
+    if not name.startswith("splash") or not products:
+        # The author of a kernel may have stated its work (pallas.CostEstimate).
+        stated = re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', instruction.attributes)
+        return Kernel(name, False, executed.count, float(stated[1]) * executed.count if stated else 0.0)
+    if "_dkv" in name and fused_backward:
+        products = FUSED_BACKWARD_PRODUCTS
+    # q [..., heads, L, H] and k [..., S, H] are the first two operands of a float dtype.
+    q, k = [array for array in executed.operand_arrays if _is_float(array) and len(array.shape) > 1][:2]
+    product = 2.0 * math.prod(q.shape) * k.shape[-2]
+    return Kernel(name, True, executed.count, products * product / 2 * executed.count)
+
+
+def _is_float(array: Array) -> bool:
+    return array.dtype in ITEM_BYTES and "f" in array.dtype

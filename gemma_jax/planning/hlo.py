@@ -84,7 +84,7 @@ class Instruction:
 
     def metadata(self, key: str) -> str:
         """`op_name`, `source_file`, `source_line`, `stack_frame_id`; empty where it is not known."""
-        found = re.search(rf'metadata=\{{[^}}]*?\b{key}=("(?:[^"\\]|\\.)*"|\d+)', self.attributes)
+        found = re.search(rf'(?<!\w)metadata=\{{[^}}]*?\b{key}=("(?:[^"\\]|\\.)*"|\d+)', self.attributes)
         return found[1].strip('"') if found else ""
 
 
@@ -137,15 +137,29 @@ def parse(text: str) -> Module:
     computations: dict[str, Computation] = {}
     entry = ""
     current: dict[str, Instruction] = {}
+    lines: list[str] = []  # of one instruction: attributes that are text may hold line breaks
+
+    def end() -> None:
+        if lines:
+            text = "\n".join(lines)
+            start = _INSTRUCTION.match(text)
+            assert start
+            current[start[2]] = _instruction(text[start.end() :], start[2], bool(start[1]))
+            lines.clear()
+
     for line in text.splitlines():
         if header := _COMPUTATION.match(line):
             current = {}
             computations[header[2]] = Computation(header[2], current)
             if header[1]:
                 entry = header[2]
-        elif start := _INSTRUCTION.match(line):
-            instruction = _instruction(line[start.end() :], start[2], bool(start[1]))
-            current[instruction.name] = instruction
+        elif line == "}":
+            end()
+        elif _INSTRUCTION.match(line):
+            end()
+            lines.append(line)
+        elif lines:
+            lines.append(line)
     if not entry:
         raise ValueError("the text of the program has no ENTRY computation")
     return Module(computations, entry, _frames(text))

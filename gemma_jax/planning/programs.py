@@ -2,28 +2,62 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 import jax
-from jax.sharding import Mesh
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 
 from gemma_jax.config import PretrainConfig
 from gemma_jax.data.packing import Batch
-from gemma_jax.sharding import batch_sharding
+from gemma_jax.errors import UserError
+from gemma_jax.model import abstract_transformer
+from gemma_jax.model.cache import KEYS_AXES
+from gemma_jax.planning.traffic import Parameter, parameters
+from gemma_jax.sampling.generate import Generator
+from gemma_jax.sharding import batch_sharding, partition_spec, shardings
+from gemma_jax.training.hardware import training_flops_a_token
 from gemma_jax.training.state import abstract_train_state
 from gemma_jax.training.step import make_train_step
+
+Mode = Literal["pretrain", "prefill", "decode", "finetune"]
+MODES = get_args(Mode)
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A program before it is compiled, and what its arguments are."""
+    """A program before it is compiled, and what is known of it."""
 
     lowered: jax.stages.Lowered
-    argument_bytes: dict[str, int]  # on one device, by what it is: parameters, optimizer, batch
+    argument_bytes: dict[str, int]  # of one device, by what they are
+    parameters: list[Parameter]
+    tokens: int  # that one run of it processes or makes
+    model_flops: float | None  # that the model asks for in one run, of all devices; None where not told
 
 
-def bytes_a_device(tree: Any) -> int:
+def lower(mode: Mode, config: PretrainConfig, mesh: Mesh, new_tokens: int) -> Program:
+    """The program of a mode for a mesh whose devices need not be here.
+
+    Args:
+      mode: `pretrain` is the step of training; `prefill` takes data.batch_size prompts of
+        data.sequence_length tokens into the cache; `decode` makes one more token for each of them.
+      config: of the model, the batch and how it is computed.
+      mesh: what it is to run on.
+      new_tokens: that the cache has room for behind the prompts.
+
+    Raises:
+      UserError: the mesh does not divide a parameter, or the mode has no program yet.
+    """
+    if mode == "pretrain":
+        return _pretrain(config, mesh)
+    if mode == "finetune":
+        raise UserError(
+            "gemma_jax has no fine-tuning step yet, so there is nothing to plan; use --mode pretrain."
+        )
+    return _sampling(mode, config, mesh, new_tokens)
+
+
+def _bytes_a_device(tree: Any) -> int:
     """Bytes of a tree of abstract arrays on the device that holds most, without padding of layouts."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -31,23 +65,58 @@ def bytes_a_device(tree: Any) -> int:
     )
 
 
-def abstract_batch(config: PretrainConfig, mesh: Mesh) -> Batch:
-    """A batch as `put_batch` puts it on the mesh, without values."""
-    shape = (config.data.batch_size, config.data.sequence_length)
-    dtypes: Sequence[str] = ("int32", "int32", "float32", "int32", "int32")  # as Batch declares them
-    arrays = [jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh)) for dtype in dtypes]
-    return Batch(*arrays)  # type: ignore[arg-type]  # shapes in the place of values
-
-
-def pretrain_step(config: PretrainConfig, mesh: Mesh) -> Program:
-    """The step of `gemma pretrain`."""
-    state, batch = abstract_train_state(config, mesh), abstract_batch(config, mesh)
-    lowered = cast(jax.stages.Wrapped, make_train_step(config, mesh)).lower(state, batch)
-    return Program(
-        lowered,
-        {
-            "parameters": bytes_a_device(state.params),
-            "optimizer": bytes_a_device((state.step, state.opt_state)),
-            "batch": bytes_a_device(batch),
-        },
+def _placed(tree: Any, where: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, where
     )
+
+
+def _pretrain(config: PretrainConfig, mesh: Mesh) -> Program:
+    state = abstract_train_state(config, mesh)
+    shape = (config.data.batch_size, config.data.sequence_length)
+    dtypes = ("int32", "int32", "float32", "int32", "int32")  # as Batch declares its arrays
+    arrays = [jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh)) for dtype in dtypes]
+    batch = Batch(*arrays)  # type: ignore[arg-type]  # shapes in the place of values
+    step = cast(jax.stages.Wrapped, make_train_step(config, mesh))
+    tokens = math.prod(shape)
+    return Program(
+        step.lower(state, batch),
+        {
+            "parameters": _bytes_a_device(state.params),
+            "optimizer": _bytes_a_device((state.step, state.opt_state)),
+            "batch": _bytes_a_device(batch),
+        },
+        parameters(state.params, mesh),
+        tokens,
+        tokens * training_flops_a_token(config.model, config.data.sequence_length),
+    )
+
+
+def _sampling(mode: Mode, config: PretrainConfig, mesh: Mesh, new_tokens: int) -> Program:
+    _, abstract = abstract_transformer(config.model, config.compute, mesh)
+    params = _placed(abstract, shardings(abstract, mesh))
+    generator = Generator(config.model, config.compute, mesh, params)
+    rows, length = config.data.batch_size, config.data.sequence_length
+    by_row = batch_sharding(mesh)
+
+    def integers(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=by_row)
+
+    keys = _placed(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows)), by_row)
+    ends = jax.ShapeDtypeStruct((1,), jnp.int32)
+    prompts = (integers(rows, length), integers(rows), integers(rows), keys, 0.0, 0, 1.0, ends)
+    sizes = {"slots": min(length + new_tokens, config.model.context_length), "capacity": new_tokens}
+    held = {"parameters": _bytes_a_device(params)}
+    known = parameters(params, mesh)
+    if mode == "prefill":
+        lowered = generator.prefill.lower(params, *prompts, **sizes)
+        return Program(lowered, held | {"batch": _bytes_a_device(prompts[:4])}, known, rows * length, None)
+    state = jax.eval_shape(lambda p, *args: generator.prefill(p, *args, **sizes), params, *prompts)
+    # As prefill leaves it: the cache split by rows and heads, everything else by rows.
+    where = jax.tree.map(lambda _: by_row, state)
+    cache = NamedSharding(mesh, partition_spec(KEYS_AXES, state.cache.keys.shape, mesh, "cache"))
+    where = dataclasses.replace(where, cache=dataclasses.replace(where.cache, keys=cache, values=cache))
+    state = _placed(state, where)
+    steps = jax.ShapeDtypeStruct((), jnp.int32)
+    lowered = generator.decode.lower(params, state, steps, ends)
+    return Program(lowered, held | {"cache": _bytes_a_device(state)}, known, rows, None)

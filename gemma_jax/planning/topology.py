@@ -19,16 +19,19 @@ class Generation:
     # Cycles a second of a TensorCore. None where it is not published and does not follow from what is: the
     # documents name both 2 and 4 matrix units for v6e, and none for tpu7x.
     clock: float | None
+    # Bytes a second that a chip receives over all its links, and its share of the data-centre network.
+    ici_bytes_a_second: float | None
+    dcn_bytes_a_second: float | None
 
 
 # Clocks follow from the published peak: FLOP/s = cores * 4 matrix units * 128 * 128 * 2 * clock. That of v4
 # is published too, 1.05 GHz (Jouppi et al., 2023, table 4).
 GENERATIONS = {
-    "v4": Generation("v4", 3, 2, True, 32, 4096, 275e12 / (2 * 4 * 128 * 128 * 2)),
-    "v5e": Generation("v5e", 2, 1, False, 16, 256, 197e12 / (4 * 128 * 128 * 2)),
-    "v5p": Generation("v5p", 3, 2, True, 95, 8960, 459e12 / (2 * 4 * 128 * 128 * 2)),
-    "v6e": Generation("v6e", 2, 1, False, 32, 256, None),
-    "tpu7x": Generation("tpu7x", 3, 2, True, 192, 9216, None),
+    "v4": Generation("v4", 3, 2, True, 32, 4096, 275e12 / (2 * 4 * 128 * 128 * 2), None, None),
+    "v5e": Generation("v5e", 2, 1, False, 16, 256, 197e12 / (4 * 128 * 128 * 2), 200e9, 6.4e12 / 8 / 256),
+    "v5p": Generation("v5p", 3, 2, True, 95, 8960, 459e12 / (2 * 4 * 128 * 128 * 2), 600e9, 50e9 / 8),
+    "v6e": Generation("v6e", 2, 1, False, 32, 256, None, 400e9, 100e9 / 8),
+    "tpu7x": Generation("tpu7x", 3, 2, True, 192, 9216, None, 600e9, 100e9 / 8),
 }
 OTHER_NAMES = {"v5litepod": "v5e", "v7x": "tpu7x"}
 

@@ -1,0 +1,215 @@
+"""A plan as a page for people and as a record for programs."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from gemma_jax.config import PretrainConfig, to_dict
+from gemma_jax.planning.compiler import compiler_version
+from gemma_jax.planning.estimate import ASSUMPTIONS, Budget, budget
+from gemma_jax.planning.planner import Plan
+from gemma_jax.planning.traffic import origin
+
+GIB = 2**30
+
+
+def record(name: str, config: PretrainConfig, plan: Plan, tokens: float, price: float) -> dict[str, Any]:
+    """A plan as JSON. Memory, bytes and cycles are of one device and one step."""
+    analysis, figures, topology = plan.analysis, plan.estimate, plan.topology
+    told: dict[str, Any] = {
+        "config": name,
+        "topology": str(topology),
+        "chips": topology.chips,
+        "devices": plan.devices,
+        "mesh": dict(plan.mesh_shape),
+        "settings": to_dict(config),
+        "compiler": compiler_version(),
+        "fits": analysis is not None,
+    }
+    if analysis is None or figures is None:
+        return told | {"needed_bytes": plan.entry.needed, "available_bytes": plan.entry.available}
+    collectives = [
+        dataclasses.asdict(c) | {"origin": dataclasses.asdict(origin(c, plan.program.parameters))}
+        for c in analysis.collectives
+    ]
+    run = _budget(plan, tokens, price)
+    return told | {
+        "memory_bytes": analysis.memory,
+        "needed_bytes": sum(analysis.memory.values()),
+        "cycles": analysis.cycles,
+        "uncounted_loops": analysis.uncounted_loops,
+        "kernels": [dataclasses.asdict(kernel) for kernel in analysis.kernels],
+        "collectives": collectives,
+        "fsdp_bytes": plan.fsdp and {"received": plan.fsdp[0], "minimum": plan.fsdp[1]},
+        "estimate": dataclasses.asdict(figures) | {"seconds": figures.seconds},
+        "run": run and dataclasses.asdict(run),
+        "assumptions": ASSUMPTIONS,
+    }
+
+
+def print_plan(
+    name: str, config: PretrainConfig, plan: Plan, mode: str, tokens: float, price: float, explain: bool
+) -> None:
+    """A page: does it fit, memory, traffic, time, and what a whole run comes to."""
+    console = _console()
+    topology, analysis, figures = plan.topology, plan.analysis, plan.estimate
+    chips = f"{topology.chips} chip" + ("s" if topology.chips > 1 else "")
+    devices = f"{chips}, {plan.devices} devices" if plan.devices != topology.chips else chips
+    console.print(
+        f"[bold]{name}[/], {mode}, on {topology} ({devices}; mesh {_mesh(plan)}; {compiler_version()})"
+    )
+    if analysis is None or figures is None:
+        console.print(f"[bold]does not fit[/]: {_lack(plan)}")
+        return
+    per_chip = plan.devices_a_chip
+    total = sum(analysis.memory.values()) * per_chip
+    parts = ", ".join(
+        f"{part} {size * per_chip / GIB:.2f}" for part, size in analysis.memory.items() if size >= 0.005 * GIB
+    )
+    console.print(f"[bold]fits[/]: {total / GIB:.2f} of {topology.generation.hbm_gib} GiB a chip ({parts})")
+    console.print()
+    console.print(_collectives(plan, explain))
+    if plan.fsdp:
+        received, least = plan.fsdp
+        console.print(
+            f"over fsdp {received / GIB:.2f} GiB a device, {received / least:.2f} times the least possible: "
+            "each parameter gathered once a pass and its gradient scattered once, in bfloat16"
+        )
+    console.print()
+    _print_time(console, plan, mode)
+    run = _budget(plan, tokens, price) if mode == "pretrain" else None
+    if run:
+        cost = "" if run.cost is None else f", {run.cost:,.0f} at {price:g} a chip and hour"
+        console.print(
+            f"{_count(run.tokens)} tokens: {run.days:,.2f} days, {run.chip_hours:,.0f} chip-hours{cost}"
+        )
+    console.print(f"[dim]assumed: {'; '.join(ASSUMPTIONS)}[/]")
+
+
+def _print_time(console: Console, plan: Plan, mode: str) -> None:
+    figures, analysis = plan.estimate, plan.analysis
+    assert figures and analysis
+    run = "a step" if mode in ("pretrain", "decode") else "a batch"
+    kernels = f" + {figures.kernel_seconds:.3f} s Pallas kernels" if analysis.kernels else ""
+    console.print(
+        f"[bold]{figures.seconds:.3f} s {run}[/] = {figures.compiled_seconds:.3f} s compiled by XLA{kernels}"
+    )
+    if not figures.calibrated:
+        generation = plan.topology.generation.name
+        console.print(
+            f"[bold]uncalibrated[/]: no clock is published for {generation}; it is taken so that the "
+            "compiler's cycles for a large product give the chip's published peak"
+        )
+    if analysis.uncounted_loops and mode == "pretrain":
+        console.print(
+            f"{analysis.uncounted_loops} loops of unknown length are counted once: the step takes longer"
+        )
+    if figures.unknown_kernels:
+        console.print(f"{figures.unknown_kernels} Pallas kernels state no work and are left out")
+    for network, seconds in figures.link_seconds.items():
+        what = "links between chips" if network == "ici" else "data-centre network"
+        console.print(f"the bytes above alone take {seconds:.3f} s at full speed of the {what}")
+    share = "" if figures.utilisation is None else f", modelled utilisation {figures.utilisation:.1%} of peak"
+    speed = figures.tokens_per_second
+    console.print(f"{speed:,.0f} tokens/s, {speed / plan.topology.chips:,.0f} a chip{share}")
+
+
+def _collectives(plan: Plan, explain: bool) -> Table:
+    assert plan.analysis
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    right = {"a step", "MiB received"}
+    titles = ["collective", "mesh axis", "a step", "MiB received"]
+    titles += ["array", "for", "logical axis", "in", "asked for by"] if explain else []
+    for title in titles:
+        table.add_column(title, justify="right" if title in right else "left", overflow="fold")
+    rows: dict[tuple[str, ...], list[float]] = {}
+    for collective in plan.analysis.collectives:
+        key: tuple[str, ...] = (collective.kind, collective.axis)
+        if explain:
+            why = origin(collective, plan.program.parameters)
+            key += (
+                " ".join(collective.arrays),
+                " | ".join(why.parameters) or "activations",
+                ", ".join(why.logical_axes),
+                why.work,
+                why.source,
+            )
+        sums = rows.setdefault(key, [0, 0])
+        sums[0] += collective.count
+        sums[1] += collective.bytes
+    for (kind, axis, *more), (count, size) in sorted(rows.items(), key=lambda row: -row[1][1]):
+        table.add_row(kind, axis, f"{count:,.0f}", f"{size / 2**20:,.1f}", *more)
+    return table
+
+
+def print_sweep(name: str, found: Sequence[tuple[PretrainConfig, Plan]], tokens: float, price: float) -> None:
+    """A line for each plan, best first."""
+    console = _console()
+    first = found[0][1]
+    console.print(f"[bold]{name}[/] on {first.topology} ({first.topology.chips} chips; {compiler_version()})")
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for title in ("mesh", "remat", "batch"):
+        table.add_column(title)
+    for title in ("GiB a chip", "s a step", "tokens/s a chip", "utilisation", "days"):
+        table.add_column(title, justify="right")
+    for config, plan in found:
+        settings = (_mesh(plan), config.compute.remat, f"{config.data.batch_size:,}")
+        if plan.analysis is None or plan.estimate is None:
+            table.add_row(*settings, "does not fit", _lack(plan))
+            continue
+        run = _budget(plan, tokens, price)
+        figures = plan.estimate
+        table.add_row(
+            *settings,
+            f"{sum(plan.analysis.memory.values()) * plan.devices_a_chip / GIB:.2f}",
+            f"{figures.seconds:.3f}" + ("" if figures.calibrated else " uncalibrated"),
+            f"{figures.tokens_per_second / plan.topology.chips:,.0f}",
+            f"{figures.utilisation or 0:.1%}",
+            f"{run.days:,.1f}" if run else "",
+        )
+    console.print(table)
+
+
+def summary(config: PretrainConfig, plan: Plan) -> str:
+    """A plan of a sweep in a few words."""
+    settings = f"{_mesh(plan)}, remat {config.compute.remat}, batch {config.data.batch_size}"
+    if plan.analysis is None or plan.estimate is None:
+        return f"{settings}: does not fit, {_lack(plan)}"
+    total = sum(plan.analysis.memory.values()) * plan.devices_a_chip / GIB
+    return f"{settings}: {total:.2f} GiB a chip, {plan.estimate.seconds:.3f} s a step"
+
+
+def _lack(plan: Plan) -> str:
+    needed, available = plan.entry.needed, plan.entry.available
+    if needed is None or available is None:
+        return "the compiler does not say how much it needs"
+    per_chip = plan.devices_a_chip
+    return f"needs {needed * per_chip / GIB:.2f} of {available * per_chip / GIB:.2f} GiB a chip"
+
+
+def _mesh(plan: Plan) -> str:
+    return (
+        " x ".join(f"{axis} {size}" for axis, size in plan.mesh_shape.items() if size > 1) or "of one device"
+    )
+
+
+def _budget(plan: Plan, tokens: float, price: float) -> Budget | None:
+    if plan.estimate is None:
+        return None
+    return budget(tokens, plan.estimate.tokens_per_second, plan.topology.chips, price or None)
+
+
+def _count(number: float) -> str:
+    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= unit:
+            return f"{number / unit:.4g}{name}"
+    return f"{number:.0f}"
+
+
+def _console() -> Console:
+    console = Console(highlight=False)
+    # Wide where the output goes to a file or a pipe: rows must not be folded there.
+    return console if console.is_terminal else Console(highlight=False, width=200)

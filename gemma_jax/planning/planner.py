@@ -1,0 +1,114 @@
+"""A plan: one config on one topology, compiled, read and put into figures."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+from gemma_jax.config import PretrainConfig, validate_on_devices
+from gemma_jax.planning.analysis import Analysis, analyse
+from gemma_jax.planning.cache import Entry, PlanCache, key_of
+from gemma_jax.planning.clock import inferred_clock
+from gemma_jax.planning.compiler import OutOfMemory, compile_lowered, compiler_version, devices_of
+from gemma_jax.planning.estimate import Estimate, estimate
+from gemma_jax.planning.programs import Mode, Program, lower
+from gemma_jax.planning.topology import Topology
+from gemma_jax.planning.traffic import fsdp_minimum, fsdp_traffic
+from gemma_jax.sharding import make_mesh
+from gemma_jax.training.hardware import peak_flops
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A program on a topology."""
+
+    topology: Topology
+    devices: int
+    mesh_shape: Mapping[str, int]
+    program: Program
+    entry: Entry
+    estimate: Estimate | None  # None if it does not fit
+    fsdp: tuple[float, float] | None  # bytes that a device receives over fsdp, and the least possible
+
+    @property
+    def analysis(self) -> Analysis | None:
+        """None if the program does not fit."""
+        return self.entry.analysis
+
+    @property
+    def devices_a_chip(self) -> int:
+        """2 for v4 and tpu7x, whose TensorCores are devices of their own."""
+        return self.devices // self.topology.chips
+
+
+class Planner:
+    """Makes plans for one topology, whose devices are asked for once."""
+
+    def __init__(self, topology: Topology, cache: PlanCache) -> None:
+        self.topology = topology
+        self.devices = devices_of(topology)
+        self._cache = cache
+        self._clock: float | None = topology.generation.clock
+
+    def plan(
+        self,
+        config: PretrainConfig,
+        mode: Mode = "pretrain",
+        new_tokens: int = 128,
+        options: Mapping[str, str] = MappingProxyType({}),
+        dump_hlo: Path | None = None,
+    ) -> Plan:
+        """Compile a config's program, or find what was learnt of it before.
+
+        Args:
+          config: what to run, and on which mesh of the topology's devices.
+          mode: which program of it.
+          new_tokens: room in the cache behind the prompts, where the mode is of sampling.
+          options: of the XLA compiler.
+          dump_hlo: a file for the compiled program's text, which is then compiled anew.
+
+        Raises:
+          UserError: the config does not fit the devices, or the compiler refuses an option.
+        """
+        validate_on_devices(config, len(self.devices))
+        mesh = make_mesh(config.mesh, self.devices)
+        program = lower(mode, config, mesh, new_tokens)
+        name = f"{self.topology.slices} x {self.topology.compiler_name}, {list(mesh.shape.items())}"
+        key = key_of(program.lowered.as_text(), name, options, compiler_version())
+        entry = None if dump_hlo else self._cache.get(key)
+        if entry is None:
+            entry = self._compile(program, options, dict(mesh.shape), dump_hlo)
+            self._cache.put(key, entry)
+        if entry.analysis is None:
+            return Plan(self.topology, len(self.devices), dict(mesh.shape), program, entry, None, None)
+        if self._clock is None:
+            self._clock = inferred_clock(self.devices[0])
+        peak = peak_flops(self.devices)
+        assert peak is not None  # every generation of topology.py is in the table
+        figures = estimate(
+            entry.analysis,
+            self.topology,
+            self._clock,
+            peak,
+            len(self.devices),
+            program.tokens,
+            program.model_flops,
+        )
+        fsdp = None
+        if mode == "pretrain" and mesh.shape["fsdp"] > 1:
+            least = fsdp_minimum(
+                program.parameters, mesh.shape["fsdp"], config.optimizer.accumulation_steps, "bf16", "bf16"
+            )
+            fsdp = (fsdp_traffic(entry.analysis.collectives), least)
+        return Plan(self.topology, len(self.devices), dict(mesh.shape), program, entry, figures, fsdp)
+
+    def _compile(
+        self, program: Program, options: Mapping[str, str], mesh_shape: Mapping[str, int], dump: Path | None
+    ) -> Entry:
+        try:
+            compiled = compile_lowered(program.lowered, options)
+        except OutOfMemory as error:
+            return Entry(None, error.needed, error.available)
+        if dump:
+            dump.write_text(compiled.text, encoding="utf-8")
+        return Entry(analyse(compiled, program.argument_bytes, mesh_shape))

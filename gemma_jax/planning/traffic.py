@@ -1,0 +1,149 @@
+"""Which parameter a collective is for, and the least that fully sharded data parallelism must send."""
+
+import dataclasses
+import linecache
+import math
+import re
+from collections.abc import Sequence
+from pathlib import PurePath
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from gemma_jax.planning.collectives import Collective
+from gemma_jax.planning.hlo import ITEM_BYTES
+from gemma_jax.sharding import RULES, logical_axes, parameter_name
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """A parameter as the collectives see it."""
+
+    name: str
+    axes: tuple[str, ...]  # logical, without the layers
+    shape: tuple[int, ...]  # of one layer, as a group of the fsdp axis holds it together
+    layers: int  # 1 for one that is not stacked
+
+
+def parameters(params: Any, mesh: Mesh) -> list[Parameter]:
+    """The parameters of an abstract model with shardings."""
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    found = []
+    for path, variable in leaves:
+        axes = [str(axis) for axis in logical_axes(variable)]
+        for array in jax.tree.leaves(variable):
+            layers = array.shape[axes.index("layers")] if "layers" in axes else 1
+            sizes = []
+            for axis, size, split in zip(axes, array.shape, array.sharding.spec, strict=True):
+                if axis != "layers":
+                    # What the fsdp axis splits is gathered; what another axis splits stays apart.
+                    names = (split,) if isinstance(split, str) else split or ()
+                    sizes.append(size // math.prod(mesh.shape[name] for name in names if name != "fsdp"))
+            kept = tuple(axis for axis in axes if axis != "layers")
+            found.append(Parameter(parameter_name(path), kept, tuple(sizes), layers))
+    return found
+
+
+def fsdp_minimum(
+    params: Sequence[Parameter], parts: int, passes: int, gather_dtype: str, scatter_dtype: str
+) -> float:
+    """Bytes that one device must receive in a step over an fsdp axis of `parts` devices.
+
+    Each parameter is gathered once a pass and its gradient is scattered once. A step has two passes over the
+    layers, forward and backward, and one over the embedding: the loss forms its gradients in the forward
+    pass, and a token's row is looked up where it lies.
+
+    Args:
+      params: of the model.
+      parts: size of the axis.
+      passes: over the whole model: the number of parts that a batch is computed in.
+      gather_dtype: that parameters are gathered in.
+      scatter_dtype: that gradients are scattered in.
+    """
+    total = 0.0
+    for parameter in params:
+        gathers = (1 if parameter.name == "embedding" else 2) * passes
+        item = gathers * ITEM_BYTES[gather_dtype] + ITEM_BYTES[scatter_dtype]
+        total += item * math.prod(parameter.shape) * parameter.layers
+    return total * (parts - 1) / parts
+
+
+def fsdp_traffic(collectives: Sequence[Collective]) -> float:
+    """Bytes that one device receives over the fsdp axis in all-gathers and sums."""
+    kinds = ("all-gather", "reduce-scatter", "all-reduce")
+    return sum(c.bytes for c in collectives if c.axis == "fsdp" and c.kind in kinds)
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Why a collective is there."""
+
+    parameters: tuple[str, ...]  # those whose shape it has; none for activations
+    logical_axes: tuple[str, ...]  # of these, which the mesh axis of the collective splits
+    work: str  # forward, recompute, backward or update
+    source: str  # FILE:LINE in this package, innermost first
+
+
+def origin(collective: Collective, params: Sequence[Parameter]) -> Origin:
+    """What a collective is for, told by the shapes that it has and jax's name for the operation."""
+    shapes = [_shape(array) for array in collective.arrays]
+    places = _own(collective.source)[:3]
+    matches = [p for p in params if any(_same(shape, p) for shape in shapes)]
+    # Of several parameters of one shape, those that the code there names, then those whose axes lie so.
+    for fits in (
+        lambda p: p.name.split(".")[-1] in _named_at(places),
+        lambda p: any(tuple(n for n in shape if n > 1) == p.shape for shape in shapes),
+    ):
+        matches = [p for p in matches if fits(p)] or matches
+    split = {
+        axis
+        for axis, mesh_axes in RULES.items()
+        if set(mesh_axes) & set(collective.axis.split(" x "))
+        if any(axis in parameter.axes for parameter in matches)
+    }
+    name = collective.op_name
+    if "rematted_computation" in name:
+        work = "recompute"
+    elif "transpose(" in name:
+        work = "backward"
+    elif "jvp(" in name:
+        work = "forward"
+    else:
+        work = "update"
+    return Origin(tuple(p.name for p in matches), tuple(sorted(split)), work, " < ".join(places))
+
+
+def _shape(array: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in array[array.index("[") + 1 : -1].split(",") if n)
+
+
+def _same(shape: tuple[int, ...], parameter: Parameter) -> bool:
+    """Whether an array has a parameter's elements: axes may be merged or turned, and one padded a little."""
+    dims = sorted(n for n in shape if n > 1)
+    for layers in {1, parameter.layers}:
+        wanted = sorted(n for n in (layers, *parameter.shape) if n > 1)
+        if dims == wanted:
+            return True
+        if wanted and dims and math.prod(dims) == math.prod(wanted) and max(wanted) == max(dims):
+            return True
+        if len(dims) == len(wanted) and all(w <= d <= 1.05 * w for d, w in zip(dims, wanted, strict=True)):
+            return len(wanted) > 1
+    return False
+
+
+def _named_at(places: Sequence[str]) -> set[str]:
+    """Parameters that are read on these lines of the package, as `self.gate[...]`."""
+    package = PurePath(__file__).parents[1]
+    lines = [
+        linecache.getline(str(package / file), int(line)) for file, line in (p.split(":") for p in places)
+    ]
+    return {name for line in lines for name in re.findall(r"\.(\w+)\[\.\.\.\]", line)}
+
+
+def _own(source: str) -> list[str]:
+    """Places in this package, without the one product that all layers call."""
+    package = str(PurePath(__file__).parents[1]) + "/"
+    places = [place.removeprefix(package) for place in source.split(" < ") if place.startswith(package)]
+    return [place for place in places if not place.startswith("weights/product.py")] or places
