@@ -4,7 +4,7 @@ import dataclasses
 import operator
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +56,7 @@ class Gemma:
         mesh: Mesh,
         compute: ComputeConfig,
         end_tokens: Sequence[int] = (EOS,),
+        terms_source: str = "",
     ) -> None:
         """Args:
         config: shape of the model.
@@ -64,6 +65,7 @@ class Gemma:
         mesh: that the parameters lie on.
         compute: how to execute.
         end_tokens: ids that end a continuation.
+        terms_source: where the weights come from, if they are under the Gemma terms of use.
 
         Raises:
           UserError: the tokenizer has another vocabulary than the model.
@@ -75,7 +77,7 @@ class Gemma:
             )
         self.config, self.params, self.mesh, self.compute = config, params, mesh, compute
         self.end_tokens = tuple(end_tokens)
-        self._tokenizer = tokenizer
+        self._tokenizer, self._terms_source = tokenizer, terms_source
         self._generator = Generator(config, compute, mesh, params)
         graphdef, _ = abstract_transformer(config, compute, mesh)
 
@@ -99,8 +101,8 @@ class Gemma:
         """Load a model.
 
         Args:
-          checkpoint: a run directory, one of its steps, a Hugging Face directory, or `random:PRESET` for
-            random weights of a preset.
+          checkpoint: a run directory, one of its steps, a Hugging Face directory, a published Flax
+            directory, or `random:PRESET` for random weights of a preset.
           mesh: how to split it over the devices; all of them on fsdp if left out.
           compute: how to execute it.
           instruction_tuned: whether it was trained on dialogues; if left out it was where its
@@ -115,7 +117,38 @@ class Gemma:
         tokenizer = found.tokenizer()  # first: what is wrong with it is known at once
         ends = found.end_tokens(instruction_tuned)
         params = found.params(compute, device_mesh)
-        return cls(found.config, params, tokenizer, device_mesh, compute, ends)
+        return cls(found.config, params, tokenizer, device_mesh, compute, ends, found.terms_source)
+
+    def save_pretrained(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        format: Literal["huggingface", "flax", "run"] = "huggingface",
+        dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    ) -> None:
+        """Write the weights, and the tokenizer where there is one, so that other programs can read them.
+
+        Args:
+          path: a directory that is not there yet, or is empty.
+          format: safetensors and config.json as of Hugging Face, the published Flax form, or a run's
+            directory at step 0.
+          dtype: of the numbers; as they are in memory if left out.
+
+        Raises:
+          UserError: something is there, the disk is full, or the numbers are not finite in this dtype.
+        """
+        from gemma_jax.checkpoint.export import PlacedWeights, export  # late: orbax costs a second
+
+        export(
+            path,
+            format,
+            PlacedWeights(self.params, self.config),
+            self.config,
+            dtype=dtype or self.compute.param_dtype,
+            end_tokens=self.end_tokens,
+            tokenizer=self._tokenizer,
+            terms_source=self._terms_source,
+        )
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -12,6 +12,7 @@ COMMANDS = {
     "pretrain": "train a model from random weights: gemma pretrain CONFIG [--FIELD VALUE ...]",
     "sample": "continue prompts: gemma sample CHECKPOINT --prompt TEXT [--FIELD VALUE ...]",
     "chat": "talk with an instruction-tuned model: gemma chat CHECKPOINT [--FIELD VALUE ...]",
+    "convert": "weights into another form: gemma convert SOURCE DESTINATION --format huggingface|flax|run",
     "replay": "the batch of a step with the loss of each token: gemma replay RUN STEP [--rows N] [--json]",
     "runs": "a table of the runs under a directory: gemma runs DIR [--plot FILE.png]",
     "plan": "memory, traffic and time on TPUs that are not here: gemma plan CONFIG --topology v5e-256",

@@ -1,19 +1,22 @@
 """Hugging Face directories: config.json and safetensors, in one file or in shards with an index."""
 
+import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from gemma_jax.checkpoint.layout import EMBEDDING, FINAL_NORM, in_order, parameter_shapes
+from gemma_jax.checkpoint.layout import EMBEDDING, FINAL_NORM, Weights, in_order, parameter_shapes
 from gemma_jax.checkpoint.published_config import CONFIG_FILE, read_config, read_json
-from gemma_jax.checkpoint.safetensors import SafetensorsFile
+from gemma_jax.checkpoint.safetensors import SafetensorsFile, write_safetensors
 from gemma_jax.config import TransformerConfig
 from gemma_jax.errors import UserError
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 DTYPES = ("float32", "bfloat16", "float16")
+SHARD_BYTES = 5_000_000_000  # a file has at most so many, if no tensor is larger
 _TIED = "lm_head.weight"
 _IGNORED = ".rotary_emb.inv_freq"  # a buffer that old versions of transformers saved
 _BLOCK_NAMES = {
@@ -175,3 +178,43 @@ class HuggingFaceDirectory:
         """See `gemma_jax.checkpoint.layout.Weights`."""
         name = tensor_name(parameter, layer)
         return f"{name} in {self._files[name].path}"
+
+
+def write_huggingface(
+    folder: Path, weights: Weights, config: TransformerConfig, dtype: np.dtype[Any]
+) -> None:
+    """Write weights as safetensors: one file, or shards with an index where they are large.
+
+    One tensor at a time is in memory.
+
+    Args:
+      folder: that is there.
+      weights: already of this dtype.
+      config: their shape.
+      dtype: float32, bfloat16 or float16.
+    """
+    places = {tensor_name(parameter, layer): (parameter, layer) for parameter, layer in in_order(config)}
+    ours = parameter_shapes(config)
+    shapes = {name: stored_shape(parameter, ours[parameter]) for name, (parameter, _) in places.items()}
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    held = total = 0
+    for name, shape in shapes.items():
+        size = math.prod(shape) * dtype.itemsize
+        if held and held + size > SHARD_BYTES:
+            shards.append({})
+            held = 0
+        shards[-1][name] = shape
+        held, total = held + size, total + size
+
+    def tensor(name: str) -> np.ndarray:
+        return to_stored(places[name][0], weights.get(*places[name]))
+
+    files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
+        files = [WEIGHTS_FILE]
+    for file, shard in zip(files, shards, strict=True):
+        write_safetensors(folder / file, shard, dtype, tensor)
+    if len(shards) > 1:
+        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")

@@ -1,6 +1,6 @@
 """What CHECKPOINT means, wherever a command or `Gemma.from_pretrained` takes one.
 
-A run directory, one of its steps, a Hugging Face directory, or `random:PRESET`.
+A run directory, one of its steps, a Hugging Face directory, a published Flax directory, or `random:PRESET`.
 """
 
 import dataclasses
@@ -14,8 +14,10 @@ from jax.sharding import Mesh
 
 from gemma_jax.checkpoint.end_tokens import end_tokens
 from gemma_jax.checkpoint.huggingface import HuggingFaceDirectory
+from gemma_jax.checkpoint.layout import Weights
 from gemma_jax.checkpoint.placement import place
-from gemma_jax.checkpoint.published_config import CONFIG_FILE
+from gemma_jax.checkpoint.published_config import CONFIG_FILE, read_config
+from gemma_jax.checkpoint.terms import has_notice, has_published_shape
 from gemma_jax.config import (
     ComputeConfig,
     PretrainConfig,
@@ -31,6 +33,8 @@ from gemma_jax.tokenizer import Tokenizer
 
 RANDOM = "random:"
 TOKENIZER_FILE = "tokenizer.model"
+RUN_RECORD = "run/data.json"  # of a step of a run, in record.py
+FLAX_METADATA = "_METADATA"  # orbax's, in the directory of the arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +46,16 @@ class Checkpoint:
     config: TransformerConfig
     dtype: str  # of the numbers on disk
     tokenizer_path: str  # empty where there is none
+    gemma_terms: bool  # whether the weights derive from Google's, and so are under its terms of use
     params: Callable[[ComputeConfig, Mesh], nnx.State]
     """Reads the parameters to their place on a mesh; UserError where they are damaged or do not fit it."""
+
+    weights: Weights | None = None  # of the published forms: the arrays as they lie on disk
+
+    @property
+    def terms_source(self) -> str:
+        """What a NOTICE is to say of where the weights are from; empty: they need none."""
+        return self.name if self.gemma_terms else ""
 
     def tokenizer(self) -> Tokenizer | None:
         """Raises:
@@ -60,8 +72,9 @@ def open_checkpoint(name: str | os.PathLike[str]) -> Checkpoint:
     """Find a checkpoint and check what can be checked without reading its numbers.
 
     Args:
-      name: a run directory (its newest step is meant), one of its steps, a Hugging Face directory, or
-        `random:PRESET` for random weights of a preset.
+      name: a run directory (its newest step is meant), one of its steps, a Hugging Face directory, a
+        published Flax directory or the one that holds it beside its tokenizer, or `random:PRESET` for
+        random weights of a preset.
 
     Raises:
       UserError: nothing there, or not a whole checkpoint of a Gemma that is supported.
@@ -70,44 +83,81 @@ def open_checkpoint(name: str | os.PathLike[str]) -> Checkpoint:
     if name.startswith(RANDOM):
         return _random(name)
     folder = Path(os.path.expanduser(name))
-    if is_published(folder):
-        return _huggingface(name, folder)
-    return _run(name)
+    return _published(name, folder) if is_published(folder) else _run(name)
 
 
 def _random(name: str) -> Checkpoint:
     config = preset(name.removeprefix(RANDOM))
     return Checkpoint(
-        name, "", config, "float32", "", lambda compute, mesh: init_params(config, compute, mesh, seed=0)
+        name,
+        "",
+        config,
+        "float32",
+        "",
+        False,
+        lambda compute, mesh: init_params(config, compute, mesh, seed=0),
     )
 
 
 def is_published(folder: str | os.PathLike[str]) -> bool:
-    """Whether a directory is one of Hugging Face's, whole or not, rather than a run's."""
-    if not os.path.isdir(folder):
+    """Whether a directory is one of published weights, whole or not, rather than a run's."""
+    folder = Path(folder)
+    if not folder.is_dir() or (folder / RUN_RECORD).exists():
         return False
-    if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in os.listdir(folder)):
+    try:
+        names = os.listdir(folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read ({error.strerror}); check your access.") from error
+    if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
         return True
-    config = Path(folder) / CONFIG_FILE
+    config = folder / CONFIG_FILE
     # A run has a config.json too, of another kind. What is no text at all is for others to tell.
-    return config.is_file() and '"model_type"' in config.read_text(errors="replace")
+    if config.is_file() and '"model_type"' in config.read_text(errors="replace"):
+        return True
+    return flax_folder(folder) is not None
 
 
-def _tokenizer_path(folder: Path) -> str:
-    path = folder / TOKENIZER_FILE
-    return str(path) if path.exists() else ""
+def flax_folder(folder: Path) -> Path | None:
+    """Where the arrays of a Flax directory are: itself or, beside the tokenizer, its one such child.
+
+    Raises:
+      UserError: there are several.
+    """
+    if (folder / FLAX_METADATA).is_file():
+        return folder
+    found = [child for child in sorted(folder.iterdir()) if (child / FLAX_METADATA).is_file()]
+    if len(found) > 1:
+        names = ", ".join(child.name for child in found)
+        raise UserError(f"{folder} holds several Flax checkpoints ({names}); give the path of one.")
+    return found[0] if found else None
 
 
-def _huggingface(name: str, folder: Path) -> Checkpoint:
-    weights = HuggingFaceDirectory(folder)
-    config = weights.config
+def _published(name: str, folder: Path) -> Checkpoint:
+    arrays = flax_folder(folder)
+    weights: Weights
+    tokenizer = folder / TOKENIZER_FILE
+    if arrays is None:
+        huggingface = HuggingFaceDirectory(folder)
+        weights, config, dtype = huggingface, huggingface.config, huggingface.dtype
+    else:
+        from gemma_jax.checkpoint.flax import FlaxDirectory  # late: orbax costs a second
+
+        if arrays == folder and not tokenizer.exists():  # the arrays themselves: the rest is beside them
+            folder, tokenizer = folder.parent, folder.parent / TOKENIZER_FILE
+        described = folder / CONFIG_FILE
+        known = read_config(described) if described.exists() else None
+        size = Tokenizer.load(tokenizer).vocab_size if known is None and tokenizer.exists() else None
+        flax = FlaxDirectory(arrays, known, size)
+        weights, config, dtype = flax, flax.config, flax.dtype
     return Checkpoint(
         name,
         str(folder),
         config,
-        weights.dtype,
-        _tokenizer_path(folder),
+        dtype,
+        str(tokenizer) if tokenizer.exists() else "",
+        has_notice(folder) or has_published_shape(config),
         lambda compute, mesh: place(weights, config, compute, mesh),
+        weights,
     )
 
 
@@ -138,5 +188,6 @@ def _run(name: str) -> Checkpoint:
         config,
         record.arrays["params"]["embedding"].dtype,
         str(tokenizer) if tokenizer.exists() else "",
+        has_notice(run_dir),
         params,
     )

@@ -139,24 +139,28 @@ def _rope_base(data: dict[str, Any], path: Path) -> float:
     return next(iter(numbers.values()), 10_000.0)
 
 
-def write_config(folder: Path, config: TransformerConfig, end_tokens: tuple[int, ...], dtype: str) -> None:
-    """Write both files for weights of `dtype`, readable by old and new versions of transformers."""
-    ids = {"bos_token_id": 2, "eos_token_id": end_tokens[0] if len(end_tokens) == 1 else list(end_tokens)}
-    ids |= {"pad_token_id": 0}
-    values = {key: getattr(config, field) for field, key in _KEYS.items()}
+def write_config(folder: Path, config: TransformerConfig, dtype: str) -> None:
+    """Write config.json for weights of `dtype`, for old and new versions of transformers."""
     data = {
         "architectures": ["GemmaForCausalLM"],
         "model_type": "gemma",
-        **values,
+        **{key: getattr(config, field) for field, key in _KEYS.items()},
         "rms_norm_eps": config.norm_epsilon,
         "rope_theta": config.rope_base,
         "hidden_act": TANH,
         "hidden_activation": TANH,
         "attention_bias": False,
         "tie_word_embeddings": True,
-        **ids,
+        "bos_token_id": 2,
         "eos_token_id": 1,
+        "pad_token_id": 0,
         "torch_dtype": dtype,
     }
     (folder / CONFIG_FILE).write_text(json.dumps(data, indent=2) + "\n")
-    (folder / GENERATION_FILE).write_text(json.dumps(ids, indent=2) + "\n")
+
+
+def write_generation_config(folder: Path, end_tokens: tuple[int, ...]) -> None:
+    """Write generation_config.json, which says where a generation ends."""
+    ends = end_tokens[0] if len(end_tokens) == 1 else list(end_tokens)
+    data = {"bos_token_id": 2, "eos_token_id": ends, "pad_token_id": 0}
+    (folder / GENERATION_FILE).write_text(json.dumps(data, indent=2) + "\n")

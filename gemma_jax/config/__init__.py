@@ -1,7 +1,7 @@
 """Configs: frozen dataclasses, presets, validation, JSON and the command line. Standard library only."""
 
 from gemma_jax.config.command_line import load, parse
-from gemma_jax.config.experiments import ChatConfig, PretrainConfig, SampleConfig
+from gemma_jax.config.experiments import ChatConfig, ConvertConfig, PretrainConfig, SampleConfig
 from gemma_jax.config.presets import PRESETS, preset
 from gemma_jax.config.sections import (
     CheckpointConfig,
@@ -35,6 +35,7 @@ __all__ = [
     "ChatConfig",
     "CheckpointConfig",
     "ComputeConfig",
+    "ConvertConfig",
     "DataConfig",
     "EvaluationConfig",
     "LoggingConfig",

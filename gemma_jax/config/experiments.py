@@ -75,3 +75,21 @@ class ChatConfig(LoadConfig, SamplingConfig):
 
     max_new_tokens: int = setting(1024, "Tokens of an answer, at most.")
     system: str = setting("", "An instruction that is put in front of your first message.")
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertConfig:
+    """Write a checkpoint in another form."""
+
+    format: Literal["huggingface", "flax", "run"] = setting(
+        "huggingface",
+        "A directory as of Hugging Face, one of the published Flax form, or a run of gemma_jax at step 0.",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto", "Of the numbers written; auto keeps that of the source."
+    )
+    gemma_terms: Literal["auto", "yes", "no"] = setting(
+        "auto",
+        "Whether the weights derive from Google's, so that a NOTICE on its terms of use goes with them; auto: "
+        "where the source has one, comes from Google, or is a published form of a published size.",
+    )

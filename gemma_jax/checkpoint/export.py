@@ -1,0 +1,234 @@
+"""Weights written as a Hugging Face directory, a published Flax one, or a run's."""
+
+import contextlib
+import errno
+import json
+import math
+import os
+import shutil
+import tempfile
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from gemma_jax.checkpoint.flax import write_flax
+from gemma_jax.checkpoint.huggingface import DTYPES, write_huggingface
+from gemma_jax.checkpoint.layout import EMBEDDING, Weights, parameter_shapes
+from gemma_jax.checkpoint.lock import LOCK_FILE
+from gemma_jax.checkpoint.placement import place
+from gemma_jax.checkpoint.pretrained import TOKENIZER_FILE
+from gemma_jax.checkpoint.published_config import CONFIG_FILE, write_config, write_generation_config
+from gemma_jax.checkpoint.store import CheckpointStore
+from gemma_jax.checkpoint.terms import write_notice
+from gemma_jax.config import (
+    ComputeConfig,
+    MeshConfig,
+    PretrainConfig,
+    TransformerConfig,
+    replace,
+    to_dict,
+    to_json,
+)
+from gemma_jax.errors import UserError
+from gemma_jax.sharding import make_mesh, named_arrays
+from gemma_jax.tokenizer import Tokenizer
+
+Form = Literal["huggingface", "flax", "run"]
+FLAX_FOLDER = "params"
+# The dialogue of Gemma's instruction-tuned models, for tools that read it from here.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('Gemma has no system role') }}{% endif %}"
+    "{% for message in messages %}"
+    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate, user first') }}{% endif %}"
+    "{{ '<start_of_turn>' + ('user' if message['role'] == 'user' else 'model') + '\n' }}"
+    "{{ message['content'] | trim }}{{ '<end_of_turn>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+
+
+class PlacedWeights:
+    """Parameters on a mesh as `Weights`."""
+
+    def __init__(self, params: nnx.State, config: TransformerConfig) -> None:
+        """Raises:
+        UserError: other processes hold parts of them.
+        """
+        self._arrays, self._vocab_size = named_arrays(params), config.vocab_size
+        if not all(x.is_fully_addressable for x in self._arrays.values()):
+            raise UserError("the weights lie on several processes; load and write them in a single one.")
+
+    def get(self, parameter: str, layer: int | None) -> np.ndarray:
+        """See `gemma_jax.checkpoint.layout.Weights`."""
+        x = self._arrays[parameter]
+        if parameter == EMBEDDING:
+            x = x[: self._vocab_size]
+        return np.asarray(x if layer is None else x[layer])
+
+    def where(self, parameter: str, layer: int | None) -> str:
+        """See `gemma_jax.checkpoint.layout.Weights`."""
+        return parameter if layer is None else f"{parameter} of layer {layer}"
+
+
+class CastWeights:
+    """Weights cast to a dtype, each checked to be finite there."""
+
+    def __init__(self, weights: Weights, dtype: str) -> None:
+        self._weights, self._dtype = weights, np.dtype(jnp.dtype(dtype))
+
+    def get(self, parameter: str, layer: int | None) -> np.ndarray:
+        """As `gemma_jax.checkpoint.layout.Weights`.
+
+        Raises:
+          UserError: a number is NaN, infinity, or too large for the dtype.
+        """
+        array = self._weights.get(parameter, layer)
+        with np.errstate(over="ignore"):
+            cast = array.astype(self._dtype, copy=False)
+        if not np.isfinite(cast).all():
+            where = self._weights.where(parameter, layer)
+            if np.isfinite(array).all():
+                raise UserError(f"{where} holds numbers too large for {self._dtype}; choose another dtype.")
+            raise UserError(f"{where} holds NaN or infinity, so the weights are damaged; copy them again.")
+        return cast
+
+    def where(self, parameter: str, layer: int | None) -> str:
+        """See `gemma_jax.checkpoint.layout.Weights`."""
+        return self._weights.where(parameter, layer)
+
+
+def export(
+    destination: str | os.PathLike[str],
+    form: Form,
+    weights: Weights,
+    config: TransformerConfig,
+    *,
+    dtype: str,
+    end_tokens: Sequence[int],
+    tokenizer: Tokenizer | None,
+    terms_source: str,
+) -> None:
+    """Write a directory: all of it or, where anything fails, nothing.
+
+    Args:
+      destination: not there yet, or empty.
+      form: huggingface, flax, or run: a directory as of training, at step 0 and without optimizer state.
+      weights: what to write.
+      config: their shape.
+      dtype: float32, bfloat16 or float16.
+      end_tokens: ids that end a generation.
+      tokenizer: None writes none.
+      terms_source: where weights under the Gemma terms of use come from, for the NOTICE; empty: no NOTICE.
+
+    Raises:
+      UserError: something is there, the disk is full, or the weights are not finite in this dtype.
+    """
+    for name, value, known in (("format", form, typing.get_args(Form)), ("dtype", dtype, DTYPES)):
+        if value not in known:
+            raise UserError(f"{name} is {value!r}, but must be one of {', '.join(known)}.")
+    if form == "run" and dtype == "float16":
+        raise UserError("a run keeps float32 or bfloat16; give one of these as dtype.")
+    size = sum(
+        math.prod(shape) * (config.num_layers if name.startswith("blocks.") else 1)
+        for name, shape in parameter_shapes(config).items()
+    )
+    cast = CastWeights(weights, dtype)
+    with new_directory(Path(os.path.expanduser(destination)), size * jnp.dtype(dtype).itemsize) as folder:
+        if form == "run":
+            _write_run(folder, cast, config, dtype)
+        else:
+            if form == "huggingface":
+                write_huggingface(folder, cast, config, np.dtype(jnp.dtype(dtype)))
+            else:
+                write_flax(folder / FLAX_FOLDER, cast, config)
+            write_config(folder, config, dtype)
+        write_generation_config(folder, tuple(end_tokens))
+        if tokenizer is not None:
+            tokenizer.save(folder / TOKENIZER_FILE)
+            if form == "huggingface":
+                _write_tokenizer_config(folder, config, tokenizer.end_of_turn_id in end_tokens)
+        if terms_source:
+            write_notice(folder, terms_source, dtype)
+
+
+def _write_run(folder: Path, weights: Weights, config: TransformerConfig, dtype: str) -> None:
+    compute = replace(ComputeConfig(), {"param_dtype": dtype})
+    experiment = PretrainConfig(model=config, compute=compute)
+    params = place(weights, config, compute, make_mesh(MeshConfig(cpu_devices=1)))
+    with CheckpointStore(folder, experiment.checkpoint) as store:
+        store.save(0, params, {}, 0, to_dict(experiment))
+    (folder / LOCK_FILE).unlink()
+    (folder / CONFIG_FILE).write_text(to_json(experiment))
+
+
+def _write_tokenizer_config(folder: Path, config: TransformerConfig, dialogues: bool) -> None:
+    """What transformers needs beside tokenizer.model to make its GemmaTokenizer of it."""
+    data: dict[str, Any] = {
+        "tokenizer_class": "GemmaTokenizer",
+        **{f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk")},
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": config.context_length,
+        "additional_special_tokens": ["<start_of_turn>", "<end_of_turn>"],
+    }
+    if dialogues:
+        data["chat_template"] = CHAT_TEMPLATE
+    (folder / "tokenizer_config.json").write_text(json.dumps(data, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def new_directory(destination: Path, size: int) -> Iterator[Path]:
+    """A directory to write into, which gets its name when all is written and is removed where that fails.
+
+    Args:
+      destination: its name; not there yet, or empty.
+      size: bytes that will be written, nearly.
+
+    Raises:
+      UserError: something is there, or the disk is full or cannot be written.
+    """
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise UserError(f"{destination} is there already; give another destination, or remove it first.")
+    parent, unfinished = destination.absolute().parent, None
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(parent).free
+        if free < size:
+            raise UserError(
+                f"{destination} needs {size / 1e9:.1f} GB, but its disk has {free / 1e9:.1f} GB free; "
+                "make room, or give another destination."
+            )
+        unfinished = Path(tempfile.mkdtemp(prefix=f"{destination.name}.unfinished-", dir=parent))
+        yield unfinished
+        unfinished.chmod(0o777 & ~_umask())  # mkdtemp makes it private
+        if destination.exists():
+            destination.rmdir()
+        unfinished.rename(destination)
+        unfinished = None
+    except (OSError, ValueError) as error:
+        # tensorstore's errors are ValueError, and name what the system said.
+        full = os.strerror(errno.ENOSPC)
+        if isinstance(error, ValueError) and full not in str(error):
+            raise
+        reason = full if full in str(error) else str(error)
+        raise UserError(
+            f"cannot write {destination} ({reason}); nothing is left of it: make room or check the disk, "
+            "and give the same command again."
+        ) from error
+    finally:
+        if unfinished is not None:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask

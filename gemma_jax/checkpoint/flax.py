@@ -1,0 +1,224 @@
+"""The published Flax form: an orbax directory with one array a key, flat or nested.
+
+Both forms occur: `{"transformer/layer_0/attn/q_einsum": {"w": ...}}`, and the same keys as nested
+dictionaries. Multi-query models have `q_einsum` and `kv_einsum`; where every query head has a key/value
+head of its own, `qkv_einsum` holds all three. Shape legend as in layout.py; R embedding rows.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from orbax import checkpoint as orbax
+from orbax.checkpoint import v1 as ocp
+
+from gemma_jax.checkpoint.layout import EMBEDDING, FINAL_NORM, Weights, parameter_shapes
+from gemma_jax.checkpoint.record import first_line
+from gemma_jax.config import TransformerConfig, validate_model
+from gemma_jax.errors import UserError
+
+PUBLISHED_ROWS = 256_128  # of which 128 pad a vocabulary of 256,000
+DTYPES = ("float32", "bfloat16", "float16")
+_Q, _KV, _QKV = "attn/q_einsum", "attn/kv_einsum", "attn/qkv_einsum"
+_OUT, _GATING, _DOWN = "attn/attn_vec_einsum", "mlp/gating_einsum", "mlp/linear"
+_ATTENTION_NORM, _FEED_FORWARD_NORM = "pre_attention_norm/scale", "pre_ffw_norm/scale"
+_TABLE, _LAST_NORM = "embedder/input_embedding", "final_norm/scale"
+
+
+def tensors_of(config: TransformerConfig) -> dict[str, tuple[str, ...]]:
+    """The names in one layer, each with the parameters that it holds, on a leading axis where several."""
+    q, k, v = (f"blocks.attention.{name}" for name in "qkv")
+    split = {_QKV: (q, k, v)} if config.num_heads == config.num_kv_heads else {_Q: (q,), _KV: (k, v)}
+    return split | {
+        _OUT: ("blocks.attention.o",),
+        _GATING: ("blocks.feed_forward.gate", "blocks.feed_forward.up"),
+        _DOWN: ("blocks.feed_forward.down",),
+        _ATTENTION_NORM: ("blocks.attention_norm",),
+        _FEED_FORWARD_NORM: ("blocks.feed_forward_norm",),
+    }
+
+
+def _turned(parameter: str, array: np.ndarray) -> np.ndarray:
+    """From our axes to theirs or back: theirs have the head before the width, [N, D, H]."""
+    return array.swapaxes(0, 1) if parameter.split(".")[-1] in "qkv" else array
+
+
+def tensor_shapes(config: TransformerConfig, rows: int) -> dict[str, tuple[int, ...]]:
+    """Shape of every array of a model, by its name without `transformer/` and a last `/w`."""
+    ours = parameter_shapes(config)
+    shapes: dict[str, tuple[int, ...]] = {_TABLE: (rows, config.embed_dim)}
+    for layer in range(config.num_layers):
+        for name, parts in tensors_of(config).items():
+            one = _turned(parts[0], np.broadcast_to(np.zeros(()), ours[parts[0]])).shape
+            shapes[f"layer_{layer}/{name}"] = (len(parts), *one) if len(parts) > 1 else one
+    return shapes | {_LAST_NORM: (config.embed_dim,)}
+
+
+class FlaxDirectory:
+    """The weights in a published Flax directory, read one array at a time."""
+
+    def __init__(self, folder: Path, config: TransformerConfig | None, vocab_size: int | None) -> None:
+        """Check names and shapes.
+
+        Args:
+          folder: of the arrays.
+          config: what a config.json beside it says; without one the shapes decide, and Gemma's context,
+            positions and epsilon are taken.
+          vocab_size: of the tokenizer beside it.
+
+        Raises:
+          UserError: not a whole Flax checkpoint of a Gemma, or it contradicts the config.
+        """
+        self.folder = folder
+        self._leaves = self._read_metadata()
+        shapes = {name: tuple(leaf.shape) for name, (_, leaf) in self._leaves.items()}
+        self.config = config or self._infer(shapes, vocab_size)
+        self._check(shapes, config is not None)
+        self.dtype = str(np.dtype(self._leaves[_TABLE][1].dtype))
+        self._shapes = parameter_shapes(self.config)
+        self._holder = {
+            parameter: (name, index if len(parts) > 1 else None)
+            for name, parts in tensors_of(self.config).items()
+            for index, parameter in enumerate(parts)
+        }
+        self._last: tuple[str, np.ndarray] | None = None  # what was read last: it may hold several parameters
+
+    def _read_metadata(self) -> dict[str, tuple[tuple[str, ...], Any]]:
+        """Path in the tree and metadata of each array, by its name."""
+        try:
+            tree = ocp.metadata(self.folder.absolute()).metadata
+            flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: not isinstance(x, dict))
+            leaves: dict[str, tuple[tuple[str, ...], Any]] = {}
+            for path, leaf in flat:
+                keys = tuple(str(key.key) for key in path)
+                name = "/".join(keys).removeprefix("transformer/").removesuffix("/w")
+                if name in leaves:
+                    raise ValueError(f"{name} stands there twice")
+                leaves[name] = (keys, leaf)
+                np.dtype(leaf.dtype), tuple(leaf.shape)  # what is no array raises here
+            return leaves
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise self._broken(first_line(error)) from error
+
+    def _broken(self, reason: str) -> UserError:
+        return UserError(
+            f"{self.folder} is not a whole Flax checkpoint: {reason[:200]}; copy or download it again."
+        )
+
+    def _infer(self, shapes: Mapping[str, tuple[int, ...]], vocab_size: int | None) -> TransformerConfig:
+        """The config that the shapes of the table and of the first layer mean."""
+
+        def axes(name: str, count: int) -> tuple[int, ...]:
+            if name not in shapes:
+                raise self._broken(f"it has no {name}")
+            if len(shapes[name]) != count:
+                raise self._broken(f"{name} has shape {shapes[name]}, but must have {count} axes")
+            return shapes[name]
+
+        rows, D = axes(_TABLE, 2)
+        N, H, _ = axes(f"layer_0/{_OUT}", 3)
+        K = N if f"layer_0/{_QKV}" in shapes else axes(f"layer_0/{_KV}", 4)[1]
+        F = axes(f"layer_0/{_GATING}", 3)[2]
+        layers = {int(found[1]) for name in shapes if (found := re.match(r"layer_(\d{1,9})/", name))}
+        config = TransformerConfig(
+            vocab_size=vocab_size or (256_000 if rows == PUBLISHED_ROWS else rows),
+            num_layers=len(layers),
+            embed_dim=D,
+            hidden_dim=F,
+            num_heads=N,
+            num_kv_heads=K,
+            head_dim=H,
+        )
+        try:
+            validate_model(config)
+        except UserError as error:
+            raise self._broken(str(error)) from error
+        return config
+
+    def _check(self, shapes: Mapping[str, tuple[int, ...]], from_file: bool) -> None:
+        by = "the config.json beside it" if from_file else "its first layer"
+        rows = max(self.config.vocab_size, shapes.get(_TABLE, (0,))[0])  # rows beyond the vocabulary pad it
+        wanted = tensor_shapes(self.config, rows)
+        for name, shape in wanted.items():
+            if name not in shapes:
+                raise UserError(
+                    f"{name} of shape {shape}, which {by} asks for, is missing from {self.folder}."
+                )
+            if shapes[name] != shape:
+                raise UserError(
+                    f"{name} has shape {shapes[name]} in {self.folder}, but {shape} by {by}; "
+                    "they belong to different models."
+                )
+            dtype = str(np.dtype(self._leaves[name][1].dtype))
+            if dtype not in DTYPES:
+                raise UserError(f"{name} in {self.folder} is {dtype}; give weights of {', '.join(DTYPES)}.")
+        for name in shapes.keys() - wanted.keys():
+            raise UserError(
+                f"{self.folder} holds {name[:100]!r} of shape {shapes[name]}, which is no part of the Gemma "
+                f"that {by} describes; they belong to different models."
+            )
+
+    def _read(self, name: str) -> np.ndarray:
+        if self._last is None or self._last[0] != name:
+            self._last = None  # before the next one is read: both need not fit into memory
+            keys, leaf = self._leaves[name]
+            # An array that takes no memory tells orbax what is wanted: numpy, of this shape and dtype.
+            tree: Any = np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
+            for key in reversed(keys):
+                tree = {key: tree}
+            context = ocp.Context()
+            context.pytree.loading.partial_load = True
+            try:
+                with context:
+                    (array,) = jax.tree.leaves(ocp.load(self.folder.absolute(), tree))
+            except (OSError, ValueError, KeyError) as error:
+                raise self._broken(f"{name} cannot be read ({first_line(error)})") from error
+            self._last = name, array
+        return self._last[1]
+
+    def get(self, parameter: str, layer: int | None) -> np.ndarray:
+        """See `gemma_jax.checkpoint.layout.Weights`."""
+        if parameter == EMBEDDING:
+            return self._read(_TABLE)[: self.config.vocab_size]
+        if parameter == FINAL_NORM:
+            return self._read(_LAST_NORM)
+        name, index = self._holder[parameter]
+        array = self._read(f"layer_{layer}/{name}")
+        return _turned(parameter, array if index is None else array[index])
+
+    def where(self, parameter: str, layer: int | None) -> str:
+        """See `gemma_jax.checkpoint.layout.Weights`."""
+        outer = {EMBEDDING: _TABLE, FINAL_NORM: _LAST_NORM}
+        name = outer[parameter] if layer is None else f"layer_{layer}/{self._holder[parameter][0]}"
+        return f"{name} in {self.folder}"
+
+
+def write_flax(folder: Path, weights: Weights, config: TransformerConfig) -> None:
+    """Write weights as published: the flat form, the embedding with its padding rows.
+
+    All of them are in memory at once: orbax saves whole trees.
+
+    Args:
+      folder: made here; its parent is there.
+      weights: already of the dtype that is to be written.
+      config: their shape.
+    """
+    rows = PUBLISHED_ROWS if config.vocab_size == 256_000 else config.vocab_rows
+    embedding = weights.get(EMBEDDING, None)
+    table = np.pad(embedding, [(0, rows - config.vocab_size), (0, 0)])
+    tree: dict[str, dict[str, np.ndarray]] = {
+        "transformer/embedder": {"input_embedding": table},
+        "transformer/final_norm": {"scale": np.array(weights.get(FINAL_NORM, None))},
+    }
+    for layer in range(config.num_layers):
+        for name, parts in tensors_of(config).items():
+            arrays = [_turned(parameter, weights.get(parameter, layer)) for parameter in parts]
+            array = np.stack(arrays) if len(arrays) > 1 else np.ascontiguousarray(arrays[0])
+            path, leaf = name.split("/scale")[0], "scale" if name.endswith("/scale") else "w"
+            tree[f"transformer/layer_{layer}/{path}"] = {leaf: array}
+    # The older interface: the newer one writes another layout than the published one.
+    with orbax.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save(folder.absolute(), tree)

@@ -1,0 +1,31 @@
+"""The notice that the Gemma terms of use ask for beside weights that derive from Google's."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gemma_jax.config import PRESETS, TransformerConfig
+
+if TYPE_CHECKING:
+    from etils import epath
+
+NOTICE_FILE = "NOTICE"
+# The sentence that section 3.1 of the terms asks for.
+SENTENCE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
+PUBLISHED_SHAPES = (PRESETS["gemma_2b"], PRESETS["gemma_7b"])
+
+
+def has_notice(folder: "Path | epath.Path") -> bool:
+    """Whether a directory says of itself that its weights are under the Gemma terms."""
+    path = folder / NOTICE_FILE
+    return path.is_file() and b"gemma terms of use" in path.read_bytes().lower()
+
+
+def has_published_shape(config: TransformerConfig) -> bool:
+    """Whether weights in a published form are taken for Google's: they have a size that it published."""
+    return config in PUBLISHED_SHAPES
+
+
+def write_notice(folder: Path, source: str, dtype: str) -> None:
+    """Write the notice, with what was done to the weights: the terms ask for that too."""
+    text = f"{SENTENCE}.\n\nThese weights were read from {source} and written as {dtype} by gemma_jax.\n"
+    (folder / NOTICE_FILE).write_text(text)

@@ -1,0 +1,44 @@
+"""`gemma convert SOURCE DESTINATION --format FORMAT`: weights from one form into another."""
+
+from collections.abc import Sequence
+
+from gemma_jax.config import ComputeConfig, ConvertConfig, MeshConfig, parse
+from gemma_jax.errors import UserError
+
+
+def run(arguments: Sequence[str], prog: str) -> int:
+    """Write the checkpoint SOURCE as the directory DESTINATION; nothing of it is left where that fails."""
+    names = [argument for argument in arguments[:2] if not argument.startswith("-")]
+    if len(names) < 2:
+        helps = [a for a in arguments if a in ("-h", "--help")]
+        parse(ConvertConfig(), helps, f"{prog} SOURCE DESTINATION")
+        raise UserError(f"name a checkpoint and a directory to write: {prog} SOURCE DESTINATION.")
+    source, destination = names
+    config = parse(ConvertConfig(), arguments[2:], f"{prog} SOURCE DESTINATION")
+
+    from gemma_jax.checkpoint.export import PlacedWeights, export
+    from gemma_jax.checkpoint.pretrained import open_checkpoint
+    from gemma_jax.sharding import make_mesh
+
+    found = open_checkpoint(source)
+    dtype = found.dtype if config.dtype == "auto" else config.dtype
+    if config.format == "run" and config.dtype == "auto" and dtype == "float16":
+        dtype = "float32"  # a run does not keep float16; every number of it is one of float32
+    weights = found.weights
+    if weights is None:  # a run: its arrays are read to a device, as they were saved
+        compute = ComputeConfig(param_dtype="bfloat16" if found.dtype == "bfloat16" else "float32")
+        weights = PlacedWeights(found.params(compute, make_mesh(MeshConfig(cpu_devices=1))), found.config)
+    terms_source = {"auto": found.terms_source, "yes": source, "no": ""}[config.gemma_terms]
+    export(
+        destination,
+        config.format,
+        weights,
+        found.config,
+        dtype=dtype,
+        end_tokens=found.end_tokens(),
+        tokenizer=found.tokenizer(),
+        terms_source=terms_source,
+    )
+    notice = ", with a NOTICE on the Gemma terms of use" if terms_source else ""
+    print(f"{destination}: {config.format}, {dtype}{notice}")
+    return 0
