@@ -15,6 +15,7 @@ setup(
         "etils[epath]>=1.13",
         "flax>=0.12.8",
         "grain>=0.2.18",
+        "huggingface_hub>=2.4",
         "jax>=0.10",
         "matplotlib>=3.10",
         "numpy>=2.0",
@@ -29,6 +30,7 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
         "data": ["gcsfs", "zstandard"],
+        "kaggle": ["kagglehub"],
         # No code needs anything for these two yet.
         "eval": [],
         "serve": [],

@@ -163,7 +163,8 @@ def _write_run(folder: Path, weights: Weights, config: TransformerConfig, dtype:
     experiment = PretrainConfig(model=config, compute=compute)
     params = place(weights, config, compute, make_mesh(MeshConfig(cpu_devices=1)))
     with CheckpointStore(folder, experiment.checkpoint) as store:
-        store.save(0, params, {}, 0, to_dict(experiment))
+        # orbax saves no empty tree, so the optimizer's is one number.
+        store.save(0, params, {"count": jnp.zeros((), jnp.int32)}, 0, to_dict(experiment))
     (folder / LOCK_FILE).unlink()
     (folder / CONFIG_FILE).write_text(to_json(experiment))
 

@@ -140,6 +140,12 @@ class FlaxDirectory:
 
     def _check(self, shapes: Mapping[str, tuple[int, ...]], from_file: bool) -> None:
         by = "the config.json beside it" if from_file else "its first layer"
+        layers = {name.split("/")[0] for name in shapes if name.startswith("layer_")}
+        if len(layers) != self.config.num_layers:
+            raise UserError(
+                f"{self.folder} holds {len(layers)} layers, but there are {self.config.num_layers} by {by}; "
+                "they belong to different models."
+            )
         rows = max(self.config.vocab_size, shapes.get(_TABLE, (0,))[0])  # rows beyond the vocabulary pad it
         wanted = tensor_shapes(self.config, rows)
         for name, shape in wanted.items():

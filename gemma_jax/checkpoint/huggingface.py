@@ -122,16 +122,16 @@ class HuggingFaceDirectory:
         return files
 
     def _check_tensors(self) -> None:
-        wanted = {
-            tensor_name(parameter, layer): stored_shape(parameter, self._shapes[parameter])
-            for parameter, layer in in_order(self.config)
-        }
-        for name, shape in wanted.items():
+        wanted: dict[str, tuple[int, ...]] = {}
+        # Told at the first that is missing: a config.json can ask for any number of layers.
+        for parameter, layer in in_order(self.config):
+            name, shape = tensor_name(parameter, layer), stored_shape(parameter, self._shapes[parameter])
             if name not in self._files:
                 raise UserError(
                     f"{name} of shape {shape}, which {self.folder / CONFIG_FILE} asks for, is missing from "
                     "the weights; copy or download them again."
                 )
+            wanted[name] = shape
         for name, file in self._files.items():
             stored = file.tensors[name]
             if name == _TIED:

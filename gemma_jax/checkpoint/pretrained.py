@@ -1,6 +1,7 @@
 """What CHECKPOINT means, wherever a command or `Gemma.from_pretrained` takes one.
 
-A run directory, one of its steps, a Hugging Face directory, a published Flax directory, or `random:PRESET`.
+A run directory, one of its steps, a Hugging Face directory, a published Flax directory, a name on the
+Hugging Face Hub or on Kaggle, or `random:PRESET`.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from gemma_jax.checkpoint.end_tokens import end_tokens
+from gemma_jax.checkpoint.hub import download, is_hub_name
 from gemma_jax.checkpoint.huggingface import HuggingFaceDirectory
 from gemma_jax.checkpoint.layout import Weights
 from gemma_jax.checkpoint.placement import place
@@ -73,8 +75,9 @@ def open_checkpoint(name: str | os.PathLike[str]) -> Checkpoint:
 
     Args:
       name: a run directory (its newest step is meant), one of its steps, a Hugging Face directory, a
-        published Flax directory or the one that holds it beside its tokenizer, or `random:PRESET` for
-        random weights of a preset.
+        published Flax directory or the one that holds it beside its tokenizer, a name on the Hub
+        (google/gemma-2b-it, or with @REVISION) or on Kaggle (google/gemma/flax/2b-it), or `random:PRESET`
+        for random weights of a preset.
 
     Raises:
       UserError: nothing there, or not a whole checkpoint of a Gemma that is supported.
@@ -83,7 +86,12 @@ def open_checkpoint(name: str | os.PathLike[str]) -> Checkpoint:
     if name.startswith(RANDOM):
         return _random(name)
     folder = Path(os.path.expanduser(name))
-    return _published(name, folder) if is_published(folder) else _run(name)
+    if is_published(folder):
+        return _published(name, folder)
+    if not folder.exists() and is_hub_name(name):
+        found = _published(name, download(name))
+        return dataclasses.replace(found, gemma_terms=found.gemma_terms or name.startswith("google/"))
+    return _run(name)
 
 
 def _random(name: str) -> Checkpoint:

@@ -97,7 +97,8 @@ def read_config(path: Path) -> TransformerConfig:
             raise UserError(f"{path} has {key} {_shown.repr(value)}, but it must be an integer.")
         fields[field] = value
     fields["rope_base"] = _rope_base(data, path)
-    fields["norm_epsilon"] = _number(data.get("rms_norm_eps", 1e-6), "rms_norm_eps", path)
+    epsilon = data.get("rms_norm_eps")
+    fields["norm_epsilon"] = _number(1e-6 if epsilon is None else epsilon, "rms_norm_eps", path)
     config = TransformerConfig(**fields)
     try:
         validate_model(config)

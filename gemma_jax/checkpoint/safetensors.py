@@ -170,7 +170,7 @@ def _naturals(value: Any) -> bool:
 
 
 def _crc(array: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return zlib.crc32(np.asarray(array, order="C").reshape(-1).view(np.uint8).data)
 
 
 def write_safetensors(
@@ -208,7 +208,7 @@ def write_safetensors(
     with open(path, "wb") as file:
         file.seek(8 + length)
         for name, shape in shapes.items():
-            array = np.ascontiguousarray(tensor(name))
+            array = np.asarray(tensor(name), order="C")
             assert array.shape == shape and array.dtype == dtype, (name, array.shape, array.dtype)
             file.write(array.reshape(-1).view(np.uint8).data)
             checksums[name] = _crc(array)

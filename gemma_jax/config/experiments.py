@@ -90,6 +90,6 @@ class ConvertConfig:
     )
     gemma_terms: Literal["auto", "yes", "no"] = setting(
         "auto",
-        "Whether the weights derive from Google's, so that a NOTICE on its terms of use goes with them; auto: "
-        "where the source has one, comes from Google, or is a published form of a published size.",
+        "Whether the weights derive from Google's, so that a NOTICE on its terms of use goes with them; "
+        "auto: where the source has one, comes from Google, or is a published form of a published size.",
     )

@@ -1,5 +1,7 @@
 """Hugging Face directories: every number in its place, and each way in which one can be wrong."""
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,19 @@ import pytest
 
 from gemma_jax import Gemma
 from gemma_jax.checkpoint.pretrained import open_checkpoint
+from gemma_jax.checkpoint.safetensors import SafetensorsFile
 from gemma_jax.config import ComputeConfig, MeshConfig
 from gemma_jax.errors import UserError
 from gemma_jax.sharding import named_arrays
 from gemma_jax.testing import cpu_mesh
-from tests.checkpoint.published import MULTI_HEAD, MULTI_QUERY, random_tensors, write_huggingface
+from tests.checkpoint.published import (
+    MULTI_HEAD,
+    MULTI_QUERY,
+    Tensors,
+    random_tensors,
+    safetensors_bytes,
+    write_huggingface,
+)
 
 ONE = MeshConfig(cpu_devices=1)
 
@@ -75,3 +85,126 @@ def test_a_model_without_a_tokenizer_takes_token_ids_and_says_what_is_missing(tm
     assert len(gemma.generate([[2, 5, 6]], max_new_tokens=2)[0].token_ids) <= 2
     with pytest.raises(UserError, match=r"no tokenizer\.model beside it"):
         gemma.generate(["text"])
+
+
+def edit_index(folder: Path, changes: dict[str, Any]) -> None:
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"] |= changes
+    path.write_text(json.dumps(index))
+
+
+GATE = "model.layers.1.mlp.gate_proj.weight"
+SHARD = "model-00002-of-00003.safetensors"
+INDEX_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
+    "outside": ({GATE: "../outside.safetensors"}, f"names '../outside.safetensors' for '{GATE}', but"),
+    "absolute": ({GATE: "/etc/passwd.safetensors"}, "names '/etc/passwd.safetensors'"),
+    "another kind of file": ({GATE: "config.json"}, "names 'config.json'"),
+    "no name": ({GATE: 7}, "names '7'"),
+    "not there": ({GATE: "model-00009.safetensors"}, "names 'model-00009.safetensors', which is missing"),
+    "wrong shard": ({GATE: SHARD}, f"names '{SHARD}' for '{GATE}', which is not in that file"),
+    "unknown tensor": ({"model.x": SHARD}, f"names '{SHARD}' for 'model.x', which is not in that file"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "told"), INDEX_FAULTS.values(), ids=INDEX_FAULTS)
+def test_an_index_cannot_lead_astray(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
+    tensors = random_tensors(MULTI_QUERY)
+    folder = write_huggingface(tmp_path / "model", MULTI_QUERY, tensors, 3)
+    (tmp_path / "outside.safetensors").write_bytes(safetensors_bytes({GATE: tensors[GATE]}))
+    assert GATE not in SafetensorsFile(folder / SHARD).tensors
+    edit_index(folder, changes)
+    with pytest.raises(UserError, match=re.escape(told)):
+        open_checkpoint(folder)
+
+
+def test_a_missing_or_damaged_shard_is_named(tmp_path: Path) -> None:
+    folder = write_huggingface(tmp_path, MULTI_QUERY, random_tensors(MULTI_QUERY), 3)
+    raw = (folder / SHARD).read_bytes()
+    (folder / SHARD).write_bytes(raw[:-1])
+    with pytest.raises(UserError, match=rf"{SHARD} is not a whole safetensors file"):
+        open_checkpoint(folder)
+    (folder / SHARD).unlink()
+    with pytest.raises(UserError, match=rf"names '{SHARD}', which is missing"):
+        open_checkpoint(folder)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": []}')
+    with pytest.raises(UserError, match="has no weight_map"):
+        open_checkpoint(folder)
+    (folder / "model.safetensors.index.json").unlink()
+    with pytest.raises(
+        UserError, match=r"has neither model\.safetensors nor model\.safetensors\.index\.json"
+    ):
+        open_checkpoint(folder)
+
+
+def tensor_fault(tensors: Tensors, fault: str) -> Tensors:
+    match fault:
+        case "missing":
+            return {name: x for name, x in tensors.items() if name != GATE}
+        case "extra":
+            return tensors | {"model.layers.1.self_attn.q_proj.bias": np.zeros(64, np.float32)}
+        case "a layer too many":
+            return tensors | {"model.layers.2.input_layernorm.weight": np.zeros(32, np.float32)}
+        case "mis-shaped":
+            return tensors | {GATE: tensors[GATE].T.copy()}
+        case "wrong kind":
+            return tensors | {GATE: tensors[GATE].astype(np.int32)}
+        case "untied":
+            return tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}
+    raise AssertionError(fault)
+
+
+@pytest.mark.parametrize(("fault", "told"), [
+    ("missing", f"{GATE} of shape (64, 32), which "),
+    ("extra", "holds 'model.layers.1.self_attn.q_proj.bias' of shape (64,), which is no part of"),
+    ("a layer too many", "holds 'model.layers.2.input_layernorm.weight' of shape (32,)"),
+    ("mis-shaped", f"{GATE} has shape (32, 64) in "),
+    ("wrong kind", "is int32; give weights of float32, bfloat16, float16"),
+    ("untied", "lm_head.weight of shape (500, 32) in "),
+])  # fmt: skip
+def test_tensors_that_are_not_those_of_the_config_are_named(tmp_path: Path, fault: str, told: str) -> None:
+    write_huggingface(tmp_path, MULTI_QUERY, tensor_fault(random_tensors(MULTI_QUERY), fault))
+    with pytest.raises(UserError, match=re.escape(told)) as error:
+        open_checkpoint(tmp_path)
+    if fault == "mis-shaped":
+        assert "but (64, 32) by" in str(error.value)
+
+
+def test_a_tied_head_and_old_buffers_may_be_there(tmp_path: Path) -> None:
+    tensors = random_tensors(MULTI_QUERY)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
+    write_huggingface(tmp_path, MULTI_QUERY, tensors)
+    assert open_checkpoint(tmp_path).weights is not None
+
+
+def test_a_config_of_another_size_contradicts_the_tensors(tmp_path: Path) -> None:
+    write_huggingface(tmp_path, MULTI_QUERY | {"num_hidden_layers": 10**9}, random_tensors(MULTI_QUERY))
+    with pytest.raises(UserError, match=r"model\.layers\.2\.input_layernorm\.weight of shape \(32,\), which"):
+        open_checkpoint(tmp_path)
+    write_huggingface(tmp_path, MULTI_QUERY | {"hidden_size": 48}, random_tensors(MULTI_QUERY))
+    with pytest.raises(UserError, match=r"embed_tokens\.weight has shape \(500, 32\) in .*, but \(500, 48\)"):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_numbers_that_are_not_finite_are_refused_by_name(tmp_path: Path, value: float) -> None:
+    tensors = random_tensors(MULTI_QUERY, "bfloat16")
+    tensors[GATE][5, 7] = value
+    write_huggingface(tmp_path, MULTI_QUERY, tensors)
+    with pytest.raises(UserError, match=re.escape(GATE) + " in .* holds NaN or infinity"):
+        load(tmp_path)
+    with pytest.raises(UserError, match=re.escape(GATE) + " in .* holds NaN or infinity"):
+        load(tmp_path, 8, tensor=2)
+
+
+def test_another_kind_of_directory_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(UserError, match="model_type 'llama'"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(MULTI_QUERY))
+    with pytest.raises(UserError, match=r"pickled \.bin files are not read"):
+        open_checkpoint(tmp_path)

@@ -1,0 +1,128 @@
+"""Peak memory of loading published weights: a generated directory of the 2B shape, random numbers, 5 GB.
+
+Each load runs in a process of its own, which samples its resident anonymous memory (RssAnon of
+/proc/self/status: what it holds itself, without the pages of the mapped file). Prints a JSON line a mesh:
+bytes of the parameters, of the file's largest tensor, the peak, and what each device holds at the end.
+The bound that the project keeps on one CPU device is 1.15 times the parameters plus the largest tensor.
+
+    python benchmarks/load_memory.py [--preset gemma_2b] [--dtype bfloat16] [--form huggingface|flax]
+        [--devices 1 8] [--folder /tmp/gemma_jax_load] [--keep]
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+
+
+class RandomWeights:
+    """Random numbers in the shape of a model: one block of them over and over."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], dtype: np.dtype) -> None:
+        self._shapes, self._dtype = shapes, dtype
+        self._block = np.random.default_rng(0).normal(size=2**20).astype(dtype) / 64
+
+    def get(self, parameter: str, layer: int | None) -> np.ndarray:
+        return np.resize(self._block, self._shapes[parameter])
+
+    def where(self, parameter: str, layer: int | None) -> str:
+        return parameter
+
+
+def generate(folder: Path, preset: str, form: str) -> None:
+    """Write the directory: bfloat16, as Google published it."""
+    import ml_dtypes
+
+    from gemma_jax.checkpoint.export import export
+    from gemma_jax.checkpoint.layout import parameter_shapes
+    from gemma_jax.config import PRESETS
+
+    config = PRESETS[preset]
+    weights = RandomWeights(parameter_shapes(config), np.dtype(ml_dtypes.bfloat16))
+    export(folder, form, weights, config, dtype="bfloat16", end_tokens=(1,), tokenizer=None, terms_source="")
+
+
+def anonymous_bytes() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/self/status has no RssAnon: this benchmark needs Linux")
+
+
+def measure(folder: Path, devices: int, dtype: str) -> dict[str, object]:
+    """Load in this process."""
+    import jax
+
+    from gemma_jax.checkpoint.layout import parameter_shapes
+    from gemma_jax.checkpoint.pretrained import open_checkpoint
+    from gemma_jax.config import ComputeConfig, MeshConfig
+    from gemma_jax.sharding import make_mesh
+
+    mesh = make_mesh(MeshConfig(cpu_devices=devices))
+    jax.block_until_ready(jax.numpy.zeros(()))
+    before, peak, done = anonymous_bytes(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.005):
+            peak = max(peak, anonymous_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    started = time.monotonic()
+    found = open_checkpoint(folder)
+    params = jax.block_until_ready(found.params(ComputeConfig(param_dtype=dtype), mesh))
+    seconds = time.monotonic() - started
+    done.set()
+    watcher.join()
+    leaves = jax.tree.leaves(params)
+    weights = sum(x.nbytes for x in leaves)
+    largest = 2 * max(int(np.prod(shape)) for shape in parameter_shapes(found.config).values())
+    held = {device.id: 0 for device in mesh.devices.flat}
+    for x in leaves:
+        for shard in x.addressable_shards:
+            held[shard.device.id] += shard.data.nbytes
+    return {
+        "devices": devices,
+        "weights": weights,
+        "largest_tensor_of_the_file": largest,
+        "peak": peak - before,
+        "bound": int(1.15 * weights + largest),
+        "peak_over_weights": round((peak - before) / weights, 3),
+        "bytes_a_device": sorted(set(held.values())),
+        "seconds": round(seconds, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--preset", default="gemma_2b")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--form", default="huggingface", choices=["huggingface", "flax"])
+    parser.add_argument("--devices", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/gemma_jax_load"))
+    parser.add_argument("--keep", action="store_true", help="leave the generated directory for another run")
+    parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        print(json.dumps(measure(arguments.folder, arguments.measure, arguments.dtype)))
+        return
+    if not arguments.folder.exists():
+        generate(arguments.folder, arguments.preset, arguments.form)
+    try:
+        for devices in arguments.devices:
+            options = ["--folder", str(arguments.folder), "--dtype", arguments.dtype]
+            subprocess.run([sys.executable, __file__, *options, "--measure", str(devices)], check=True)
+    finally:
+        if not arguments.keep:
+            shutil.rmtree(arguments.folder)
+
+
+if __name__ == "__main__":
+    main()

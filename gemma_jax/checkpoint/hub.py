@@ -1,0 +1,125 @@
+"""Checkpoints by their names on the Hugging Face Hub and on Kaggle: downloaded once, then found in the cache.
+
+The clients' own settings are honoured: HF_TOKEN or `hf auth login`, HF_HOME, HF_HUB_OFFLINE, and Kaggle's.
+"""
+
+import errno
+import os
+import re
+from pathlib import Path
+
+from gemma_jax.checkpoint.record import first_line
+from gemma_jax.errors import UserError
+
+# What is read of a repository: no pickled .bin, no .gguf, no second copy of the weights.
+FILES = (
+    *("config.json", "generation_config.json", "tokenizer.model", "NOTICE"),
+    *("model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors"),
+)
+# The published Flax form is a folder such as 2b/, beside the tokenizer.
+NOT_FLAX = ("*.bin", "*.gguf", "*.h5", "*.msgpack", "*.safetensors")
+SECONDS = 20  # without an answer to the first question, the Hub is taken to be out of reach
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[\w./-]{1,200})?")
+_KAGGLE = re.compile(r"[\w-]+/[\w.-]+/(flax|transformers)/[\w.-]+(/\d+)?", re.IGNORECASE)
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a name could be one of the Hub (`owner/model`, `owner/model@revision`) or of Kaggle."""
+    # A run that is not there, such as runs/demo, has the same form; its folder is there, an owner's is not.
+    owner = name.split("/")[0]
+    return not os.path.exists(owner) and bool(_HUB_ID.fullmatch(name) or _KAGGLE.fullmatch(name))
+
+
+def download(name: str) -> Path:
+    """The local directory of a checkpoint's files, downloaded where they are not in the cache yet.
+
+    Args:
+      name: `is_hub_name` said so.
+
+    Raises:
+      UserError: it is not there, may not be read, cannot be reached, or does not fit on the disk.
+    """
+    return _from_kaggle(name) if _KAGGLE.fullmatch(name) else _from_hub(name)
+
+
+def _from_hub(name: str) -> Path:
+    import httpx2
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    model, _, revision = name.partition("@")
+    flax = model.lower().endswith("-flax")
+    problem: Exception | None = None
+    try:
+        # snapshot_download asks the same question, but waits for an answer for ever.
+        HfApi().model_info(model, revision=revision or None, timeout=SECONDS)
+    except (HfHubHTTPError, httpx2.HTTPError, OfflineModeIsEnabled) as error:
+        problem = error
+    try:
+        return Path(
+            snapshot_download(
+                model,
+                revision=revision or None,
+                allow_patterns=None if flax else list(FILES),
+                ignore_patterns=list(NOT_FLAX) if flax else None,
+                local_files_only=problem is not None,
+            )
+        )
+    except LocalEntryNotFoundError as error:
+        raise _told(model, revision, problem or error) from error
+    except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
+        raise _told(model, revision, error) from error
+
+
+def _told(model: str, revision: str, error: Exception) -> UserError:
+    """The sentence for what went wrong, where the cache has no copy either."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    page = f"https://huggingface.co/{model}"
+    log_in = "log in with `hf auth login`, or set HF_TOKEN"
+    if isinstance(error, OfflineModeIsEnabled):
+        told = "is not in the cache, and HF_HUB_OFFLINE keeps it from being downloaded; unset it"
+    elif isinstance(error, GatedRepoError):
+        told = f"is gated: accept its terms at {page}, then {log_in}"
+    elif isinstance(error, RepositoryNotFoundError):
+        told = (
+            "is neither a checkpoint here nor a repository of the Hub that you may read; check the name or, "
+            f"if it is private or gated, {log_in}"
+        )
+    elif isinstance(error, RevisionNotFoundError):
+        told = f"has no revision {revision!r}; see {page}/tree/main for those it has"
+    elif isinstance(error, HfHubHTTPError) and error.response is not None:
+        status = error.response.status_code
+        told = f"was not given by the Hub, which answered with status {status}; "
+        told += f"accept its terms at {page}, then {log_in}" if status in (401, 403) else "try again later"
+    elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        told = "does not fit on the disk of its cache; make room, or set HF_HOME elsewhere"
+    else:
+        told = f"is not in the cache, and the Hub cannot be reached ({first_line(error)[:200]}); "
+        told += "check the connection, or give a local directory"
+    return UserError(f"{model} {told}.")
+
+
+def _from_kaggle(name: str) -> Path:
+    try:
+        import kagglehub
+        from kagglehub import exceptions
+    except ImportError as error:
+        raise UserError(f"{name} is on Kaggle; install its client first: pip install kagglehub.") from error
+
+    kinds = [e for e in vars(exceptions).values() if isinstance(e, type) and issubclass(e, Exception)]
+    known: tuple[type[Exception], ...] = (OSError, *kinds)
+    try:
+        return Path(kagglehub.model_download(name))
+    except known as error:
+        owner, model, *_ = name.split("/")
+        raise UserError(
+            f"Kaggle does not give {name} ({first_line(error)[:200]}); accept its terms at "
+            f"https://www.kaggle.com/models/{owner}/{model}, and set KAGGLE_USERNAME and KAGGLE_KEY."
+        ) from error

@@ -1,0 +1,213 @@
+"""Weights written and read again: every bit is the same, and nothing is left of what fails."""
+
+import errno
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gemma_jax import Gemma
+from gemma_jax.checkpoint import export as export_module
+from gemma_jax.checkpoint import huggingface as huggingface_module
+from gemma_jax.checkpoint.flax import tensor_shapes
+from gemma_jax.checkpoint.huggingface import stored_shape
+from gemma_jax.checkpoint.layout import Weights, in_order, parameter_shapes
+from gemma_jax.checkpoint.pretrained import open_checkpoint
+from gemma_jax.cli import main
+from gemma_jax.config import PRESETS, ComputeConfig, MeshConfig, TransformerConfig
+from gemma_jax.errors import UserError
+from gemma_jax.testing import cpu_mesh, tiny_gemma
+from gemma_jax.tokenizer import Tokenizer
+from tests.checkpoint.published import MULTI_HEAD, MULTI_QUERY, TYPES, random_tensors, write_huggingface
+
+ONE = MeshConfig(cpu_devices=1)
+
+
+def numbers(folder: Path) -> dict[tuple[str, int | None], bytes]:
+    found = open_checkpoint(folder)
+    weights: Weights | None = found.weights
+    if weights is None:
+        compute = ComputeConfig(param_dtype=found.dtype)  # type: ignore[arg-type]  # float32 or bfloat16
+        weights = export_module.PlacedWeights(found.params(compute, cpu_mesh(1)), found.config)
+    return {place: weights.get(*place).tobytes() for place in in_order(found.config)}
+
+
+def convert(*arguments: object) -> None:
+    assert main(["convert", *map(str, arguments)]) == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("config", [MULTI_QUERY, MULTI_HEAD], ids=["multi-query", "multi-head"])
+def test_every_bit_comes_back_from_every_form(tmp_path: Path, config: dict[str, Any], dtype: str) -> None:
+    source = write_huggingface(tmp_path / "source", config, random_tensors(config, dtype))
+    original = numbers(source)
+    convert(source, tmp_path / "flax", "--format", "flax")
+    convert(tmp_path / "flax", tmp_path / "again")
+    assert numbers(tmp_path / "flax") == numbers(tmp_path / "again") == original
+    for name in ("flax", "again"):
+        assert open_checkpoint(tmp_path / name).config == open_checkpoint(source).config
+        assert open_checkpoint(tmp_path / name).dtype == dtype
+    if config is MULTI_QUERY and dtype == "bfloat16":  # through a run, whose arrays go over a device
+        convert(source, tmp_path / "run", "--format", "run")
+        convert(tmp_path / "run", tmp_path / "back", "--dtype", dtype)
+        assert numbers(tmp_path / "back") == original
+        assert (tmp_path / "run" / "config.json").exists()
+
+
+def test_names_shapes_and_numbers_are_those_of_transformers(tmp_path: Path) -> None:
+    tensors = random_tensors(MULTI_HEAD)
+    source = write_huggingface(tmp_path / "source", MULTI_HEAD, tensors)
+    Gemma.from_pretrained(source, mesh=ONE).save_pretrained(tmp_path / "out")
+    file = huggingface_module.SafetensorsFile(tmp_path / "out" / "model.safetensors")
+    assert file.metadata["format"] == "pt"
+    assert file.tensors.keys() == tensors.keys()
+    for name, x in tensors.items():
+        np.testing.assert_array_equal(file[name], x, err_msg=name)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {key: config[key] for key in MULTI_HEAD} == MULTI_HEAD
+
+
+def test_large_weights_are_split_into_shards_with_an_index(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = random_tensors(MULTI_QUERY)
+    source = write_huggingface(tmp_path / "source", MULTI_QUERY, tensors)
+    monkeypatch.setattr(huggingface_module, "SHARD_BYTES", 40_000)
+    convert(source, tmp_path / "out")
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(x.nbytes for x in tensors.values())
+    files = sorted(set(index["weight_map"].values()))
+    assert files == [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
+    assert len(files) > 2
+    assert numbers(tmp_path / "out") == numbers(source)
+
+
+def test_a_changed_dtype_rounds_and_a_too_small_one_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = random_tensors(MULTI_QUERY)
+    source = write_huggingface(tmp_path / "source", MULTI_QUERY, tensors)
+    convert(source, tmp_path / "out", "--dtype", "bfloat16")
+    file = huggingface_module.SafetensorsFile(tmp_path / "out" / "model.safetensors")
+    for name, x in tensors.items():
+        np.testing.assert_array_equal(file[name], x.astype(TYPES["bfloat16"][1]), err_msg=name)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = 1e6
+    write_huggingface(source, MULTI_QUERY, tensors)
+    assert main(["convert", str(source), str(tmp_path / "f16"), "--dtype", "float16"]) == 2
+    told = "model.layers.1.mlp.up_proj.weight in "
+    assert told in (error := capsys.readouterr().err) and "too large for float16" in error
+    assert not (tmp_path / "f16").exists()
+
+
+def test_sizes_of_the_published_models() -> None:
+    for name, hugging, flax, keys in [
+        ("gemma_2b", 2_506_172_416, 2_506_434_560, 128),
+        ("gemma_7b", 8_537_680_896, 8_538_074_112, 170),
+    ]:
+        config: TransformerConfig = PRESETS[name]
+        ours = parameter_shapes(config)
+        shapes = [stored_shape(parameter, ours[parameter]) for parameter, _ in in_order(config)]
+        assert sum(int(np.prod(shape)) for shape in shapes) == hugging
+        theirs = tensor_shapes(config, 256_128)
+        assert sum(int(np.prod(shape)) for shape in theirs.values()) == flax
+        assert len(theirs) == keys
+
+
+def test_a_model_made_here_can_be_written_with_its_tokenizer_and_end_tokens(tmp_path: Path) -> None:
+    texts = [f"{a} {b} {a * b}\n" for a in range(60) for b in range(60)]
+    tokenizer = Tokenizer.train(texts, 378, tmp_path / "tokenizer.model")
+    made = tiny_gemma(vocab_size=378)
+    gemma = Gemma(made.config, made.params, tokenizer, made.mesh, made.compute, end_tokens=(1, 107))
+    for format in ("huggingface", "flax", "run"):
+        gemma.save_pretrained(tmp_path / format, format=format)
+        again = Gemma.from_pretrained(tmp_path / format, mesh=ONE)
+        np.testing.assert_array_equal(again.logits([[2, 5, 300]]), gemma.logits([[2, 5, 300]]))
+        assert again.end_tokens == (1, 107)
+        assert again.tokenizer.fingerprint == tokenizer.fingerprint
+        assert not (tmp_path / format / "NOTICE").exists()
+    about = json.loads((tmp_path / "huggingface" / "tokenizer_config.json").read_text())
+    assert about["tokenizer_class"] == "GemmaTokenizer" and about["add_bos_token"] is True
+    assert "start_of_turn" in about["chat_template"]
+
+
+def test_the_notice_goes_with_weights_that_derive_from_gemma(tmp_path: Path) -> None:
+    source = write_huggingface(tmp_path / "source", MULTI_QUERY, random_tensors(MULTI_QUERY))
+    convert(source, tmp_path / "a", "--gemma_terms", "yes")
+    notice = (tmp_path / "a" / "NOTICE").read_text()
+    assert "Gemma is provided under and subject to the Gemma Terms of Use" in notice and str(source) in notice
+    convert(tmp_path / "a", tmp_path / "b", "--format", "run")
+    convert(tmp_path / "b", tmp_path / "c", "--format", "flax")
+    Gemma.from_pretrained(tmp_path / "c", mesh=ONE).save_pretrained(tmp_path / "d")
+    for name in "bcd":
+        assert (tmp_path / name / "NOTICE").exists(), name
+    convert(tmp_path / "d", tmp_path / "e", "--gemma_terms", "no")
+    assert not (tmp_path / "e" / "NOTICE").exists()
+
+
+def left(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("format", ["huggingface", "flax", "run"])
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: Any) -> None:
+    source = write_huggingface(tmp_path / "source", MULTI_QUERY, random_tensors(MULTI_QUERY))
+    gemma = Gemma.from_pretrained(source, mesh=ONE)
+    with monkeypatch.context() as patch:
+        usage = namedtuple("usage", "total used free")
+        patch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6, 1000))
+        with pytest.raises(UserError, match="needs 0.0 GB, but its disk has 0.0 GB free"):
+            gemma.save_pretrained(tmp_path / "out", format=format)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(export_module, "write_generation_config", full)
+    with pytest.raises(UserError, match=r"cannot write .*/out \(No space left on device\)"):
+        gemma.save_pretrained(tmp_path / "out", format=format)
+    assert left(tmp_path) == {"source"}
+
+
+def test_an_interruption_leaves_nothing_and_what_is_there_is_never_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gemma = tiny_gemma()
+    (tmp_path / "mine").write_text("precious")
+    with pytest.raises(UserError, match="is there already"):
+        gemma.save_pretrained(tmp_path / "mine")
+    with pytest.raises(UserError, match="is there already"):
+        gemma.save_pretrained(tmp_path)
+    (tmp_path / "empty").mkdir()
+    gemma.save_pretrained(tmp_path / "empty")
+    assert (tmp_path / "empty" / "model.safetensors").exists()
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export_module, "write_config", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        gemma.save_pretrained(tmp_path / "new")
+    assert left(tmp_path) == {"mine", "empty"}
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
+def test_mistakes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gemma = tiny_gemma()
+    for settings, told in [({"format": "gguf"}, "format is 'gguf'"), ({"dtype": "int8"}, "dtype is 'int8'")]:
+        with pytest.raises(UserError, match=told):
+            gemma.save_pretrained(tmp_path / "out", **settings)  # type: ignore[arg-type]  # that is the point
+    with pytest.raises(UserError, match="a run keeps float32 or bfloat16"):
+        gemma.save_pretrained(tmp_path / "out", format="run", dtype="float16")
+    for arguments, told in [
+        ((), "name a checkpoint and a directory"),
+        (("random:gemma_tiny",), "name a checkpoint and a directory"),
+        (("random:gemma_tiny", str(tmp_path / "out"), "--format", "gguf"), "gguf"),
+        ((str(tmp_path / "nothing"), str(tmp_path / "out")), "there is no checkpoint"),
+        (("random:gemma_tini", str(tmp_path / "out")), "did you mean gemma_tiny?"),
+    ]:
+        assert main(["convert", *arguments]) == 2
+        assert told in capsys.readouterr().err
+    assert left(tmp_path) == set()

@@ -1,0 +1,222 @@
+"""Names on the Hugging Face Hub and on Kaggle, against a hub of our own on this machine.
+
+The real client talks to it, in processes of their own: it reads its settings when it is imported.
+"""
+
+import http.server
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gemma_jax.checkpoint import hub as hub_module
+from gemma_jax.checkpoint.hub import is_hub_name
+from gemma_jax.checkpoint.pretrained import open_checkpoint
+from gemma_jax.errors import UserError
+from tests.checkpoint.published import MULTI_QUERY, random_tensors, write_huggingface
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+MORE = ("pytorch_model.bin", "gemma-2b.gguf", "README.md", "tokenizer.json", "onnx/model.onnx")
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the Hub as its client asks for."""
+
+    folder: Path
+    asked: list[str]
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = self.path.split("?")[0]
+        self.asked.append(f"{self.command} {path} {self.headers.get('Authorization', '')}".strip())
+        if path.startswith("/api/models/google/gemma-2b-it/tree/"):
+            self._json(
+                [
+                    {
+                        "type": "file",
+                        "path": name,
+                        "oid": f"{i:040}",
+                        "size": (self.folder / name).stat().st_size,
+                    }
+                    for i, name in enumerate(self._names())
+                ]
+            )
+        elif path.startswith("/api/models/google/gemma-2b-it"):
+            siblings = [{"rfilename": name} for name in self._names()]
+            self._json({"id": "google/gemma-2b-it", "sha": COMMIT, "siblings": siblings})
+        elif path.startswith("/google/gemma-2b-it/resolve/"):
+            name = path.split("/resolve/")[1].split("/", 1)[1]
+            self._answer(200, self._content(name), ETag=f'"{name}"')
+        elif "gated" in path:
+            self._answer(403, b"{}", **{"X-Error-Code": "GatedRepo", "X-Error-Message": "ask first"})
+        elif "busy" in path:
+            self._answer(500, b"{}")
+        else:
+            self._answer(404, b"{}", **{"X-Error-Code": "RepoNotFound", "X-Error-Message": "no"})
+
+    def _content(self, name: str) -> bytes:
+        return (self.folder / name).read_bytes()
+
+    def _names(self) -> list[str]:
+        return [p.relative_to(self.folder).as_posix() for p in sorted(self.folder.rglob("*")) if p.is_file()]
+
+    def _json(self, data: object) -> None:
+        self._answer(200, json.dumps(data).encode(), **{"Content-Type": "application/json"})
+
+    def _answer(self, status: int, content: bytes, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {"X-Repo-Commit": COMMIT, "Content-Length": str(len(content)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of a hub that has google/gemma-2b-it, of tiny shape."""
+    Hub.folder, Hub.asked = tmp_path_factory.mktemp("hub"), []
+    write_huggingface(Hub.folder, MULTI_QUERY, random_tensors(MULTI_QUERY), 2)
+    for name in MORE:
+        (Hub.folder / name).parent.mkdir(exist_ok=True)
+        (Hub.folder / name).write_text("not needed")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+
+
+def download(name: str, cache: Path, endpoint: str, **environment: str) -> tuple[Path | None, str]:
+    """The directory, or the sentence that the user gets; and what the client showed."""
+    program = (
+        "import sys; from gemma_jax.errors import UserError; from gemma_jax.checkpoint import hub\n"
+        "hub.SECONDS = 2\n"
+        "try: print(hub.download(sys.argv[1]))\n"
+        "except UserError as error: print('told:', error)\n"
+    )
+    settings = {
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(cache),
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+    }
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    done = subprocess.run(
+        [sys.executable, "-c", program, name],
+        env={**clean, **settings, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.splitlines()[-1]
+    return (None, last) if last.startswith("told:") else (Path(last), done.stderr)
+
+
+def test_only_what_is_needed_is_downloaded_once_and_then_found_offline(hub: str, tmp_path: Path) -> None:
+    folder, shown = download("google/gemma-2b-it", tmp_path, hub, HF_TOKEN="hf_secret")
+    assert folder is not None, shown
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json",
+        "model.safetensors.index.json",
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    }
+    assert "%" in shown  # progress
+    assert any("Bearer hf_secret" in request for request in Hub.asked)
+    found = open_checkpoint(folder)
+    assert found.config.embed_dim == MULTI_QUERY["hidden_size"]
+    before = len(Hub.asked)
+    again, _ = download("google/gemma-2b-it", tmp_path, hub, HF_HUB_OFFLINE="1")
+    assert again == folder and len(Hub.asked) == before
+    with socket.socket() as silent:  # accepts, and never answers
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        again, _ = download("google/gemma-2b-it", tmp_path, f"http://127.0.0.1:{silent.getsockname()[1]}")
+    assert again == folder
+
+
+@pytest.mark.parametrize(("name", "environment", "told"), [
+    ("google/gemma-gated", {}, "is gated: accept its terms at https://huggingface.co/google/gemma-gated,"),
+    ("google/gemma-3b", {}, "is neither a checkpoint here nor a repository of the Hub"),
+    ("google/busy", {}, "status 500; try again later"),
+    ("google/gemma-2b-it", {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE keeps it from being downloaded"),
+    ("google/gemma-2b-it", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "the Hub cannot be reached"),
+])  # fmt: skip
+def test_each_failure_says_what_to_do(
+    hub: str, tmp_path: Path, name: str, environment: dict[str, str], told: str
+) -> None:
+    folder, shown = download(name, tmp_path, hub, **environment)
+    assert folder is None and told in shown and name in shown
+
+
+def test_a_hub_that_does_not_answer_is_given_up(tmp_path: Path) -> None:
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        folder, shown = download("google/gemma-2b-it", tmp_path, address)
+    assert folder is None and "cannot be reached" in shown
+
+
+def test_names_of_a_hub_are_told_from_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (
+        "google/gemma-2b",
+        "google/codegemma-7b-it@main",
+        "google/gemma/flax/2b-it",
+        "google/gemma/Flax/2b-it/2",
+    ):
+        assert is_hub_name(name), name
+    for name in ("gemma-2b", "/google/gemma", "../google/gemma", "a/b/c", "~/gemma", "google/gemma/keras/2b"):
+        assert not is_hub_name(name), name
+    # A mistyped run is a run, where its folder is there.
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert not is_hub_name("runs/dmeo")
+    with pytest.raises(UserError, match="there is no checkpoint runs/dmeo"):
+        open_checkpoint("runs/dmeo")
+
+
+def test_weights_of_google_are_under_its_terms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_huggingface(tmp_path, MULTI_QUERY, random_tensors(MULTI_QUERY))
+    monkeypatch.setattr("gemma_jax.checkpoint.pretrained.download", lambda name: folder)
+    assert open_checkpoint("google/gemma-2b").terms_source == "google/gemma-2b"
+    assert open_checkpoint("somebody/from-scratch").terms_source == ""
+    assert open_checkpoint(folder).terms_source == ""
+
+
+def test_kaggle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="pip install kagglehub"):
+        hub_module.download("google/gemma/flax/2b")
+
+    class Unauthenticated(Exception):
+        pass
+
+    def model_download(name: str) -> str:
+        if name.endswith("7b"):
+            raise Unauthenticated("User is not authenticated")
+        return str(tmp_path)
+
+    client, exceptions = types.ModuleType("kagglehub"), types.ModuleType("kagglehub.exceptions")
+    client.model_download = model_download  # type: ignore[attr-defined]  # a stand-in
+    client.exceptions, exceptions.Unauthenticated = exceptions, Unauthenticated  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "kagglehub", client)
+    monkeypatch.setitem(sys.modules, "kagglehub.exceptions", exceptions)
+    assert hub_module.download("google/gemma/flax/2b") == tmp_path
+    with pytest.raises(
+        UserError, match=r"does not give google/gemma/flax/7b \(User is not authenticated\); accept"
+    ):
+        hub_module.download("google/gemma/flax/7b")

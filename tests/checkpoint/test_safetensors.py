@@ -1,0 +1,241 @@
+"""The safetensors format: what is read is what was written, and nothing of a file is believed."""
+
+import json
+import random
+import struct
+import time
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from gemma_jax.checkpoint import safetensors as module
+from gemma_jax.checkpoint.huggingface import HuggingFaceDirectory
+from gemma_jax.checkpoint.layout import in_order
+from gemma_jax.checkpoint.safetensors import DTYPES, SafetensorsFile, write_safetensors
+from gemma_jax.errors import UserError
+from tests.checkpoint.published import MULTI_QUERY, random_tensors, safetensors_bytes, write_huggingface
+
+Header = dict[str, Any]
+
+
+def file_of(path: Path, header: Any, data: bytes = b"", length: int | None = None) -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+    return path
+
+
+def entry(dtype: Any = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> Header:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+def test_what_was_written_is_read(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for dtype in (np.float32, np.float16, ml_dtypes.bfloat16):
+        arrays = {
+            f"x{i}": rng.normal(size=shape).astype(dtype)
+            for i, shape in enumerate([(3, 5), (7,), (), (0, 4)])
+        }
+        shapes = {name: x.shape for name, x in arrays.items()}
+        write_safetensors(tmp_path / "f", shapes, np.dtype(dtype), arrays.__getitem__)
+        file = SafetensorsFile(tmp_path / "f")
+        assert list(file.tensors) == list(arrays)
+        for name, x in arrays.items():
+            file.check(name)
+            assert file[name].dtype == dtype and file[name].shape == x.shape
+            assert file[name].tobytes() == x.tobytes()
+            assert not file[name].flags.writeable
+
+
+def test_every_dtype_has_its_size(tmp_path: Path) -> None:
+    for name, dtype in DTYPES.items():
+        path = file_of(
+            tmp_path / name, {"x": entry(name, [3], [0, 3 * dtype.itemsize])}, bytes(3 * dtype.itemsize)
+        )
+        assert SafetensorsFile(path)["x"].dtype == dtype
+
+
+TWO = {"a": entry(), "b": entry(offsets=[8, 16])}
+FAULTS: dict[str, tuple[Any, bytes, str]] = {
+    "no JSON": (b"{", b"", "its header is not JSON"),
+    "no UTF-8": (b"\xff\xfe{}", b"", "its header is not JSON"),
+    "no object": ([1], b"", "its header is not a JSON object"),
+    "twice": (b'{"a":1,"a":2}', b"", "a name stands there twice"),
+    "deep": (b"[" * 100_000, b"", "its header is not JSON"),
+    "huge number": (b'{"a":' + b"9" * 5000 + b"}", b"", "its header is not JSON"),
+    "metadata": (
+        {"__metadata__": {"format": 1}},
+        b"",
+        "__metadata__ in its header is not an object of strings",
+    ),
+    "no entry": ({"a": 3}, b"", "the header of 'a' is not a dtype, a shape and data_offsets"),
+    "entry with more": ({"a": entry() | {"x": 1}}, b"", "the header of 'a' is not"),
+    "dtype": ({"a": entry("F33")}, bytes(8), "the dtype of 'a' is 'F33'"),
+    "dtype of another type": ({"a": entry({"F32": 1})}, bytes(8), "the dtype of 'a' is"),
+    "negative size": ({"a": entry(shape=[-2])}, bytes(8), "the shape of 'a' is not a short list of sizes"),
+    "boolean size": ({"a": entry(shape=[True])}, bytes(8), "the shape of 'a'"),
+    "fraction": ({"a": entry(shape=[2.0])}, bytes(8), "the shape of 'a'"),
+    "many axes": ({"a": entry(shape=[1] * 100)}, bytes(8), "the shape of 'a'"),
+    "overflow": (
+        {"a": entry(shape=[2**62, 2**62])},
+        bytes(8),
+        "needs 85070591730234615865843651857942052864 bytes",
+    ),
+    "three offsets": (
+        {"a": entry(offsets=[0, 4, 8])},
+        bytes(8),
+        "the data_offsets of 'a' are not two places",
+    ),
+    "offset text": ({"a": entry(offsets="08")}, bytes(8), "the data_offsets of 'a'"),
+    "wrong size": ({"a": entry(offsets=[0, 4])}, bytes(8), r"'a' of shape \[2\] and dtype F32 needs 8 bytes"),
+    "backwards": ({"a": entry(offsets=[8, 0])}, bytes(8), "needs 8 bytes, not -8"),
+    "beyond the end": (TWO, bytes(12), "'b' ends at byte 16 of 12"),
+    "overlap": (
+        {"a": entry(), "b": entry(offsets=[4, 12])},
+        bytes(12),
+        "'b' begins at byte .* where .* is next",
+    ),
+    "hole": (
+        {"a": entry(), "b": entry(offsets=[12, 20])},
+        bytes(20),
+        "'b' begins at byte .* where .* is next",
+    ),
+    "hidden bytes": ({"a": entry()}, bytes(12), "4 bytes after its last tensor belong to nothing"),
+    "checksums": ({"__metadata__": {"crc32": "[1"}}, b"", "its checksums are not JSON"),
+    "checksums of text": ({"__metadata__": {"crc32": '{"a":"b"}'}}, b"", "its checksums are not numbers"),
+}
+
+
+@pytest.mark.parametrize(("header", "data", "told"), FAULTS.values(), ids=FAULTS)
+def test_a_header_that_does_not_describe_its_file_is_refused(
+    tmp_path: Path, header: Any, data: bytes, told: str
+) -> None:
+    with pytest.raises(UserError, match=told) as error:
+        SafetensorsFile(file_of(tmp_path / "model.safetensors", header, data))
+    assert "model.safetensors" in str(error.value) and len(str(error.value)) < 600
+
+
+def test_a_file_that_is_too_short_or_claims_too_much_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"1234567")
+    with pytest.raises(UserError, match="it has 7 bytes"):
+        SafetensorsFile(tmp_path / "a")
+    for length in (3, 2**40, 2**64 - 1):
+        with pytest.raises(UserError, match="its header claims"):
+            SafetensorsFile(file_of(tmp_path / "a", b"{}", length=length))
+    (tmp_path / "folder").mkdir()
+    for name in ("missing", "folder"):
+        with pytest.raises(UserError, match="cannot be read"):
+            SafetensorsFile(tmp_path / name)
+
+
+def test_a_flipped_bit_in_numbers_that_we_wrote_is_told(tmp_path: Path) -> None:
+    x = np.arange(100, dtype=np.float32)
+    write_safetensors(
+        tmp_path / "f", {"x": (50,), "y": (50,)}, np.dtype(np.float32), lambda n: x[:50] + (n == "y")
+    )
+    raw = bytearray((tmp_path / "f").read_bytes())
+    raw[-30] ^= 4
+    (tmp_path / "f").write_bytes(raw)
+    file = SafetensorsFile(tmp_path / "f")
+    file.check("x")
+    with pytest.raises(UserError, match="the numbers of 'y' have changed since they were written"):
+        file.check("y")
+
+
+def mutated(rng: random.Random, raw: bytes) -> bytes:
+    """The bytes with something wrong: bits, cuts, numbers, words, pieces of itself."""
+    changed = bytearray(raw)
+    for _ in range(rng.choice([1, 1, 1, 2, 5])):
+        place = rng.randrange(len(changed) or 1)
+        match rng.randrange(7):
+            case 0:
+                changed[place : place + 1] = bytes([rng.randrange(256)])
+            case 1:
+                del changed[place:]
+            case 2:
+                del changed[place : place + rng.randrange(1, 40)]
+            case 3:
+                changed[place:place] = rng.choice(
+                    [b"\x00", b"[", b"{", b'"', b"-", b"e999", b"9" * 400, b"\xff"]
+                )
+            case 4:
+                words = [
+                    b"F32",
+                    b"shape",
+                    b"data_offsets",
+                    b"null",
+                    b"true",
+                    b"[]",
+                    b"{}",
+                    b"1e9",
+                    b"-1",
+                    b"../x",
+                ]
+                changed[place : place + 3] = rng.choice(words)
+            case 5:
+                start = rng.randrange(len(changed) or 1)
+                changed[place:place] = changed[start : start + rng.randrange(60)]
+            case 6:
+                changed[:8] = struct.pack(
+                    "<Q", rng.choice([0, 1, 2**31, 2**63, 2**64 - 1, rng.randrange(5000)])
+                )
+    return bytes(changed)
+
+
+@pytest.mark.slow
+def test_ten_thousand_damaged_headers_are_read_or_refused(tmp_path: Path) -> None:
+    """Never a crash, a hang, or more numbers than the file has."""
+    rng, refused = random.Random(0), 0
+    tensors = random_tensors(MULTI_QUERY | {"num_hidden_layers": 1, "vocab_size": 10}, "bfloat16")
+    whole = safetensors_bytes(tensors)
+    header = whole[: 8 + struct.unpack("<Q", whole[:8])[0] + 40]
+    for number in range(12_000):
+        raw = mutated(rng, header) + (whole[len(header) :] if rng.random() < 0.9 else b"")
+        path = tmp_path / str(number % 50)  # a file that is mapped must not be changed
+        path.unlink(missing_ok=True)
+        path.write_bytes(raw)
+        started = time.monotonic()
+        try:
+            file = SafetensorsFile(path)
+        except UserError:
+            refused += 1
+        else:
+            assert sum(file[name].nbytes for name in file.tensors) <= len(raw)
+            assert all(file[name].tobytes() is not None for name in file.tensors)
+        assert time.monotonic() - started < 10
+    assert 6_000 < refused < 12_000
+
+
+@pytest.mark.slow
+def test_ten_thousand_damaged_directories_are_read_or_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """config.json and the index: never a crash, a hang, or a file outside the directory that is opened."""
+    config = MULTI_QUERY | {"num_hidden_layers": 1, "vocab_size": 10}
+    folder = write_huggingface(tmp_path / "model", config, random_tensors(config, "bfloat16"), 2)
+    (tmp_path / "outside.safetensors").write_bytes((folder / "model-00001-of-00002.safetensors").read_bytes())
+    opened: list[Path] = []
+    real = module.SafetensorsFile.__init__
+
+    def watched(self: SafetensorsFile, path: Path) -> None:
+        opened.append(path)
+        real(self, path)
+
+    monkeypatch.setattr(module.SafetensorsFile, "__init__", watched)
+    rng, refused = random.Random(1), 0
+    files = {name: (folder / name).read_bytes() for name in ("config.json", "model.safetensors.index.json")}
+    for number in range(12_000):
+        name = list(files)[number % 2]
+        (folder / name).write_bytes(mutated(rng, files[name]))
+        started = time.monotonic()
+        try:
+            found = HuggingFaceDirectory(folder)
+            assert all(found.get(*place).size for place in in_order(found.config))
+        except UserError:
+            refused += 1
+        assert time.monotonic() - started < 10
+        (folder / name).write_bytes(files[name])
+    assert {path.parent for path in opened} == {folder}
+    assert 6_000 < refused < 12_000
