@@ -64,6 +64,8 @@ ANSWERED_AT_ONCE = {
     "help of chat": (("chat", "--help"), 0, "--system STR"),
     "several answers": (("chat", "runs/demo", "--samples", "2"), 2, "samples is 2"),
     "help of inspect": (("inspect", "--help"), 0, "--mesh.fsdp INT"),
+    "help of convert": (("convert", "--help"), 0, "--format {huggingface,flax,run}"),
+    "one name of convert": (("convert", "runs/demo"), 2, "SOURCE DESTINATION"),
     "unknown command": (("pretrian",), 2, "did you mean pretrain?"),
     "unknown config": (("pretrain", "dmeo"), 2, "did you mean demo?"),
     "unknown key": (("pretrain", "demo", "--optimizer.learning_rat", "1"), 2, "--optimizer.learning_rate?"),
