@@ -2,6 +2,8 @@
 
 from gemma_jax.config.command_line import load, parse
 from gemma_jax.config.experiments import ChatConfig, ConvertConfig, PretrainConfig, SampleConfig
+from gemma_jax.config.experiments import ChatConfig, PretrainConfig, SampleConfig
+from gemma_jax.config.parameter_groups import ParameterGroup, group_of_each, parameter_groups
 from gemma_jax.config.presets import PRESETS, preset
 from gemma_jax.config.sections import (
     CheckpointConfig,
@@ -15,7 +17,16 @@ from gemma_jax.config.sections import (
     TokenizerConfig,
     TransformerConfig,
 )
-from gemma_jax.config.serialization import from_json, from_record, replace, suggestion, to_dict, to_json
+from gemma_jax.config.serialization import (
+    differences,
+    from_json,
+    from_record,
+    replace,
+    suggestion,
+    to_dict,
+    to_json,
+    within,
+)
 from gemma_jax.config.validation import (
     MESH_AXES,
     mesh_shape,
@@ -41,16 +52,20 @@ __all__ = [
     "LoggingConfig",
     "MeshConfig",
     "OptimizerConfig",
+    "ParameterGroup",
     "PretrainConfig",
     "SampleConfig",
     "SamplingConfig",
     "TokenizerConfig",
     "TransformerConfig",
+    "differences",
     "from_json",
     "from_record",
+    "group_of_each",
     "load",
     "mesh_shape",
     "mesh_text",
+    "parameter_groups",
     "parse",
     "preset",
     "replace",
@@ -64,4 +79,5 @@ __all__ = [
     "validate_on_devices",
     "validate_sample",
     "validate_sampling",
+    "within",
 ]

@@ -27,6 +27,11 @@ class PretrainConfig:
     existing_run: Literal["resume", "overwrite"] = setting(
         "resume", "What to do with a run that is there already: go on with it, or delete it and begin anew."
     )
+    fork_from: str = setting(
+        "",
+        "Begin this run with the parameters, optimizer state and data position of another: its run directory "
+        "(the newest checkpoint) or RUN/checkpoints/STEP.",
+    )
     steps: int = setting(1000, "Optimizer steps in all.")
     seed: int = setting(0, "Decides the initial weights, the held-out order and the order of the data.")
     model: TransformerConfig = field(default_factory=TransformerConfig)

@@ -89,7 +89,13 @@ class OptimizerConfig:
     b1: float = setting(0.9, "Decay of the first moment.")
     b2: float = setting(0.95, "Decay of the second moment.")
     epsilon: float = setting(1e-8, "Added to the root of the second moment.")
-    weight_decay: float = setting(0.1, "Decoupled decay of weight matrices; norm scales never decay.")
+    weight_decay: float = setting(0.1, "Decoupled decay of weight matrices; norm scales do not decay.")
+    groups: tuple[str, ...] = setting(
+        (),
+        "Parameters that are trained otherwise, as in 'embedding learning_rate_factor=0.1 weight_decay=0': a "
+        "pattern of names that `gemma inspect` prints, then a factor of the learning rate (0 freezes), a "
+        "decay of their own, or both.",
+    )
     clip_norm: float = setting(1.0, "Largest global gradient norm; 0 turns clipping off.")
     z_loss: float = setting(0.0, "Weight of the squared log-partition penalty (PaLM, 2022: 1e-4).")
     accumulation_steps: int = setting(1, "Parts that a batch is computed in, one after the other.")

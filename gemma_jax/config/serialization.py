@@ -114,6 +114,23 @@ def _checked(annotation: Any, value: Any, name: str) -> Any:
     return value
 
 
+def differences(before: Any, now: Any) -> list[tuple[str, Any, Any]]:
+    """Dotted name, value before and value now of every field in which two configs of one kind differ."""
+    found: list[tuple[str, Any, Any]] = []
+    for field in dataclasses.fields(now):
+        a, b = getattr(before, field.name), getattr(now, field.name)
+        if dataclasses.is_dataclass(b):
+            found += [(f"{field.name}.{name}", then, value) for name, then, value in differences(a, b)]
+        elif a != b:
+            found.append((field.name, a, b))
+    return found
+
+
+def within(name: str, sections: typing.Iterable[str]) -> bool:
+    """Whether a dotted name is one of these fields or lies in one of these sections."""
+    return any(f"{name}.".startswith(f"{section}.") for section in sections)
+
+
 def replace(config: Config, changes: typing.Mapping[str, Any]) -> Config:
     """`config` with the fields at dotted names changed, as in {"optimizer.learning_rate": 1e-3}."""
     for name, value in changes.items():

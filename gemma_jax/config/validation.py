@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 
 from gemma_jax.config.experiments import ChatConfig, PretrainConfig, SampleConfig
+from gemma_jax.config.parameter_groups import parameter_groups
 from gemma_jax.config.sections import MeshConfig, SamplingConfig, TransformerConfig
 from gemma_jax.errors import UserError
 
@@ -71,6 +72,7 @@ def validate(config: PretrainConfig) -> None:
     for name in ("b1", "b2"):
         value = getattr(optimizer, name)
         _require(value < 1, f"optimizer.{name} is {value}, but must be below 1.")
+    parameter_groups(optimizer.groups)
     for section, name, value in [
         ("data", "held_out", data.held_out),
         ("optimizer", "final_fraction", optimizer.final_fraction),
