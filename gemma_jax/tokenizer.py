@@ -13,6 +13,7 @@ import sentencepiece
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from gemma_jax.errors import UserError
+from gemma_jax.paths import user_path
 
 START_OF_TURN = "<start_of_turn>"
 END_OF_TURN = "<end_of_turn>"
@@ -93,13 +94,8 @@ class Tokenizer:
         """
         address = os.fspath(path)
         try:
-            if "://" in address:
-                from etils import epath
-
-                model = epath.Path(address).read_bytes()
-            else:
-                model = Path(address).read_bytes()
-        except (OSError, ImportError) as error:
+            model = user_path(address).read_bytes()
+        except OSError as error:
             raise UserError(
                 f"The tokenizer file {address} cannot be read ({error}); check the path and your access."
             ) from error
@@ -176,12 +172,10 @@ class Tokenizer:
         address = os.fspath(path)
         try:
             if "://" in address:
-                from etils import epath
-
-                epath.Path(address).write_bytes(self._model)
+                user_path(address).write_bytes(self._model)
             else:
-                _write_atomically(Path(address), self._model)
-        except (OSError, ImportError) as error:
+                _write_atomically(Path(address).expanduser(), self._model)
+        except OSError as error:
             raise UserError(
                 f"The tokenizer file {address} cannot be written ({error}); free space or name another path."
             ) from error

@@ -13,11 +13,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-GROUND = -1
+BELOW = {"foundation": -2, "ground": -1}
 
 
 def read_floors(text: str) -> dict[str, int]:
-    """Floor of every path in the fenced block that begins with ```floors; the ground is -1."""
+    """Floor of every path in the fenced block that begins with ```floors; those with a name are below 0."""
     blocks = re.findall(r"^```floors\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     assert len(blocks) == 1, f"{len(blocks)} blocks ```floors"
     floors: dict[str, int] = {}
@@ -26,7 +26,7 @@ def read_floors(text: str) -> dict[str, int]:
         assert paths, f"no path on floor {number}"
         for path in paths:
             assert path not in floors, f"{path} is on two floors"
-            floors[path] = GROUND if number == "ground" else int(number)
+            floors[path] = BELOW[number] if number in BELOW else int(number)
     return floors
 
 

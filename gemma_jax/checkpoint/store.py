@@ -35,6 +35,7 @@ from gemma_jax.checkpoint.record import (
 )
 from gemma_jax.config import CheckpointConfig
 from gemma_jax.errors import UserError
+from gemma_jax.paths import user_path
 from gemma_jax.sharding import Arrays, named_arrays, with_arrays
 
 __all__ = ["CheckpointStore", "DamagedCheckpoint", "load_arrays", "run_record", "saved_steps", "step_folder"]
@@ -348,7 +349,7 @@ def step_folder(checkpoint: epath.PathLike) -> tuple[epath.Path, epath.Path]:
     Raises:
       UserError: nothing there, or nothing saved there yet.
     """
-    path = epath.Path(checkpoint).expanduser()
+    path = user_path(checkpoint)
     if not path.exists():
         raise UserError(
             f"there is no checkpoint {checkpoint!s}; give a run directory, a step of one, or random:PRESET."

@@ -4,11 +4,11 @@ import math
 import os
 from collections.abc import Sequence
 
+from gemma_jax.commands.run_directory import load_config
 from gemma_jax.config import (
     PRESETS,
     PretrainConfig,
     from_record,
-    load,
     mesh_text,
     parse,
     preset,
@@ -16,6 +16,7 @@ from gemma_jax.config import (
     validate_model,
 )
 from gemma_jax.errors import UserError
+from gemma_jax.paths import user_path
 
 
 def run(arguments: Sequence[str], prog: str) -> int:
@@ -67,8 +68,10 @@ def _config(name: str) -> PretrainConfig:
         return PretrainConfig(model=preset(name.removeprefix("random:")))
     if name in PRESETS:
         return PretrainConfig(model=PRESETS[name])
-    folder = os.path.expanduser(name)
-    if os.path.isfile(os.path.join(folder, "run", "data.json")):
+    folder = user_path(name)
+    record = folder / "run" / "data.json"
+    # os.path asks without raising where a name is too long.
+    if record.exists() if "://" in name else os.path.isfile(record):
         from gemma_jax.checkpoint import store
 
         config = from_record(store.run_record(folder).config, name)
@@ -80,4 +83,4 @@ def _config(name: str) -> PretrainConfig:
 
         if is_published(folder):
             return PretrainConfig(model=open_checkpoint(name).config)
-    return load(name, PretrainConfig)[0]
+    return load_config(name)[0]

@@ -1,26 +1,28 @@
 """`gemma pretrain CONFIG`: train a model from random weights, or go on where a run was left."""
 
 import hashlib
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from gemma_jax.commands.fork import resolve_fork, start_fork
 from gemma_jax.commands.replay import show_failure
-from gemma_jax.commands.run_directory import check_data, record_data
+from gemma_jax.commands.run_directory import CONFIG_FILE, check_data, load_config, open_run, record_data
 from gemma_jax.config import (
     PretrainConfig,
-    from_json,
-    load,
+    differences,
     mesh_text,
     parse,
     replace,
-    to_dict,
     to_json,
     validate,
     validate_on_devices,
+    within,
 )
 from gemma_jax.errors import UserError
+from gemma_jax.paths import user_path
 
 if TYPE_CHECKING:
     from etils import epath
@@ -52,7 +54,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
             f"name a config first: {prog} CONFIG, where CONFIG is a file or a name under configs/."
         )
     name, *rest = arguments
-    config, name = load(name, PretrainConfig)
+    config, name = load_config(name)
     config = parse(config, rest, f"{prog} {name}")
     config = replace(config, {"run_dir": config.run_dir or f"runs/{name}"})
     validate(config)
@@ -68,10 +70,8 @@ def run(arguments: Sequence[str], prog: str) -> int:
 
 def pretrain(config: PretrainConfig) -> int:
     """Run a config that was validated. Gives the exit status; raises UserError as everything below does."""
-    from etils import epath
-
-    run_dir = epath.Path(config.run_dir).expanduser()
-    _check_existing(run_dir, config)
+    run_dir = user_path(config.run_dir)
+    config = _as_existing(run_dir, config)
 
     import jax
 
@@ -101,6 +101,9 @@ def pretrain(config: PretrainConfig) -> int:
     record_data(run_dir, dataset)
 
     restored = store.restore(abstract.params, abstract.opt_state)
+    if restored is None and config.fork_from:
+        restored = start_fork(config, abstract, store)
+        _say(f"{run_dir} begins at {config.fork_from}, which it keeps a copy of")
     if restored is not None:
         params, opt_state, record = restored
         state = TrainState(
@@ -148,38 +151,36 @@ def pretrain(config: PretrainConfig) -> int:
     return 0
 
 
-def _check_existing(run_dir: "epath.Path", config: PretrainConfig) -> None:
-    path = run_dir / "config.json"
-    if config.existing_run == "overwrite" or not path.exists():
-        return
-    before, now = _flat(to_dict(from_json(path.read_text(), str(path)))), _flat(to_dict(config))
-    changed = [
-        name
-        for name in now
-        if now[name] != before.get(name) and not any(f"{name}.".startswith(f"{m}.") for m in MAY_CHANGE)
-    ]
-    if changed:
-        name = changed[0]
-        raise UserError(
-            f"the run in {run_dir} has {name} {before.get(name)!r}, not {now[name]!r}; "
-            "give another --run_dir, or --existing_run overwrite to delete that run."
-        )
+def _as_existing(run_dir: "epath.Path", config: PretrainConfig) -> PretrainConfig:
+    """`config` as the run that is there goes on with it, if there is one, and with its fork resolved.
 
+    Raises:
+      UserError: the run that is there computes something else, or what is to be forked does not fit.
+    """
+    resuming = config.existing_run == "resume" and (run_dir / CONFIG_FILE).exists()
+    if resuming:
+        before = open_run(os.fspath(run_dir))[1]
+        # What is recorded is one step; the command may name the whole run, or nothing any more.
+        named = os.path.expanduser(config.fork_from).rstrip("/")
+        if not named or before.fork_from.startswith(f"{named}/"):
+            config = replace(config, {"fork_from": before.fork_from})
+        for name, then, now in differences(before, config):
+            if not within(name, MAY_CHANGE):
+                raise UserError(
+                    f"the run in {run_dir} has {name} {then!r}, not {now!r}; "
+                    "give another --run_dir, or --existing_run overwrite to delete that run."
+                )
+    if config.fork_from:
+        from gemma_jax.checkpoint.store import saved_steps
 
-def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return flat
+        if not resuming or not saved_steps(run_dir):
+            return resolve_fork(config, run_dir)
+    return config
 
 
 def _tokenizer(config: PretrainConfig, run_dir: "epath.Path") -> "Tokenizer":
     """The tokenizer of the run so far, the one that the config names, or one trained on the corpus."""
-    from etils import epath
-
+    from gemma_jax.checkpoint.store import step_folder
     from gemma_jax.data.documents import open_source, sample_texts
     from gemma_jax.tokenizer import Tokenizer
 
@@ -188,6 +189,8 @@ def _tokenizer(config: PretrainConfig, run_dir: "epath.Path") -> "Tokenizer":
         tokenizer = Tokenizer.load(config.tokenizer.path)
     elif config.existing_run == "resume" and of_run.exists():
         tokenizer = Tokenizer.load(of_run)
+    elif config.fork_from:
+        tokenizer = Tokenizer.load(step_folder(config.fork_from)[1] / "tokenizer.model")
     else:
         data = config.data
         sources = [
@@ -196,7 +199,7 @@ def _tokenizer(config: PretrainConfig, run_dir: "epath.Path") -> "Tokenizer":
         settings = (config.model.vocab_size, config.tokenizer.train_megabytes, data.held_out)
         identity = "\n".join([*(source.fingerprint for source in sources), *map(str, settings)])
         key = hashlib.sha256(identity.encode()).hexdigest()[:16]
-        path = epath.Path(data.cache_dir).expanduser() / "tokenizers" / f"{key}.model"
+        path = user_path(data.cache_dir) / "tokenizers" / f"{key}.model"
         if path.exists():
             tokenizer = Tokenizer.load(path)
         else:

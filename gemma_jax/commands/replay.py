@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from gemma_jax.commands.fork import forked_after
 from gemma_jax.commands.run_directory import check_data, open_run
 from gemma_jax.config import MeshConfig, PretrainConfig, parse, replace, validate_on_devices
 from gemma_jax.config.sections import setting
@@ -44,6 +45,10 @@ def run(arguments: Sequence[str], prog: str) -> int:
     config = replace(config, {"mesh": options.mesh})
     if not number.isdecimal() or not 1 <= int(number) <= config.steps:
         raise UserError(f"{name} has no step {number}; its steps are 1 to {config.steps}.")
+    if int(number) <= forked_after(config):
+        raise UserError(
+            f"step {number} of {name} was done before it forked from {config.fork_from}; show it there."
+        )
     if options.rows < 0:
         raise UserError(f"rows is {options.rows}, but must be 0 for all, or how many to show.")
 
@@ -124,6 +129,7 @@ def _parameters_before(
 ) -> "tuple[nnx.State, int]":
     """The newest parameters that a run still has from before a step, and after how many steps they were."""
     import jax
+    from etils import epath
 
     from gemma_jax.checkpoint import store
     from gemma_jax.model import abstract_transformer, init_params
@@ -135,14 +141,20 @@ def _parameters_before(
         abstract,
         shardings(abstract, mesh),
     )
-    for saved in reversed(store.saved_steps(run_dir)):
-        if saved < step:
-            folder = run_dir / store.STEPS_FOLDER / str(saved)
+    saved = [(number, run_dir / store.STEPS_FOLDER / str(number)) for number in store.saved_steps(run_dir)]
+    if config.fork_from:
+        saved.insert(0, (forked_after(config), epath.Path(config.fork_from)))
+    for number, folder in reversed(saved):
+        if number < step:
             try:
                 return store.load_arrays(folder, {"params": placed}, store.run_record(folder))[
                     "params"
-                ], saved
+                ], number
             except store.DamagedCheckpoint as error:
                 print(f"{error} An older one is used here", file=sys.stderr)
+    if config.fork_from:
+        raise UserError(
+            f"no parameters from before step {step} are left, neither in {run_dir} nor in {config.fork_from}."
+        )
     # The seed decides them.
     return init_params(config.model, config.compute, mesh, config.seed), 0

@@ -4,8 +4,9 @@ import dataclasses
 import json
 from typing import TYPE_CHECKING
 
-from gemma_jax.config import PretrainConfig, from_json
+from gemma_jax.config import PretrainConfig, from_json, load
 from gemma_jax.errors import UserError
+from gemma_jax.paths import user_path
 
 if TYPE_CHECKING:
     from etils import epath
@@ -14,6 +15,18 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "config.json"
 DATA_FILE = "data.json"
+
+
+def load_config(name: str) -> tuple[PretrainConfig, str]:
+    """What `gemma_jax.config.load` gives, also for a run in a bucket.
+
+    Raises:
+      UserError: as `load` does.
+    """
+    if "://" not in name:
+        return load(name, PretrainConfig)
+    run_dir, config = open_run(name.removesuffix(f"/{CONFIG_FILE}"))
+    return config, run_dir.name
 
 
 def open_run(name: str) -> "tuple[epath.Path, PretrainConfig]":
@@ -25,9 +38,7 @@ def open_run(name: str) -> "tuple[epath.Path, PretrainConfig]":
     Raises:
       UserError: there is no run.
     """
-    from etils import epath
-
-    run_dir = epath.Path(name).expanduser()
+    run_dir = user_path(name)
     path = run_dir / CONFIG_FILE
     if not path.exists():
         raise UserError(f"{name} is not the directory of a run: it holds no {CONFIG_FILE}.")

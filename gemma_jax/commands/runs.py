@@ -11,6 +11,7 @@ from gemma_jax.commands.run_directory import CONFIG_FILE
 from gemma_jax.config import PretrainConfig, from_record, parse
 from gemma_jax.config.sections import setting
 from gemma_jax.errors import UserError
+from gemma_jax.paths import user_path
 
 if TYPE_CHECKING:
     from etils import epath
@@ -33,13 +34,12 @@ def run(arguments: Sequence[str], prog: str) -> int:
     if options.plot and not options.plot.lower().endswith(".png"):
         raise UserError(f"plot is {options.plot}, but pictures are PNG; give it a name that ends in .png.")
 
-    from etils import epath
     from rich.console import Console
     from rich.table import Table
 
     from gemma_jax.training.metrics import duration, plot_losses, read_metrics
 
-    folder = epath.Path(name).expanduser()
+    folder = user_path(name)
     if not folder.is_dir():
         raise UserError(f"there is no directory {name}; name one that holds runs.")
     runs = {_relative(path, folder): (config, read_metrics(path)) for path, config in _find(folder, set())}
@@ -68,7 +68,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
     if options.plot:
         curves = {label: entries for label, (_, entries) in runs.items() if entries}
         try:
-            plot_losses(curves, epath.Path(options.plot).expanduser())
+            plot_losses(curves, user_path(options.plot))
         except OSError as error:
             raise UserError(f"{options.plot} cannot be written: {error.strerror}.") from error
         print(f"the curves of {len(curves)} runs are in {options.plot}", file=sys.stderr)

@@ -6,10 +6,9 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 
-from etils import epath
-
 from gemma_jax.data.source import LongText, Source, Text, is_held_out
 from gemma_jax.errors import UserError
+from gemma_jax.paths import user_path
 
 _JSON_LINES = re.compile(r"\.jsonl(\.gz|\.zst)?$")
 _ARRAY_RECORD = re.compile(r"\.array_record(-\d+-of-\d+)?$")
@@ -127,11 +126,7 @@ def _parse_tokens(spec: str) -> tuple[str, str]:
 
 
 def _is_tfds_directory(spec: str) -> bool:
-    try:
-        path = epath.Path(spec).expanduser()
-        return not _GLOB_CHARACTERS.search(spec) and (path / "dataset_info.json").exists()
-    except ImportError as error:
-        raise _missing_package(spec, error) from error
+    return not _GLOB_CHARACTERS.search(spec) and (user_path(spec) / "dataset_info.json").exists()
 
 
 def _matching_files(spec: str, pattern: str) -> list[str]:
@@ -155,24 +150,17 @@ def _matching_files(spec: str, pattern: str) -> list[str]:
 
 
 def _matching_bucket_files(spec: str, pattern: str) -> list[str]:
-    try:
-        path = epath.Path(pattern)
-        if not _GLOB_CHARACTERS.search(pattern):
-            files = [path] if path.exists() else []
-        else:
-            parts = pattern.split("/")
-            literal = next(i for i, part in enumerate(parts) if _GLOB_CHARACTERS.search(part))
-            found = epath.Path("/".join(parts[:literal])).glob("/".join(parts[literal:]))
-            files = [file for file in found if not file.is_dir()]
-    except ImportError as error:
-        raise _missing_package(spec, error) from error
+    if not _GLOB_CHARACTERS.search(pattern):
+        path = user_path(pattern)
+        files = [path] if path.exists() else []
+    else:
+        parts = pattern.split("/")
+        literal = next(i for i, part in enumerate(parts) if _GLOB_CHARACTERS.search(part))
+        found = user_path("/".join(parts[:literal])).glob("/".join(parts[literal:]))
+        files = [file for file in found if not file.is_dir()]
     if not files:
         raise UserError(f"No corpus {spec!r}: nothing in the bucket matches it; check the address.")
     return sorted(os.fspath(file) for file in files)
-
-
-def _missing_package(spec: str, error: ImportError) -> UserError:
-    return UserError(f"{spec} needs a package for its file system: {error}.")
 
 
 def _suggestion(pattern: str) -> str:

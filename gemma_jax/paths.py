@@ -1,0 +1,30 @@
+"""From what a user writes to a path: on this machine, or in a bucket (gs://, s3://)."""
+
+import importlib.util
+import os
+
+from etils import epath
+
+from gemma_jax.errors import UserError
+
+
+def user_path(name: str | os.PathLike[str]) -> epath.Path:
+    """The path that a user names; `~` is the home directory.
+
+    Raises:
+      UserError: an address of another kind, or one that needs a package which is not installed.
+    """
+    scheme, separator, _ = os.fspath(name).partition("://")
+    if not separator:
+        return epath.Path(name).expanduser()
+    if scheme not in ("gs", "s3"):
+        raise UserError(f"{name} is neither a path nor the address of a bucket (gs://, s3://).")
+    # epath takes TensorFlow's file systems where that is installed, and fsspec's elsewhere.
+    if importlib.util.find_spec("tensorflow") is None:
+        import fsspec
+
+        try:
+            fsspec.get_filesystem_class(scheme)
+        except ImportError as error:
+            raise UserError(f"{name}: {error}, as in pip install 'gemma_jax[data]'.") from error
+    return epath.Path(name)
