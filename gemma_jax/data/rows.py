@@ -1,20 +1,22 @@
-"""The packed rows of a cached corpus, read by number. Their index is kept beside the cache and memory-mapped.
+"""The packed rows of a cached corpus, read by number. Their index is kept beside the cache.
 
 For each shard and split, `NNNNN.SPLIT.rows-L.pieces.npy` and `NNNNN.SPLIT.rows-L.starts.npy` hold the
 `RowIndex` for rows of L tokens. Rows never mix shards, so that an index needs one shard's lengths only.
 """
 
 import bisect
+import contextlib
 import dataclasses
 import functools
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gemma_jax.data import packing
-from gemma_jax.data.packing import Batch, RowIndex
-from gemma_jax.data.storage import TokenFile, cache_error, load_array, save_array
+from gemma_jax.data.packing import Batch
+from gemma_jax.data.storage import ArrayFile, cache_error, save_array
 from gemma_jax.data.token_cache import CachedShard, Split, TokenCache
 from gemma_jax.errors import UserError
 
@@ -37,9 +39,21 @@ class Origin:
     stop: int
 
 
+class _OpenIndex(NamedTuple):
+    """A `RowIndex` that is read by ranges."""
+
+    pieces: ArrayFile
+    starts: ArrayFile
+
+    def row(self, number: int) -> NDArray[Any]:
+        """PIECE [pieces of the row]. OSError and ValueError as `ArrayFile.read` raises them."""
+        start, stop = self.starts.read(number, number + 2).tolist()
+        return self.pieces.read(start, min(stop, len(self.pieces)))
+
+
 class _OpenShard(NamedTuple):
-    tokens: TokenFile
-    row_index: RowIndex
+    tokens: ArrayFile
+    rows: _OpenIndex
 
 
 class PackedRows:
@@ -56,7 +70,7 @@ class PackedRows:
         self.sequence_length = sequence_length
         _open_shard.cache_clear()  # a damaged file may have been replaced since it was opened
         self._shards = [shard for shard in cache.shards if shard.sizes[split].documents]
-        counts = [len(_open_index(shard, split, sequence_length)) for shard in self._shards]
+        counts = [len(_open_index(shard, split, sequence_length).starts) - 1 for shard in self._shards]
         self._row_stops = list(itertools.accumulate(counts))
 
     def __len__(self) -> int:
@@ -78,9 +92,7 @@ class PackedRows:
         shard = self._shards[place]
         try:
             opened = _open_shard(shard, self.split, self.sequence_length)
-            pieces = opened.row_index.pieces[
-                opened.row_index.starts[local_row] : opened.row_index.starts[local_row + 1]
-            ]
+            pieces = opened.rows.row(local_row)
             stops = pieces["offset"] + pieces["length"]
             bodies = [
                 opened.tokens.read(start, stop)
@@ -105,8 +117,7 @@ class PackedRows:
         shard = self._shards[place]
         lengths = shard.lengths(self.split)
         stops = np.cumsum(lengths)
-        index = _open_shard(shard, self.split, self.sequence_length).row_index
-        pieces = index.pieces[index.starts[local_row] : index.starts[local_row + 1]]
+        pieces = _open_shard(shard, self.split, self.sequence_length).rows.row(local_row)
         documents = np.searchsorted(stops, pieces["offset"], side="right")
         starts = pieces["offset"] - (stops - lengths)[documents]
         places = self.cache.places(self.split, shard.number, set(documents.tolist()))
@@ -127,26 +138,26 @@ def _open_shard(shard: CachedShard, split: Split, sequence_length: int) -> _Open
     return _OpenShard(shard.tokens(split), _open_index(shard, split, sequence_length))
 
 
-def _open_index(shard: CachedShard, split: Split, sequence_length: int) -> RowIndex:
+def _open_index(shard: CachedShard, split: Split, sequence_length: int) -> _OpenIndex:
     """The index beside the shard, which is built where it is missing or not whole."""
     pieces_path = shard.path(split, f"rows-{sequence_length}.pieces.npy")
     starts_path = shard.path(split, f"rows-{sequence_length}.starts.npy")
     try:
-        try:
-            index = RowIndex(load_array(pieces_path), load_array(starts_path))
-            if index.pieces.dtype == packing.PIECE and index.starts[-1] == len(index.pieces):
+        with contextlib.suppress(FileNotFoundError, ValueError):  # not built yet, or not whole
+            index = _OpenIndex(ArrayFile(pieces_path), ArrayFile(starts_path))
+            end = index.starts.read(len(index.starts) - 1, len(index.starts)).tolist()
+            kinds_fit = index.pieces.dtype == packing.PIECE and index.starts.dtype == np.int64
+            if kinds_fit and end == [len(index.pieces)]:
                 return index
-        except (FileNotFoundError, ValueError, IndexError):
-            pass  # not built yet, or not whole
         lengths = shard.lengths(split)
         if lengths.sum() != shard.sizes[split].tokens or lengths.min() < 1:
             raise _damaged(shard)
-        index = packing.build_row_index(lengths, sequence_length)
-        save_array(pieces_path, index.pieces)
-        save_array(starts_path, index.starts)
+        built = packing.build_row_index(lengths, sequence_length)
+        save_array(pieces_path, built.pieces)
+        save_array(starts_path, built.starts)
+        return _OpenIndex(ArrayFile(pieces_path), ArrayFile(starts_path))
     except OSError as error:
         raise cache_error(pieces_path, error) from error
-    return index
 
 
 def _damaged(shard: CachedShard) -> UserError:

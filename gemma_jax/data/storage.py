@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import os
 import uuid
 from collections.abc import Iterator
@@ -51,51 +52,56 @@ def save_array(path: epath.Path, array: NDArray[Any]) -> None:
         np.save(stream, array, allow_pickle=False)
 
 
-def load_array(path: epath.Path) -> NDArray[Any]:
-    """A .npy file, memory-mapped where it is on disk.
-
-    Raises:
-      ValueError: It is not a whole .npy file of plain values.
-      FileNotFoundError: It is not there.
-    """
-    try:
-        if is_local(path):
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        else:
-            with path.open("rb") as stream:
-                array = np.load(stream, allow_pickle=False)
-    except EOFError as error:
-        raise ValueError(f"{path} is empty") from error
-    if not isinstance(array, np.ndarray):
-        raise ValueError(f"{path} is no array")
-    return array
-
-
-class TokenFile:
-    """A flat file of token ids on disk or in a bucket, read by ranges.
+class ArrayFile:
+    """An array of one dimension in a file on disk or in a bucket, read by ranges.
 
     Not a memory map: there, a file that is cut short or a disk that fails ends the process (SIGBUS), where a
     read raises OSError. A read in between takes microseconds.
     """
 
-    def __init__(self, path: epath.Path, dtype: np.dtype[Any]):
-        """Raises OSError if the file is not there."""
+    def __init__(self, path: epath.Path, dtype: np.dtype[Any] | None = None):
+        """Opens a flat file of values of `dtype`, or a .npy file, whose header tells.
+
+        Raises:
+          OSError: The file is not there or cannot be read.
+          ValueError: It is not a whole .npy file of one dimension and plain values.
+        """
         self._path = path
-        self._dtype = dtype
         self._file = open(path, "rb", buffering=0) if is_local(path) else None  # noqa: SIM115  # it stays open
+        self._start = 0
+        self._whole: bytes | None = None
+        if dtype is None:
+            if self._file is None:  # one request, instead of one for each row
+                self._whole = path.read_bytes()
+            stream = self._file or io.BytesIO(self._whole or b"")
+            np.lib.format.read_magic(stream)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+            self._start = stream.tell()
+            size = stream.seek(0, os.SEEK_END)
+            if len(shape) != 1 or dtype.hasobject or size != self._start + shape[0] * dtype.itemsize:
+                raise ValueError(f"{path} is not a whole array")
+            self._length = shape[0]
+        self.dtype = dtype
+
+    def __len__(self) -> int:
+        """Values in a .npy file."""
+        return self._length
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
-        """Ids `start` to `stop`; fewer if the file ends before, which the caller must check.
+        """Values `start` to `stop`; fewer if the file ends before, which the caller must check.
 
         Raises:
           OSError: The file cannot be read.
-          ValueError: It ends within an id.
+          ValueError: It ends within a value.
         """
-        size = self._dtype.itemsize
-        if self._file is not None:
-            content = os.pread(self._file.fileno(), (stop - start) * size, start * size)
+        size = self.dtype.itemsize
+        begin, length = self._start + start * size, (stop - start) * size
+        if self._whole is not None:
+            content = self._whole[begin : begin + length]
+        elif self._file is not None:
+            content = os.pread(self._file.fileno(), length, begin)
         else:
             with self._path.open("rb") as stream:
-                stream.seek(start * size)
-                content = stream.read((stop - start) * size)
-        return np.frombuffer(content, self._dtype)
+                stream.seek(begin)
+                content = stream.read(length)
+        return np.frombuffer(content, self.dtype)

@@ -13,6 +13,7 @@ The ids are flat files rather than records because packing wants any piece of an
 import contextlib
 import dataclasses
 import json
+import os
 import time
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
@@ -21,16 +22,17 @@ import numpy as np
 from etils import epath
 from numpy.typing import NDArray
 
+from gemma_jax.data.processes import in_processes
 from gemma_jax.data.source import LongText, Shard, Source, Text, TokenIds, hash_of, is_held_out
 from gemma_jax.data.storage import (
-    TokenFile,
+    ArrayFile,
     cache_error,
     is_local,
-    load_array,
     replacing,
     save_array,
 )
 from gemma_jax.errors import UserError
+from gemma_jax.paths import user_path
 
 if TYPE_CHECKING:
     from gemma_jax.tokenizer import Tokenizer
@@ -40,6 +42,12 @@ SPLITS: tuple[Split, Split] = ("train", "held_out")
 
 Progress = Callable[[int, int, int], None]
 """Called with the bytes done, the bytes in all, and the tokens so far."""
+
+THREADS_A_PROCESS = 4
+"""Threads that one process can feed: reading, hashing and packing the ids are Python's own work."""
+
+MOST_PROCESSES = 8
+"""Each takes up to 0.2 GB."""
 
 _FORMAT = 1
 _BATCH_CHARACTERS = 2**22
@@ -72,13 +80,14 @@ class CachedShard:
     def path(self, split: Split, ending: str) -> epath.Path:
         return self.directory / f"{self.number:05d}.{split}.{ending}"
 
-    def tokens(self, split: Split) -> TokenFile:
+    def tokens(self, split: Split) -> ArrayFile:
         """The ids of all documents one after the other, each followed by eos."""
-        return TokenFile(self.path(split, "ids"), self.dtype)
+        return ArrayFile(self.path(split, "ids"), self.dtype)
 
     def lengths(self, split: Split) -> NDArray[np.int64]:
         """int64 [documents]: tokens of each document, eos included."""
-        return load_array(self.path(split, "lengths.npy"))
+        file = ArrayFile(self.path(split, "lengths.npy"))
+        return file.read(0, len(file))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +140,7 @@ def build_token_cache(
     """
     shards = [dataclasses.astuple(shard) for shard in source.shards]
     key = hash_of(_FORMAT, source.fingerprint, shards, tokenizer.fingerprint, held_out)[:32]
-    directory = epath.Path(cache_dir).expanduser() / "tokens" / key
+    directory = user_path(cache_dir) / "tokens" / key
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -143,22 +152,31 @@ def build_token_cache(
     done_tokens = 0
     cached: dict[int, CachedShard] = {}
     first = process_index * count // process_count
-    for number in [*range(first, count), *range(first)]:
-        size = source.shards[number].size
-        whole = _open_shard(directory, number, dtype)
-        if whole is None:
-            report = _progress_of_part(progress, done_bytes, size, total_bytes, done_tokens)
-            _write_shard(source, number, tokenizer, held_out, directory, dtype, report)
+    order = [*range(first, count), *range(first)]
+    missing = [number for number in order if _open_shard(directory, number, dtype) is None]
+    shard_writer = _ShardWriter(source, tokenizer, held_out, directory, dtype)
+    processes = min(_cores() // THREADS_A_PROCESS, MOST_PROCESSES, len(missing))
+    with contextlib.ExitStack() as stack:
+        write: Callable[[int, Callable[[int, int], None]], None] = shard_writer.write
+        if processes > 1:
+            finish = stack.enter_context(in_processes(shard_writer.write_missing, missing, processes))
+            write = lambda number, report: finish(number)  # noqa: E731  # one of two ways
+        for number in order:
+            size = source.shards[number].size
             whole = _open_shard(directory, number, dtype)
-        if whole is None:
-            raise UserError(
-                f"The cache {directory} does not keep what is written to it; set data.cache_dir elsewhere."
-            )
-        cached[number] = whole
-        done_bytes += size
-        done_tokens += sum(split_size.tokens for split_size in whole.sizes.values())
-        if progress is not None:
-            progress(done_bytes, total_bytes, done_tokens)
+            if whole is None:
+                write(number, _progress_of_part(progress, done_bytes, size, total_bytes, done_tokens))
+                whole = _open_shard(directory, number, dtype)
+            if whole is None:
+                raise UserError(
+                    f"The cache {directory} does not keep what is written to it; "
+                    "set data.cache_dir elsewhere."
+                )
+            cached[number] = whole
+            done_bytes += size
+            done_tokens += sum(split_size.tokens for split_size in whole.sizes.values())
+            if progress is not None:
+                progress(done_bytes, total_bytes, done_tokens)
     _remove_leftovers(directory)
     cache = TokenCache(source, tokenizer.vocab_size, held_out, [cached[number] for number in range(count)])
     if not any(cache.size(split).documents for split in SPLITS):
@@ -196,41 +214,55 @@ def _open_shard(directory: epath.Path, number: int, dtype: np.dtype[Any]) -> Cac
     return shard
 
 
-def _write_shard(
-    source: Source,
-    number: int,
-    tokenizer: "Tokenizer",
-    held_out: float,
-    directory: epath.Path,
-    dtype: np.dtype[Any],
-    report: Callable[[int, int], None],
-) -> None:
-    shard = CachedShard(directory, number, dtype, {}, 0)
-    skipped: list[str] = []
-    with (
-        replacing(shard.path("train", "ids")) as train_stream,
-        replacing(shard.path("held_out", "ids")) as held_out_stream,
-    ):
-        train = _SplitWriter(train_stream, dtype, tokenizer.eos_id)
-        held = _SplitWriter(held_out_stream, dtype, tokenizer.eos_id)
-        batch = _Batch(tokenizer)
-        for document in source.read(source.shards[number], skipped.append):
-            writer = held if is_held_out(document, held_out) else train
-            writer.num_bytes += document.num_bytes
-            if isinstance(document, TokenIds):
-                writer.append(_checked_ids(document, source, source.shards[number], tokenizer))
-                writer.end_document()
-            elif batch.add(document, writer):
-                report(train.num_bytes + held.num_bytes, train.tokens + held.tokens)
-        batch.write()
-    sizes = {}
-    for split, writer in (("train", train), ("held_out", held)):
-        save_array(directory / f"{number:05d}.{split}.lengths.npy", np.array(writer.lengths, np.int64))
-        sizes[split] = dataclasses.asdict(SplitSize(len(writer.lengths), writer.tokens, writer.num_bytes))
-    about = {"source": source.name, "shard": dataclasses.asdict(source.shards[number])}
-    metadata = {**sizes, "skipped": len(skipped), "first_skipped": skipped[:20], **about}
-    with replacing(directory / f"{number:05d}.json") as stream:
-        stream.write(json.dumps(metadata, indent=1).encode())
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclasses.dataclass(frozen=True)
+class _ShardWriter:
+    """Tokenises shards into a cache."""
+
+    source: Source
+    tokenizer: "Tokenizer"
+    held_out: float
+    directory: epath.Path
+    dtype: np.dtype[Any]
+
+    def write_missing(self, number: int) -> None:
+        """Writes a shard that nobody else has written yet, as one of several processes."""
+        if _open_shard(self.directory, number, self.dtype) is None:
+            self.write(number, lambda num_bytes, tokens: None, THREADS_A_PROCESS)
+
+    def write(self, number: int, report: Callable[[int, int], None], threads: int = -1) -> None:
+        """Writes a shard on so many threads (-1: all cores), reporting its bytes and tokens so far."""
+        source, tokenizer, directory, dtype = self.source, self.tokenizer, self.directory, self.dtype
+        shard = CachedShard(directory, number, dtype, {}, 0)
+        skipped: list[str] = []
+        with (
+            replacing(shard.path("train", "ids")) as train_stream,
+            replacing(shard.path("held_out", "ids")) as held_out_stream,
+        ):
+            train = _SplitWriter(train_stream, dtype, tokenizer.eos_id)
+            held = _SplitWriter(held_out_stream, dtype, tokenizer.eos_id)
+            batch = _Batch(tokenizer, threads)
+            for document in source.read(source.shards[number], skipped.append):
+                writer = held if is_held_out(document, self.held_out) else train
+                writer.num_bytes += document.num_bytes
+                if isinstance(document, TokenIds):
+                    writer.append(_checked_ids(document, source, source.shards[number], tokenizer))
+                    writer.end_document()
+                elif batch.add(document, writer):
+                    report(train.num_bytes + held.num_bytes, train.tokens + held.tokens)
+            batch.write()
+        sizes: dict[str, dict[str, int]] = {}
+        writers: dict[Split, _SplitWriter] = {"train": train, "held_out": held}
+        for split, writer in writers.items():
+            save_array(shard.path(split, "lengths.npy"), np.array(writer.lengths, np.int64))
+            sizes[split] = dataclasses.asdict(SplitSize(len(writer.lengths), writer.tokens, writer.num_bytes))
+        about = {"source": source.name, "shard": dataclasses.asdict(source.shards[number])}
+        metadata = {**sizes, "skipped": len(skipped), "first_skipped": skipped[:20], **about}
+        with replacing(directory / f"{number:05d}.json") as stream:
+            stream.write(json.dumps(metadata, indent=1).encode())
 
 
 class _SplitWriter:
@@ -257,10 +289,11 @@ class _SplitWriter:
 
 
 class _Batch:
-    """Blocks of documents on their way to be tokenised together, on all cores."""
+    """Blocks of documents on their way to be tokenised together, on several threads."""
 
-    def __init__(self, tokenizer: "Tokenizer"):
+    def __init__(self, tokenizer: "Tokenizer", threads: int):
         self._tokenizer = tokenizer
+        self._threads = threads
         self._blocks: list[str] = []
         # In order: the next block goes to this writer, or (True) this writer's document ends.
         self._steps: list[tuple[_SplitWriter, bool]] = []
@@ -280,7 +313,7 @@ class _Batch:
         return written
 
     def write(self) -> None:
-        ids = iter(self._tokenizer.encode_batch(self._blocks))
+        ids = iter(self._tokenizer.encode_batch(self._blocks, self._threads))
         for writer, ends_document in self._steps:
             if ends_document:
                 writer.end_document()

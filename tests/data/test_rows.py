@@ -1,4 +1,5 @@
 import functools
+import os
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,19 @@ def test_damage_under_way_is_named_and_never_trained_on(cache: TokenCache, token
     ids.unlink()
     with pytest.raises(UserError, match="00000.train.ids"):
         read_all(PackedRows(cache, "train", LENGTH), tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["pieces", "starts"])
+def test_an_index_that_is_cut_short_under_way_is_named(
+    cache: TokenCache, tokenizer: Tokenizer, kind: str
+) -> None:
+    """Where a memory map would end the process."""
+    rows = PackedRows(cache, "train", LENGTH)
+    read_all(rows, tokenizer)
+    os.truncate(cache.shards[0].path("train", f"rows-{LENGTH}.{kind}.npy"), 130)
+    with pytest.raises(UserError, match="is damaged at shard 0; delete that directory"):
+        read_all(rows, tokenizer)
+    assert len(PackedRows(cache, "train", LENGTH)) == len(rows)
 
 
 def test_lengths_that_do_not_fit_the_ids_are_named(cache: TokenCache, tokenizer: Tokenizer) -> None:

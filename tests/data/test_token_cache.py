@@ -263,6 +263,41 @@ def test_processes_fill_one_cache_together(
     assert all(counter.encoded < 150 for counter in counters)
 
 
+def test_several_processes_of_one_machine_write_the_same_cache(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source_module, "SHARD_BYTES", 3000)
+    alone = cache_of(random_texts(150), tokenizer, tmp_path, held_out=0.2)
+    monkeypatch.setattr(token_cache, "_cores", lambda: 2 * token_cache.THREADS_A_PROCESS)
+    counting, progress = Counting(tokenizer), list[tuple[int, int, int]]()
+    again = build_token_cache(
+        alone.source, tokenizer, held_out=0.2, cache_dir=str(tmp_path / "cache"), progress=print
+    )
+    assert again.shards == alone.shards  # nothing was missing, so nothing was started
+    build_token_cache(
+        alone.source,
+        counting,
+        held_out=0.2,
+        cache_dir=str(tmp_path / "together"),
+        progress=lambda *numbers: progress.append(numbers),
+    )
+    assert files_of(tmp_path / "together") == files_of(tmp_path / "cache")
+    assert counting.encoded == 0 and len(alone.shards) > 3
+    assert progress == sorted(progress) and len(progress) == len(alone.shards)
+    assert progress[-1][0] == progress[-1][1]
+
+
+def test_a_mistake_in_one_of_several_processes_is_told(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source_module, "SHARD_BYTES", 3000)
+    monkeypatch.setattr(token_cache, "_cores", lambda: 2 * token_cache.THREADS_A_PROCESS)
+    spec = write_texts(tmp_path / "texts", random_texts(60))
+    (tmp_path / "texts" / "000050.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match="000050.txt is not UTF-8 text"):
+        build_token_cache(open_default(spec), tokenizer, held_out=0.2, cache_dir=str(tmp_path / "cache"))
+
+
 KILLED = """
 import sys, time
 from gemma_jax.data import source, token_cache
