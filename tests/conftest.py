@@ -3,8 +3,12 @@
 import os
 from pathlib import Path
 
+import fsspec
 import jax
 import pytest
+from etils import epath
+from etils.epath import backend
+from fsspec.implementations.memory import MemoryFileSystem
 
 from gemma_jax.testing import use_cpu_devices
 
@@ -23,3 +27,29 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no real test material: set GEMMA_JAX_TEST_DATA to its folder")
     return folder
+
+
+class Bucket(MemoryFileSystem):  # type: ignore[misc]  # fsspec has no types
+    """gs:// in memory."""
+
+    protocol = ("gs", "gcs")
+    cachable = False
+    store: dict[str, object] = {}
+    pseudo_dirs: list[str] = [""]
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return super()._strip_protocol(path.removeprefix("gs://"))
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> epath.Path:
+    """gs://bucket, empty, in the place of Google's."""
+    monkeypatch.setattr(Bucket, "store", {})
+    monkeypatch.setattr(Bucket, "pseudo_dirs", [""])
+    filesystem = Bucket()
+    monkeypatch.setattr(backend._FileSystemSpecBackend, "_get_filesystem", lambda self, name: filesystem)
+    monkeypatch.setattr(fsspec, "get_filesystem_class", lambda scheme: Bucket)
+    path = epath.Path("gs://bucket")
+    path.mkdir(parents=True)
+    return path

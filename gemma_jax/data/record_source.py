@@ -1,8 +1,11 @@
 """Corpora of records: ArrayRecord files of text or token ids, and TFDS datasets. Never imports TensorFlow."""
 
 import abc
+import dataclasses
 import difflib
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -22,6 +25,7 @@ from gemma_jax.data.source import (
     refuse_or_skip,
     text_of,
 )
+from gemma_jax.data.text_source import reading, size_and_time
 from gemma_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -65,24 +69,45 @@ class _Records(Source):
 
 
 class _ArrayRecords(_Records):
-    """Records of ArrayRecord files."""
+    """Records of ArrayRecord files. One in a bucket is a shard, and is copied to this machine to be read."""
 
     def __init__(self, name: str, files: Sequence[str], bad_records: str, *settings: str):
-        if any("://" in file for file in files):
-            raise UserError(f"{name}: ArrayRecord files are read from local disks only; copy them to one.")
         self.name = name
         self.bad_records = bad_records
-        stats = [(file, os.stat(file)) for file in files]
-        listing = [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
+        listing = [(file, *size_and_time(file)) for file in files]
         self.fingerprint = hash_of("array_record", bad_records, settings, listing)
         self.shards = [
             shard
-            for file, stat in stats
-            for shard in _record_shards(file, _number_of_records(file), stat.st_size)
+            for file, size, _ in listing
+            for shard in (
+                [Shard((file,), size)]
+                if "://" in file
+                else _record_shards(file, _number_of_records(file), size)
+            )
         ]
+        self._copies: dict[str, str] = {}
+
+    def read(self, shard: Shard, on_skip: OnSkip) -> Iterator[Document]:
+        (file,) = shard.files
+        if "://" not in file:
+            yield from super().read(shard, on_skip)
+            return
+        with tempfile.TemporaryDirectory(prefix="array_record.") as folder:
+            copy = self._copies[file] = os.path.join(folder, "copy.array_record")
+            with reading(file) as stream, open(copy, "wb") as target:
+                shutil.copyfileobj(stream, target, 2**20)
+            try:
+                records = _number_of_records(copy, file)
+                yield from super().read(dataclasses.replace(shard, stop=records), on_skip)
+            finally:
+                del self._copies[file]
+
+    def on_disk(self, file: str) -> str:
+        """Where a file can be read from while its shard is."""
+        return self._copies.get(file, file)
 
     def _read_records(self, shard: Shard, start: int, stop: int) -> Sequence[bytes]:
-        return _read_array_record(shard.files[0], start, stop)
+        return _read_array_record(self.on_disk(shard.files[0]), start, stop)
 
 
 class TextRecords(_ArrayRecords):
@@ -95,11 +120,14 @@ class TextRecords(_ArrayRecords):
     def __init__(self, name: str, files: Sequence[str], text_field: str, bad_records: str):
         super().__init__(name, files, bad_records, "text", text_field)
         self._text_field = text_field
-        self._example_files = {file for file in files if _first_is_example(file)}
+        self._examples: dict[str, bool] = {}
 
     def _document(self, record: object, shard: Shard, number: int) -> Document:
         assert isinstance(record, bytes)
-        if shard.files[0] not in self._example_files:
+        (file,) = shard.files
+        if file not in self._examples:
+            self._examples[file] = _first_is_example(self.on_disk(file))
+        if not self._examples[file]:
             return text_of(record, "the record", number)
         return _text_of_example(record, self._text_field, number)
 
@@ -258,15 +286,14 @@ def _varint(message: bytes, position: int) -> tuple[int, int]:
 
 
 def _first_is_example(file: str) -> bool:
-    if not _number_of_records(file):
-        return False
     try:
         return bool(parse_example(_read_array_record(file, 0, 1)[0]))
     except (ValueError, RecursionError):
         return False
 
 
-def _number_of_records(file: str) -> int:
+def _number_of_records(file: str, name: str = "") -> int:
+    """Of a file that is called `name` in messages."""
     from array_record.python.array_record_module import ArrayRecordReader
 
     try:
@@ -276,7 +303,7 @@ def _number_of_records(file: str) -> int:
         finally:
             reader.close()
     except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"{file} is not an ArrayRecord file ({error}); fetch it again.") from error
+        raise UserError(f"{name or file} is not an ArrayRecord file ({error}); fetch it again.") from error
 
 
 def _read_array_record(file: str, start: int, stop: int) -> list[bytes]:

@@ -83,7 +83,7 @@ class TextFiles(Source):
     def __init__(self, name: str, files: Sequence[str], bad_records: str):
         self.name = name
         self._bad_records = bad_records
-        listing = [(file, *_size_and_time(file)) for file in files]
+        listing = [(file, *size_and_time(file)) for file in files]
         self.fingerprint = hash_of("text", bad_records, listing)
         self.shards = _group_files([(file, size) for file, size, _ in listing])
 
@@ -159,7 +159,7 @@ class JsonLines(Source):
         self.name = name
         self._text_field = text_field
         self._bad_records = bad_records
-        listing = [(file, *_size_and_time(file)) for file in files]
+        listing = [(file, *size_and_time(file)) for file in files]
         self.fingerprint = hash_of("jsonl", text_field, bad_records, listing)
         step = source_module.SHARD_BYTES
         self.shards = [
@@ -222,7 +222,8 @@ def _unreadable(file: str, error: OSError) -> UserError:
     return UserError(f"{file} cannot be read ({error}); check that it is there and whole.")
 
 
-def _size_and_time(file: str) -> tuple[int, int]:
+def size_and_time(file: str) -> tuple[int, int]:
+    """Bytes in a local or bucket file, and when it was changed last."""
     if "://" in file:
         remote = epath.Path(file).stat()
         return remote.length, int(remote.mtime)

@@ -1,14 +1,14 @@
-"""Corpora and caches in a bucket, with an in-memory file system in the place of gs://."""
+"""Corpora and caches in a bucket."""
 
 import gzip
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
 from corpora import cache_of, open_default, random_texts
 from etils import epath
-from etils.epath import backend
-from fsspec.implementations.memory import MemoryFileSystem
 
 from gemma_jax.data import source as source_module
 from gemma_jax.data.documents import check_source
@@ -19,37 +19,19 @@ from gemma_jax.errors import UserError
 from gemma_jax.tokenizer import Tokenizer
 
 
-class Bucket(MemoryFileSystem):  # type: ignore[misc]  # fsspec has no types
-    """gs:// in memory."""
-
-    protocol = ("gs", "gcs")
-    cachable = False
-    store: dict[str, object] = {}
-    pseudo_dirs: list[str] = [""]
-
-    @classmethod
-    def _strip_protocol(cls, path: str) -> str:
-        return super()._strip_protocol(path.removeprefix("gs://"))
-
-
 @pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> epath.Path:
-    monkeypatch.setattr(Bucket, "store", {})
-    monkeypatch.setattr(Bucket, "pseudo_dirs", [""])
-    filesystem = Bucket()
-    monkeypatch.setattr(backend._FileSystemSpecBackend, "_get_filesystem", lambda self, name: filesystem)
+def corpus(bucket: epath.Path, monkeypatch: pytest.MonkeyPatch) -> epath.Path:
     monkeypatch.setattr(source_module, "SHARD_BYTES", 6000)
-    path = epath.Path("gs://bucket/corpus")
-    path.mkdir(parents=True)
-    return path
+    (bucket / "corpus").mkdir()
+    return bucket / "corpus"
 
 
 def test_documents_and_cache_in_a_bucket_equal_those_on_disk(
-    bucket: epath.Path, tmp_path: Path, tokenizer: Tokenizer
+    corpus: epath.Path, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     texts = random_texts(60)
     for number, text in enumerate(texts):
-        (bucket / f"{number:06d}.txt").write_text(text)
+        (corpus / f"{number:06d}.txt").write_text(text)
     local = cache_of(texts, tokenizer, tmp_path, held_out=0.2)
     check_source("gs://bucket/corpus/*.txt")
     source = open_default("gs://bucket/corpus/*.txt")
@@ -66,21 +48,44 @@ def test_documents_and_cache_in_a_bucket_equal_those_on_disk(
     assert not list(epath.Path("gs://bucket/cache/tokens").glob("*/*.tmp"))
 
 
-def test_json_lines_in_a_bucket(bucket: epath.Path) -> None:
+def test_json_lines_in_a_bucket(corpus: epath.Path) -> None:
     texts = random_texts(60)
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
-    (bucket / "a.jsonl").write_bytes(lines)
-    (bucket / "b.jsonl.gz").write_bytes(gzip.compress(lines))
+    (corpus / "a.jsonl").write_bytes(lines)
+    (corpus / "b.jsonl.gz").write_bytes(gzip.compress(lines))
     for name in ("a.jsonl", "b.jsonl.gz"):
         source = open_default(f"gs://bucket/corpus/{name}")
         read = [document for shard in source.shards for document in source.read(shard, print)]
         assert [document.text for document in read if isinstance(document, source_module.Text)] == texts
 
 
-def test_what_is_not_in_the_bucket_is_named(bucket: epath.Path) -> None:
+def test_what_is_not_in_the_bucket_is_named(corpus: epath.Path) -> None:
     for spec in ("gs://bucket/corpus/*.txt", "gs://bucket/corpus/a.txt"):
         with pytest.raises(UserError, match="nothing in the bucket matches"):
             check_source(spec)
-    (bucket / "a.array_record").write_bytes(b"x")
-    with pytest.raises(UserError, match="read from local disks only"):
-        open_default("gs://bucket/corpus/a.array_record")
+
+
+def test_array_records_in_a_bucket(corpus: epath.Path, tmp_path: Path) -> None:
+    """They are copied here one at a time, and what is said of them names the bucket."""
+    texts = random_texts(60)
+    files = []
+    for name, part in (("a", texts[:25]), ("b", texts[25:])):
+        path = tmp_path / f"{name}.array_record"
+        writer = ArrayRecordWriter(str(path), "group_size:1")
+        for text in part:
+            writer.write(text.encode())
+        writer.close()
+        files.append(corpus / path.name)
+        files[-1].write_bytes(path.read_bytes())
+    source = open_default("gs://bucket/corpus/*.array_record")
+    assert [shard.files for shard in source.shards] == [(str(file),) for file in files]
+    read = [document for shard in source.shards for document in source.read(shard, print)]
+    assert [document.text for document in read if isinstance(document, source_module.Text)] == texts
+    assert source.place(source.shards[1], 3) == "gs://bucket/corpus/b.array_record, record 3"
+    assert not list(Path(tempfile.gettempdir()).glob("array_record.*"))
+    files[0].write_bytes(b"nonsense" * 1000)
+    files[1].write_bytes(b"")
+    for name in ("a", "b"):
+        source = open_default(f"gs://bucket/corpus/{name}.array_record")
+        with pytest.raises(UserError, match=f"^gs://bucket/corpus/{name}.array_record is not an ArrayRecord"):
+            list(source.read(source.shards[0], print))

@@ -1,0 +1,133 @@
+"""Every path that a user writes may be the address of a bucket."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from etils import epath
+
+from gemma_jax.cli import main
+from gemma_jax.config import (
+    PRESETS,
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    MeshConfig,
+    PretrainConfig,
+    TokenizerConfig,
+    replace,
+    to_json,
+)
+from gemma_jax.errors import UserError
+from gemma_jax.paths import user_path
+from gemma_jax.tokenizer import Tokenizer
+
+WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
+
+
+def test_a_path_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert str(user_path("~/runs/a")) == "/home/somebody/runs/a"
+    assert str(user_path(Path("a b"))) == "a b"
+
+
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [
+        ("s3://bucket/a", "s3://bucket/a: .*s3fs.*gemma_jax.data"),
+        ("gs://bucket/a", "gs://bucket/a: .*gcsfs.*gemma_jax.data"),
+        ("http://host/a", "http://host/a is neither a path nor the address of a bucket"),
+    ],
+)
+def test_an_address_that_cannot_be_reached(
+    address: str, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def get_filesystem_class(scheme: str) -> None:
+        raise ImportError({"s3": "Install s3fs to access S3", "gs": "Please install gcsfs"}[scheme])
+
+    monkeypatch.setattr("fsspec.get_filesystem_class", get_filesystem_class)
+    with pytest.raises(UserError, match=told):
+        user_path(address)
+    commands = [
+        ["pretrain", address],
+        ["pretrain", "demo", "--run_dir", address],
+        ["pretrain", "demo", "--run_dir", "/nowhere/a", "--fork_from", address],
+        ["pretrain", "demo", "--run_dir", "/nowhere/a", "--data.sources", f"{address}/*.txt"],
+        ["pretrain", "demo", "--run_dir", "/nowhere/a", "--tokenizer.path", address],
+        ["sample", address, "--prompt", "a"],
+        ["replay", address, "1"],
+        ["runs", address],
+        ["inspect", address],
+    ]
+    for command in commands:
+        capsys.readouterr()
+        assert main(command) == 2, command
+        last = capsys.readouterr().err.strip().splitlines()[-1]
+        assert last.startswith(f"error: {address}"), (command, last)
+
+
+@pytest.fixture
+def run(bucket: epath.Path) -> epath.Path:
+    """A run in a bucket that has its files, but no checkpoint: those go by another library's way."""
+    rng = np.random.default_rng(0)
+    (bucket / "corpus").mkdir()
+    texts = [" ".join(rng.choice(WORDS, 60)) for _ in range(40)]
+    for number, text in enumerate(texts):
+        (bucket / "corpus" / f"{number}.txt").write_text(text)
+    Tokenizer.train(texts, 430, "gs://bucket/small.model")
+    config = PretrainConfig(
+        run_dir="gs://bucket/runs/a",
+        steps=4,
+        model=replace(PRESETS["gemma_tiny"], {"vocab_size": 430}),
+        tokenizer=TokenizerConfig(path="gs://bucket/small.model"),
+        data=DataConfig(
+            sources=("gs://bucket/corpus/*.txt",),
+            sequence_length=32,
+            batch_size=4,
+            held_out=0.0,
+            cache_dir="gs://bucket/cache",
+        ),
+        mesh=MeshConfig(cpu_devices=2),
+        checkpoint=CheckpointConfig(every=100),
+        evaluation=EvaluationConfig(every=0),
+        logging=LoggingConfig(every=1),
+    )
+    path = bucket / "runs" / "a"
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(to_json(config))
+    return path
+
+
+def test_a_run_in_a_bucket_is_trained_listed_drawn_inspected_and_replayed(
+    run: epath.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from gemma_jax.checkpoint.store import CheckpointStore
+
+    saved: list[int] = []
+    monkeypatch.setattr(CheckpointStore, "save", lambda self, step, *rest, **more: saved.append(step))
+    assert main(["pretrain", str(run)]) == 0
+    assert saved == [4]
+    names = sorted(path.name for path in run.iterdir())
+    assert names == [
+        "checkpoints",
+        "config.json",
+        "data.json",
+        "loss.png",
+        "metrics.jsonl",
+        "tokenizer.model",
+    ]
+    assert list(epath.Path("gs://bucket/cache/tokens").glob("*/*.json"))
+    capsys.readouterr()
+    assert main(["runs", "gs://bucket/runs", "--plot", "gs://bucket/curves.png"]) == 0
+    assert "4/4" in capsys.readouterr().out
+    assert epath.Path("gs://bucket/curves.png").read_bytes().startswith(b"\x89PNG")
+    assert main(["inspect", str(run)]) == 0
+    assert "blocks.attention.q" in capsys.readouterr().out
+    assert main(["replay", str(run), "1", "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out.splitlines()[0])
+    assert summary["loss"] == pytest.approx(summary["logged"]["loss"], rel=1e-6)
+    assert not Path("gs:").exists()
+    assert main(["sample", str(run), "--prompt", "alpha"]) == 2
+    assert "holds no checkpoint" in capsys.readouterr().err
