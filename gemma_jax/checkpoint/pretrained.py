@@ -94,6 +94,19 @@ def open_checkpoint(name: str | os.PathLike[str]) -> Checkpoint:
     return _run(name)
 
 
+def require_tokenizer(name: str | os.PathLike[str]) -> None:
+    """Make sure that a checkpoint reads and writes text, before its numbers are read or made.
+
+    Raises:
+      UserError: it comes without a tokenizer, or as `open_checkpoint`.
+    """
+    if not open_checkpoint(name).tokenizer_path:
+        raise UserError(
+            f"{name} has no tokenizer.model beside it, so it can be given no text; "
+            "Gemma.generate in Python takes token ids."
+        )
+
+
 def _random(name: str) -> Checkpoint:
     config = preset(name.removeprefix(RANDOM))
     return Checkpoint(

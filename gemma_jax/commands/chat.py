@@ -31,7 +31,9 @@ def run(arguments: Sequence[str], prog: str) -> int:
     validate_chat(config)
 
     from gemma_jax.api import Gemma
+    from gemma_jax.checkpoint.pretrained import require_tokenizer
 
+    require_tokenizer(checkpoint)
     gemma = Gemma.from_pretrained(
         checkpoint,
         mesh=config.mesh,

@@ -124,8 +124,9 @@ BAD = {
     "a file": (["{tmp}/file", "--prompt", "x"], "{tmp}/file"),
     "damaged record": (["{tmp}/damaged", "--prompt", "x"], "{tmp}/damaged"),
     "text for a model without a tokenizer": (
-        ["random:gemma_tiny", "--prompt", "x", *FIVE],
-        "no tokenizer.model",
+        # Larger than this machine, so that it is told before any weights are made.
+        ["random:gemma_7b", "--prompt", "x", *FIVE],
+        "random:gemma_7b has no tokenizer.model",
     ),
     "unknown preset": (["random:gemma_tny", "--prompt", "x"], "did you mean gemma_tiny?"),
     "unknown flag": (["{run}", "--prompt", "x", "--temprature", "1"], "did you mean --temperature?"),

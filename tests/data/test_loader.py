@@ -1,3 +1,4 @@
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -99,7 +100,10 @@ def test_hosts_read_their_own_rows_of_the_same_global_batches(dataset: Dataset, 
         assert same(strided, joined([dataset.train.batch(start + row, 1) for row in order]))
 
 
-def test_a_position_is_resumed_by_other_hosts_and_another_batch_size(dataset: Dataset) -> None:
+@pytest.mark.parametrize(("hosts", "batch_size"), [(1, 4), (1, 6), (4, 4), (4, 12)])
+def test_a_position_of_two_hosts_is_resumed_by_one_and_by_four(
+    dataset: Dataset, hosts: int, batch_size: int
+) -> None:
     whole = dataset.train.batch(0, 24)
     halves = [dataset.train.iterate(0, 4, slice(h * 2, h * 2 + 2)) for h in range(2)]
     first = [joined([next(half) for half in halves]) for _ in range(3)]
@@ -107,9 +111,14 @@ def test_a_position_is_resumed_by_other_hosts_and_another_batch_size(dataset: Da
     for half in halves:
         half.close()
     assert positions == {12}
-    with dataset.train.iterate(12, 6) as resumed:
-        rest = [next(resumed) for _ in range(2)]
-    assert resumed.next_row == 24
+    share = batch_size // hosts
+    with contextlib.ExitStack() as stack:
+        resumed = [
+            stack.enter_context(dataset.train.iterate(12, batch_size, slice(h * share, (h + 1) * share)))
+            for h in range(hosts)
+        ]
+        rest = [next(host) for _ in range(12 // batch_size) for host in resumed]
+    assert {host.next_row for host in resumed} == {24}
     assert same(joined([*first, *rest]), whole)
 
 
