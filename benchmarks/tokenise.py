@@ -1,9 +1,9 @@
 """Speed and peak memory of tokenising and packing a large corpus.
 
-Writes JSON lines of the Python sources of this installation, again and again with another number in front of each
-document, tokenises and packs them as a run does, and deletes all of it. With `--tokenizer none` each four bytes
-of text become one id at once, which shows what memory a corpus takes that would occupy SentencePiece for an hour.
-Prints one JSON line.
+Writes JSON lines of the Python sources of this installation, again and again with another number in front of
+each document, tokenises and packs them as a run does, and deletes all of it. With `--tokenizer none` each
+four bytes of text become one id at once: that shows the memory of a corpus which would occupy SentencePiece
+for an hour. Prints one JSON line.
 
     python benchmarks/tokenise.py [--gigabytes 1] [--tokenizer none|2048|8192] [--folder /tmp]
 """
@@ -78,10 +78,9 @@ def main() -> None:
         [statistics] = prepare(data, tokenizer, 0).statistics
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
         tokens = statistics.train.tokens + statistics.held_out.tokens
-        # Of this process and of the largest that it started, should the machine have cores for several.
-        peaks = [
-            resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-        ]
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        # The largest of those that a machine of eight cores or more starts.
+        of_a_child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
         result = {
             **vars(arguments),
             "bytes": corpus.stat().st_size,
@@ -90,8 +89,8 @@ def main() -> None:
             "tokens_per_second": round(tokens / seconds),
             "tokens_per_cpu_second": round(tokens / cpu),
             "peak_megabytes_before": before // 1024,
-            "peak_megabytes": peaks[0] // 1024,
-            "peak_megabytes_of_a_child": peaks[1] // 1024,
+            "peak_megabytes": peak // 1024,
+            "peak_megabytes_of_a_child": of_a_child // 1024,
         }
         print(json.dumps(result))
 
