@@ -16,8 +16,8 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
 
-# Width, and the learning rate of its run: the demo's 4e-3 at width 192, in inverse proportion to the width, as
-# Tensor Programs V (Yang et al., 2022) has it for Adam and the weights between layers.
+# Width, and the learning rate of its run: the demo's 4e-3 at width 192, in inverse proportion to the width,
+# as Tensor Programs V (Yang et al., 2022) has it for Adam and the weights between layers.
 SIZES = {64: 1.2e-2, 128: 6e-3, 256: 3e-3}
 HEAD_DIM = 64
 

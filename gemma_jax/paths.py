@@ -2,18 +2,22 @@
 
 import importlib.util
 import os
-
-from etils import epath
+from typing import TYPE_CHECKING
 
 from gemma_jax.errors import UserError
 
+if TYPE_CHECKING:
+    from etils import epath
 
-def user_path(name: str | os.PathLike[str]) -> epath.Path:
+
+def user_path(name: str | os.PathLike[str]) -> "epath.Path":
     """The path that a user names; `~` is the home directory.
 
     Raises:
       UserError: an address of another kind, or one that needs a package which is not installed.
     """
+    from etils import epath  # late: help and mistakes are told without it
+
     scheme, separator, _ = os.fspath(name).partition("://")
     if not separator:
         return epath.Path(name).expanduser()

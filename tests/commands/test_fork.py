@@ -103,9 +103,7 @@ def test_a_damaged_origin_is_refused_and_a_longer_context_is_allowed(
     longer = ["--model.context_length", "512", "--model.rope_base", "5e4", "--data.sequence_length", "512"]
     assert main([*words, *longer]) == 0
     shutil.rmtree(fork)
-    array = max(
-        (path for path in (source / "checkpoints/8/params").rglob("*")), key=lambda p: p.stat().st_size
-    )
+    array = max((source / "checkpoints/8/params").rglob("*"), key=lambda path: path.stat().st_size)
     content = bytearray(array.read_bytes())
     content[len(content) // 2] ^= 1
     array.write_bytes(content)
