@@ -3,7 +3,7 @@
 from gemma_jax.config.command_line import load, parse
 from gemma_jax.config.experiments import ChatConfig, ConvertConfig, PretrainConfig, SampleConfig
 from gemma_jax.config.experiments import ChatConfig, PretrainConfig, SampleConfig
-from gemma_jax.config.parameter_groups import ParameterGroup, group_of_each, parameter_groups
+from gemma_jax.config.parameter_groups import parameter_groups, settings_by_parameter
 from gemma_jax.config.presets import PRESETS, preset
 from gemma_jax.config.sections import (
     CheckpointConfig,
@@ -52,7 +52,6 @@ __all__ = [
     "LoggingConfig",
     "MeshConfig",
     "OptimizerConfig",
-    "ParameterGroup",
     "PretrainConfig",
     "SampleConfig",
     "SamplingConfig",
@@ -61,7 +60,6 @@ __all__ = [
     "differences",
     "from_json",
     "from_record",
-    "group_of_each",
     "load",
     "mesh_shape",
     "mesh_text",
@@ -69,6 +67,7 @@ __all__ = [
     "parse",
     "preset",
     "replace",
+    "settings_by_parameter",
     "suggestion",
     "to_dict",
     "to_json",

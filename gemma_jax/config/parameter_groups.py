@@ -3,21 +3,21 @@
 import dataclasses
 import fnmatch
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 
 from gemma_jax.config.serialization import suggestion
 from gemma_jax.errors import UserError
 
+SETTINGS = ("learning_rate_factor", "weight_decay")
 FORM = "write 'PATTERN learning_rate_factor=0.1 weight_decay=0', with one setting or both"
 
 
 @dataclasses.dataclass(frozen=True)
 class ParameterGroup:
-    """How the parameters whose dotted name matches `pattern` (with *, ? and [...]) are trained."""
+    """What is set for the parameters whose dotted name matches `pattern` (with *, ? and [...])."""
 
     pattern: str
-    learning_rate_factor: float | None = None  # None leaves what held before
-    weight_decay: float | None = None
+    settings: dict[str, float]
 
 
 def parameter_groups(texts: Sequence[str]) -> list[ParameterGroup]:
@@ -26,50 +26,46 @@ def parameter_groups(texts: Sequence[str]) -> list[ParameterGroup]:
     Raises:
       UserError: a text that is no group; it is named.
     """
-    known = [field.name for field in dataclasses.fields(ParameterGroup)][1:]
     groups = []
     for text in texts:
-        pattern, *settings = text.split() or [""]
-        values: dict[str, float] = {}
-        for setting in settings:
-            name, _, number = setting.partition("=")
+        pattern, *words = text.split() or [""]
+        settings: dict[str, float] = {}
+        for word in words:
+            name, _, number = word.partition("=")
             try:
                 value = float(number)
             except ValueError:
                 value = math.nan
-            if name not in known:
-                hint = suggestion(name, known) or f"; the settings are {' and '.join(known)}."
+            if name not in SETTINGS:
+                hint = suggestion(name, SETTINGS) or f"; the settings are {' and '.join(SETTINGS)}."
                 raise UserError(f"optimizer.groups: {text!r} sets {name!r}{hint}")
-            if name in values or not 0 <= value < math.inf:
+            if name in settings or not 0 <= value < math.inf:
                 raise UserError(
-                    f"optimizer.groups: {setting!r} in {text!r} is not one number of at least 0; {FORM}."
+                    f"optimizer.groups: {word!r} in {text!r} is not one number of at least 0; {FORM}."
                 )
-            values[name] = value
-        if not values or "=" in pattern:
+            settings[name] = value
+        if not settings or "=" in pattern:
             raise UserError(f"optimizer.groups: {text!r} is no group of parameters; {FORM}.")
-        groups.append(ParameterGroup(pattern, **values))
+        groups.append(ParameterGroup(pattern, settings))
     return groups
 
 
-def group_of_each(groups: Sequence[ParameterGroup], names: Iterable[str]) -> dict[str, ParameterGroup]:
-    """What the groups set for each parameter, by name; where several match, the later one has the last word.
+def settings_by_parameter(
+    groups: Sequence[ParameterGroup], defaults: Mapping[str, Mapping[str, float]]
+) -> dict[str, dict[str, float]]:
+    """What holds for each parameter, by name; where several groups match, the later one has the last word.
 
     Raises:
       UserError: a pattern that matches no parameter.
     """
-    of_each = {name: ParameterGroup(name) for name in names}
+    settings = {name: dict(default) for name, default in defaults.items()}
     for group in groups:
-        matched = fnmatch.filter(of_each, group.pattern)
+        matched = fnmatch.filter(settings, group.pattern)
         if not matched:
             raise UserError(
                 f"optimizer.groups: no parameter is called {group.pattern!r}; "
-                f"the names are {', '.join(sorted(of_each))}."
+                f"the names are {', '.join(sorted(settings))}."
             )
-        settings = {
-            field.name: value
-            for field in dataclasses.fields(group)
-            if (value := getattr(group, field.name)) is not None and field.name != "pattern"
-        }
         for name in matched:
-            of_each[name] = dataclasses.replace(of_each[name], **settings)
-    return of_each
+            settings[name] |= group.settings
+    return settings

@@ -4,11 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from gemma_jax.config import OptimizerConfig, ParameterGroup, group_of_each, parameter_groups
+from gemma_jax.config import OptimizerConfig, parameter_groups, settings_by_parameter
 from gemma_jax.sharding import logical_axes, named_arrays, with_arrays
 
 
@@ -44,50 +43,45 @@ def decays(params: nnx.State) -> Any:
     return jax.tree.map(of_variable, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
-def groups_of(params: nnx.State, config: OptimizerConfig) -> dict[str, ParameterGroup]:
+def settings_of(params: nnx.State, config: OptimizerConfig) -> dict[str, dict[str, float]]:
     """Learning-rate factor and weight decay of each parameter by name, with what `config.groups` changes.
 
     Raises:
       UserError: a group that no parameter belongs to.
     """
-    of_each = group_of_each(parameter_groups(config.groups), named_arrays(params))
-    for name, decay in named_arrays(decays(params)).items():
-        group = of_each[name]
-        of_each[name] = ParameterGroup(
-            name,
-            1.0 if group.learning_rate_factor is None else group.learning_rate_factor,
-            config.weight_decay * decay if group.weight_decay is None else group.weight_decay,
-        )
-    return of_each
+    defaults = {
+        name: {"learning_rate_factor": 1.0, "weight_decay": config.weight_decay * decay}
+        for name, decay in named_arrays(decays(params)).items()
+    }
+    return settings_by_parameter(parameter_groups(config.groups), defaults)
 
 
-def _by_group(
-    config: OptimizerConfig, change: Callable[[ParameterGroup, jax.Array, jax.Array], jax.Array]
+def _by_parameter(
+    config: OptimizerConfig, change: Callable[[dict[str, float], jax.Array, jax.Array], jax.Array]
 ) -> optax.GradientTransformation:
-    """The part of an update rule that makes (group, update, parameter) another update."""
+    """The part of an update rule that makes (settings, update, parameter) another update."""
 
     def init(params: nnx.State) -> optax.EmptyState:
-        groups_of(params, config)  # a mistake is told before anything is made
+        settings_of(params, config)  # a mistake is told before anything is made
         return optax.EmptyState()
 
     def update(
         updates: nnx.State, state: optax.EmptyState, params: nnx.State | None = None
     ) -> tuple[nnx.State, optax.EmptyState]:
         assert params is not None
-        groups, values = groups_of(params, config), named_arrays(params)
-        changed = {name: change(groups[name], x, values[name]) for name, x in named_arrays(updates).items()}
+        settings, values = settings_of(params, config), named_arrays(params)
+        changed = {name: change(settings[name], x, values[name]) for name, x in named_arrays(updates).items()}
         return with_arrays(updates, changed), state
 
     return optax.GradientTransformation(init, update)
 
 
-def _decayed(group: ParameterGroup, update: jax.Array, parameter: jax.Array) -> jax.Array:
-    return update + group.weight_decay * parameter if group.weight_decay else update
+def _decayed(settings: dict[str, float], update: jax.Array, parameter: jax.Array) -> jax.Array:
+    return update + settings["weight_decay"] * parameter if settings["weight_decay"] else update
 
 
-def _scaled(group: ParameterGroup, update: jax.Array, parameter: jax.Array) -> jax.Array:
-    # Not a product with 0: what is frozen must survive a gradient that is not finite.
-    return update * group.learning_rate_factor if group.learning_rate_factor else jnp.zeros_like(update)
+def _scaled(settings: dict[str, float], update: jax.Array, parameter: jax.Array) -> jax.Array:
+    return update * settings["learning_rate_factor"]
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
@@ -104,8 +98,8 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     }
     rule = optax.chain(
         *rules[config.name],
-        _by_group(config, _decayed),
+        _by_parameter(config, _decayed),
         optax.scale_by_learning_rate(learning_rate_schedule(config, steps)),
-        _by_group(config, _scaled),
+        _by_parameter(config, _scaled),
     )
     return optax.chain(clip, rule)

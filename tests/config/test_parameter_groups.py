@@ -2,8 +2,8 @@
 
 import pytest
 
-from gemma_jax.config import ParameterGroup, group_of_each, parameter_groups, parse, validate
 from gemma_jax.config import PretrainConfig as Config
+from gemma_jax.config import parameter_groups, parse, settings_by_parameter, validate
 from gemma_jax.errors import UserError
 
 NAMES = ["embedding", "blocks.attention.q", "blocks.attention_norm", "final_norm"]
@@ -17,9 +17,9 @@ def test_groups_are_read_from_a_command_line() -> None:
     ]
     config = parse(Config(), words, "gemma pretrain")
     validate(config)
-    assert parameter_groups(config.optimizer.groups) == [
-        ParameterGroup("embedding", 0.1, 0.0),
-        ParameterGroup("*norm", None, 1e-3),
+    assert [(group.pattern, group.settings) for group in parameter_groups(config.optimizer.groups)] == [
+        ("embedding", {"learning_rate_factor": 0.1, "weight_decay": 0.0}),
+        ("*norm", {"weight_decay": 1e-3}),
     ]
 
 
@@ -31,13 +31,15 @@ def test_the_later_group_has_the_last_word_setting_by_setting() -> None:
             "final_* weight_decay=3",
         ]
     )
-    of_each = group_of_each(groups, NAMES)
-    assert {name: (g.learning_rate_factor, g.weight_decay) for name, g in of_each.items()} == {
-        "embedding": (None, None),
+    defaults = {name: {"learning_rate_factor": 1.0, "weight_decay": 0.1} for name in NAMES}
+    settings = settings_by_parameter(groups, defaults)
+    assert {name: (s["learning_rate_factor"], s["weight_decay"]) for name, s in settings.items()} == {
+        "embedding": (1.0, 0.1),
         "blocks.attention.q": (0.5, 0.2),
         "blocks.attention_norm": (0.5, 0.0),
-        "final_norm": (None, 3.0),
+        "final_norm": (1.0, 3.0),
     }
+    assert defaults["final_norm"]["weight_decay"] == 0.1
 
 
 @pytest.mark.parametrize(
