@@ -2,7 +2,6 @@
 
 from gemma_jax.config.command_line import load, parse
 from gemma_jax.config.experiments import ChatConfig, ConvertConfig, PretrainConfig, SampleConfig
-from gemma_jax.config.experiments import ChatConfig, PretrainConfig, SampleConfig
 from gemma_jax.config.parameter_groups import parameter_groups, settings_by_parameter
 from gemma_jax.config.presets import PRESETS, preset
 from gemma_jax.config.sections import (
