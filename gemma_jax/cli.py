@@ -13,6 +13,7 @@ COMMANDS = {
     "sample": "continue prompts: gemma sample CHECKPOINT --prompt TEXT [--FIELD VALUE ...]",
     "chat": "talk with an instruction-tuned model: gemma chat CHECKPOINT [--FIELD VALUE ...]",
     "convert": "weights into another form: gemma convert SOURCE DESTINATION --format huggingface|flax|run",
+    "verify": "what is in a checkpoint, and a verdict: gemma verify CHECKPOINT [--against DIRECTORY]",
     "replay": "the batch of a step with the loss of each token: gemma replay RUN STEP [--rows N] [--json]",
     "runs": "a table of the runs under a directory: gemma runs DIR [--plot FILE.png]",
     "plan": "memory, traffic and time on TPUs that are not here: gemma plan CONFIG --topology v5e-256",

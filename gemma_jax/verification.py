@@ -1,4 +1,13 @@
-"""What a model computes, layer by layer."""
+"""What can be known of weights: their numbers, whether others are the same, what they compute layer by layer.
+
+`gemma verify` shows it.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -6,10 +15,96 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from gemma_jax.checkpoint.layout import Weights, in_order
 from gemma_jax.config import ComputeConfig, TransformerConfig
+from gemma_jax.errors import UserError
 from gemma_jax.model import abstract_transformer
 from gemma_jax.model.attention import causal_attend
 from gemma_jax.model.ops import embed, rms_norm
+
+BLOCK = 2**24  # numbers looked at together: in float64 they take 128 MB
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """The numbers of one array; those that are not finite are counted and left out of the others."""
+
+    parameter: str
+    layer: int | None
+    dtype: str
+    size: int
+    not_finite: int
+    mean: float
+    rms: float
+    smallest: float
+    largest: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """How two arrays of one name differ."""
+
+    parameter: str
+    layer: int | None
+    equal: bool  # bit for bit, once the wider is rounded to the dtype of the other
+    largest: float  # of the absolute differences
+    relative: float  # L2 norm of the difference by that of the second
+
+
+def _blocks(array: np.ndarray) -> Iterator[np.ndarray]:
+    """Parts of an array along its first axis, of about `BLOCK` numbers."""
+    rows = max(1, BLOCK // max(1, array[:1].size))
+    yield from (array[start : start + rows] for start in range(0, len(array), rows))
+
+
+def statistics(weights: Weights, config: TransformerConfig) -> Iterator[Statistics]:
+    """Of every array, one in memory at a time.
+
+    Raises:
+      UserError: a checksum that came with the weights is not theirs.
+    """
+    for parameter, layer in in_order(config):
+        array = weights.get(parameter, layer)
+        finite, total, squares, smallest, largest = 0, 0.0, 0.0, math.inf, -math.inf
+        for block in _blocks(array):
+            wide = np.asarray(block, np.float64)
+            good = wide[np.isfinite(wide)]
+            finite += good.size
+            total, squares = total + float(good.sum()), squares + float(np.square(good).sum())
+            if good.size:
+                smallest, largest = min(smallest, float(good.min())), max(largest, float(good.max()))
+        count = max(finite, 1)
+        yield Statistics(
+            parameter,
+            layer,
+            str(array.dtype),
+            array.size,
+            array.size - finite,
+            total / count,
+            math.sqrt(squares / count),
+            smallest,
+            largest,
+        )
+
+
+def differences(a: Weights, b: Weights, config: TransformerConfig) -> Iterator[Difference]:
+    """Of every pair of arrays, one pair in memory at a time.
+
+    Raises:
+      UserError: a checksum that came with the weights is not theirs.
+    """
+    for parameter, layer in in_order(config):
+        first, second = a.get(parameter, layer), b.get(parameter, layer)
+        narrow = min(first.dtype, second.dtype, key=lambda dtype: jnp.finfo(dtype).bits)
+        equal, largest, squares, norm = True, 0.0, 0.0, 0.0
+        for x, y in zip(_blocks(first), _blocks(second), strict=True):
+            equal &= np.array_equal(x.astype(narrow), y.astype(narrow), equal_nan=False)
+            gap = np.abs(np.asarray(x, np.float64) - np.asarray(y, np.float64))
+            largest = max(largest, float(gap.max(initial=0)))
+            squares += float(np.square(gap).sum())
+            norm += float(np.square(np.asarray(y, np.float64)).sum())
+        relative = math.sqrt(squares / norm) if norm else math.sqrt(squares)
+        yield Difference(parameter, layer, equal, largest, relative)
 
 
 def layer_outputs(
@@ -53,3 +148,52 @@ def layer_outputs(
     outputs = jax.device_get(jax.jit(run)(params, jnp.asarray(tokens, jnp.int32)))
     # Cast out here: within the compiled program XLA would leave out the rounding to bfloat16.
     return {name: np.asarray(value, np.float32) for name, value in outputs.items()}
+
+
+def transformers_outputs(folder: Path, dtype: str, tokens: np.ndarray) -> dict[str, np.ndarray]:
+    """What `layer_outputs` gives, of a Hugging Face directory by transformers.
+
+    Args:
+      folder: with the weights.
+      dtype: of weights and activations.
+      tokens: [B, L] integers.
+
+    Raises:
+      ImportError: transformers or torch is not installed.
+      UserError: transformers does not load the directory.
+    """
+    import torch
+    from transformers import GemmaConfig, GemmaForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        config = GemmaConfig.from_pretrained(folder, local_files_only=True)
+        # Google's first files say "gelu", which newer versions of transformers take by the word.
+        config.hidden_act = "gelu_pytorch_tanh"
+        model = GemmaForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=getattr(torch, dtype),
+            attn_implementation="eager",
+            local_files_only=True,
+            use_safetensors=True,
+        ).eval()
+    except Exception as error:  # whatever it is, it is what transformers says of this directory
+        raise UserError(f"transformers does not load {folder} ({str(error)[:200]}).") from error
+    found: dict[str, Any] = {}
+    inner = model.model
+    places = {"embeddings": inner.embed_tokens, "final_norm": inner.norm}
+    places |= {f"layer_{i}": layer for i, layer in enumerate(inner.layers)}
+
+    def keep(name: str) -> Any:
+        def hook(module: Any, inputs: Any, output: Any) -> None:
+            found[name] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    for name, module in places.items():
+        module.register_forward_hook(keep(name))
+    with torch.no_grad():
+        found["logits"] = model(torch.from_numpy(np.asarray(tokens, np.int64)), use_cache=False).logits
+    return {name: value.float().numpy() for name, value in found.items()}

@@ -1,7 +1,13 @@
 """Configs: frozen dataclasses, presets, validation, JSON and the command line. Standard library only."""
 
 from gemma_jax.config.command_line import load, parse
-from gemma_jax.config.experiments import ChatConfig, ConvertConfig, PretrainConfig, SampleConfig
+from gemma_jax.config.experiments import (
+    ChatConfig,
+    ConvertConfig,
+    PretrainConfig,
+    SampleConfig,
+    VerifyConfig,
+)
 from gemma_jax.config.parameter_groups import parameter_groups, settings_by_parameter
 from gemma_jax.config.presets import PRESETS, preset
 from gemma_jax.config.sections import (
@@ -37,6 +43,7 @@ from gemma_jax.config.validation import (
     validate_on_devices,
     validate_sample,
     validate_sampling,
+    validate_verify,
 )
 
 __all__ = [
@@ -56,6 +63,7 @@ __all__ = [
     "SamplingConfig",
     "TokenizerConfig",
     "TransformerConfig",
+    "VerifyConfig",
     "differences",
     "from_json",
     "from_record",
@@ -77,5 +85,6 @@ __all__ = [
     "validate_on_devices",
     "validate_sample",
     "validate_sampling",
+    "validate_verify",
     "within",
 ]

@@ -98,3 +98,17 @@ class ConvertConfig:
         "Whether the weights derive from Google's, so that a NOTICE on its terms of use goes with them; "
         "auto: where the source has one, comes from Google, or is a published form of a published size.",
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class VerifyConfig:
+    """Look at the numbers of a checkpoint, and at what they compute."""
+
+    against: str = setting("", "Another checkpoint, which is compared array by array.")
+    prompt: str = setting(
+        "The Analytical Engine weaves algebraical patterns just as the Jacquard loom weaves flowers and "
+        "leaves.",
+        "Text for which the layers are compared with those of transformers, where that is installed.",
+    )
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
-from gemma_jax.config.experiments import ChatConfig, PretrainConfig, SampleConfig
+from gemma_jax.config.experiments import ChatConfig, PretrainConfig, SampleConfig, VerifyConfig
 from gemma_jax.config.parameter_groups import parameter_groups
 from gemma_jax.config.sections import MeshConfig, SamplingConfig, TransformerConfig
 from gemma_jax.errors import UserError
@@ -135,6 +135,14 @@ def validate_chat(config: ChatConfig) -> None:
     validate_sampling(config)
     _require(config.samples == 1, f"samples is {config.samples}, but a dialogue has one answer a turn.")
     _require_at_least(config.compute, "compute.", {"scan_unroll": 1, "loss_block": 1})
+    validate_mesh(config.mesh)
+
+
+def validate_verify(config: VerifyConfig) -> None:
+    """Raises:
+    UserError: naming the setting that is out of range.
+    """
+    _require(bool(config.prompt), "prompt is empty; give it a text, or leave it out.")
     validate_mesh(config.mesh)
 
 

@@ -1,0 +1,261 @@
+"""`gemma verify CHECKPOINT [--against DIRECTORY]`: what is in a checkpoint, and whether to trust it."""
+
+import dataclasses
+import importlib.util
+import os
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from gemma_jax.config import PRESETS, TransformerConfig, VerifyConfig, parse, replace, validate_verify
+from gemma_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from gemma_jax.checkpoint.layout import Weights
+    from gemma_jax.checkpoint.pretrained import Checkpoint
+    from gemma_jax.verification import Statistics
+
+# Relative L2 difference to transformers that rounding explains, in the dtype of the activations.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
+SHOWN = 20  # differing arrays
+
+
+class Report:
+    """Lines and tables on standard output, and what spoke against the checkpoint."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        console = Console(highlight=False)
+        # Wide where the output goes to a file or a pipe: rows must not be folded there.
+        self._console = console if console.is_terminal else Console(highlight=False, width=160)
+        self.faults: list[str] = []
+
+    def line(self, title: str, text: str) -> None:
+        self._console.print(f"{title:14} {text}", markup=False, soft_wrap=True)
+
+    def table(self, titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        from rich.table import Table
+
+        table = Table(box=None, header_style="bold", pad_edge=False)
+        for index, title in enumerate(titles):
+            table.add_column(title, justify="right" if index else "left")
+        for row in rows:
+            table.add_row(*row)
+        self._console.print()
+        self._console.print(table, markup=False)
+        self._console.print()
+
+    def verdict(self, checked: Sequence[str]) -> int:
+        """Print it and give the exit status: 1 where there is a fault."""
+        for fault in self.faults:
+            self.line("fault", fault)
+        text = "not to be trusted" if self.faults else f"sound, as far as this looked: {', '.join(checked)}"
+        self.line("verdict", text)
+        return 1 if self.faults else 0
+
+
+def run(arguments: Sequence[str], prog: str) -> int:
+    """Print the report. The status is 0 where nothing speaks against the checkpoint, otherwise 1."""
+    if not arguments or arguments[0].startswith("-"):
+        parse(VerifyConfig(), [a for a in arguments if a in ("-h", "--help")], f"{prog} CHECKPOINT")
+        raise UserError(f"name a checkpoint first: {prog} CHECKPOINT.")
+    name, *rest = arguments
+    config = parse(VerifyConfig(), rest, f"{prog} CHECKPOINT")
+    validate_verify(config)
+
+    from gemma_jax.checkpoint.pretrained import open_checkpoint
+
+    report, checked = Report(), ["shapes and dtypes", "finite numbers"]
+    try:
+        found = open_checkpoint(name)
+    except UserError as error:
+        if not os.path.exists(os.path.expanduser(name)):
+            raise  # there is nothing that a verdict could be of
+        report.faults.append(str(error))
+        return report.verdict(checked)
+    other = open_checkpoint(config.against) if config.against else None
+    _show_shape(report, name, found)
+    # Anything that is wrong with what is on disk is a fault of the checkpoint, not a mistake of the user.
+    try:
+        weights = _weights(found, config)
+        _show_statistics(report, weights, found.config)
+        if other is not None:
+            _show_differences(report, found, other, config)
+            checked.append(f"equality with {config.against}")
+        if not report.faults and _compared(report, found, config):
+            checked.append("outputs of transformers")
+    except UserError as error:
+        report.faults.append(str(error))
+    return report.verdict(checked)
+
+
+def _weights(found: "Checkpoint", config: VerifyConfig) -> "Weights":
+    """As they lie on disk; those of a run are read to the mesh."""
+    if found.weights is not None:
+        return found.weights
+    from gemma_jax.checkpoint.export import PlacedWeights
+    from gemma_jax.sharding import make_mesh
+
+    compute = replace(config.compute, {"param_dtype": found.dtype})
+    return PlacedWeights(found.params(compute, make_mesh(config.mesh)), found.config)
+
+
+def _show_shape(report: Report, name: str, found: "Checkpoint") -> None:
+    report.line("checkpoint", name)
+    report.line("shape", _named_shape(found.config))
+    try:
+        tokenizer = found.tokenizer()
+    except UserError as error:
+        report.faults.append(str(error))
+        return
+    if tokenizer is None:
+        report.line("tokenizer", "none beside it; calls with text will not work, those with token ids will")
+    else:
+        report.line("tokenizer", f"{tokenizer.vocab_size:,} pieces")
+        if tokenizer.vocab_size != found.config.vocab_size:
+            report.faults.append(
+                f"the tokenizer has {tokenizer.vocab_size:,} pieces, the model a vocabulary of "
+                f"{found.config.vocab_size:,}"
+            )
+    ends = found.end_tokens()
+    kind = "instruction-tuned" if 107 in ends else "not known to be instruction-tuned"
+    report.line("answers end", f"at {', '.join(map(str, ends))}: {kind}")
+
+
+def _named_shape(config: TransformerConfig) -> str:
+    """The preset that a shape is of; or how it differs from the nearest one; or itself, with nothing near."""
+    fields = [f.name for f in dataclasses.fields(config) if f.name != "vocab_multiple"]
+
+    def unlike(preset: TransformerConfig) -> list[str]:
+        return [field for field in fields if getattr(config, field) != getattr(preset, field)]
+
+    nearest = min(PRESETS, key=lambda name: len(unlike(PRESETS[name])))
+    differing = unlike(PRESETS[nearest])
+    if not differing:
+        return nearest
+    if len(differing) > 3:
+        return "of no preset: " + ", ".join(f"{field} {getattr(config, field)}" for field in fields)
+    told = [f"{field} {getattr(config, field)} for {getattr(PRESETS[nearest], field)}" for field in differing]
+    return f"of no preset; unlike {nearest} in {', '.join(told)}"
+
+
+def _show_statistics(report: Report, weights: "Weights", config: TransformerConfig) -> None:
+    from gemma_jax.checkpoint.layout import EMBEDDING, FINAL_NORM
+    from gemma_jax.verification import statistics
+
+    layers: dict[int | None, dict[str, Statistics]] = {}
+    arrays, size, dtypes = 0, 0, set()
+    for one in statistics(weights, config):
+        layers.setdefault(one.layer, {})[one.parameter.removeprefix("blocks.")] = one
+        arrays, size = arrays + 1, size + one.size
+        dtypes.add(one.dtype)
+        where = weights.where(one.parameter, one.layer)
+        if one.not_finite:
+            report.faults.append(f"{where} has {one.not_finite:,} numbers that are not finite")
+        elif one.smallest == one.largest and one.size > 1 and not one.parameter.endswith("norm"):
+            report.faults.append(f"{where} holds nothing but {one.largest:g}")
+    report.line("weights", f"{arrays} arrays, {size:,} numbers, {', '.join(sorted(dtypes))}")
+
+    def norm(one: "Statistics") -> str:
+        return f"{1 + one.mean:.2f} ({1 + one.smallest:.2f} to {1 + one.largest:.2f})"
+
+    matrices = [f"attention.{name}" for name in ("q", "k", "v", "o")]
+    matrices += [f"feed_forward.{name}" for name in ("gate", "up", "down")]
+    rows = []
+    for layer in range(config.num_layers):
+        of_layer = layers[layer]
+        rms = [f"{of_layer[matrix].rms:.4f}" for matrix in matrices]
+        bad = sum(one.not_finite for one in of_layer.values())
+        scales = [norm(of_layer[name]) for name in ("attention_norm", "feed_forward_norm")]
+        rows.append([str(layer), f"{bad:,}", *scales, *rms])
+    report.table(
+        ["layer", "not finite", "1 + scale before attention", "before feed-forward"]
+        + [f"rms {matrix.split('.')[1]}" for matrix in matrices],
+        rows,
+    )
+    embedding, last = layers[None][EMBEDDING], layers[None][FINAL_NORM]
+    report.line("embedding", f"rms {embedding.rms:.4f}, {embedding.not_finite:,} not finite")
+    report.line("final norm", f"1 + scale {norm(last)}, {last.not_finite:,} not finite")
+
+
+def _compared(report: Report, found: "Checkpoint", config: VerifyConfig) -> bool:
+    """Show the differences to transformers; False where they cannot be had."""
+    from pathlib import Path
+
+    from gemma_jax.checkpoint.huggingface import HuggingFaceDirectory
+    from gemma_jax.model import compute_dtype
+    from gemma_jax.sharding import make_mesh
+    from gemma_jax.verification import layer_outputs, transformers_outputs
+
+    if not isinstance(found.weights, HuggingFaceDirectory):
+        report.line(
+            "transformers", "not compared: it reads Hugging Face directories; `gemma convert` makes one"
+        )
+        return False
+    if not all(importlib.util.find_spec(package) for package in ("transformers", "torch")):
+        report.line("transformers", "not compared: pip install transformers torch")
+        return False
+    mesh = make_mesh(config.mesh)
+    dtype = str(compute_dtype(config.compute, mesh))
+    if dtype not in TOLERANCE:
+        raise UserError(f"compute.dtype {dtype} is not one of {', '.join(TOLERANCE)}; leave it out.")
+    tokenizer = found.tokenizer()
+    ids = [tokenizer.bos_id, *tokenizer.encode_typed(config.prompt)] if tokenizer else [2, *range(4, 32)]
+    tokens = _rows([token for token in ids if token < found.config.vocab_size], mesh.size)
+    compute = replace(config.compute, {"param_dtype": dtype})
+    # One model in memory after the other.
+    ours = layer_outputs(found.config, compute, mesh, found.params(compute, mesh), tokens)
+    theirs = transformers_outputs(Path(found.folder), dtype, tokens)
+    layers = (f"layer_{layer}" for layer in range(found.config.num_layers))
+    rows, wrong = [], []
+    for place in ("embeddings", *layers, "final_norm", "logits"):
+        gap = abs(ours[place][0] - theirs[place][0])
+        scale = float((theirs[place][0] ** 2).sum()) ** 0.5
+        relative = float((gap**2).sum()) ** 0.5 / (scale or 1)
+        if not relative <= TOLERANCE[dtype]:
+            wrong.append(place)
+        rows.append([place.replace("_", " "), f"{gap.max():.2e}", f"{relative:.2e}"])
+    text = f"beside transformers, {dtype}, {tokens.shape[1]} tokens"
+    report.table([text, "largest difference", "relative"], rows)
+    if wrong:
+        report.faults.append(
+            f"transformers computes something else: {wrong[0].replace('_', ' ')} differs by more than "
+            f"{TOLERANCE[dtype]:g} in relative norm"
+        )
+    return True
+
+
+def _rows(ids: Sequence[int], copies: int) -> "np.ndarray":
+    """[copies, L] int32: every device has a row."""
+    import numpy as np
+
+    return np.tile(np.array(ids, np.int32), (copies, 1))
+
+
+def _show_differences(report: Report, found: "Checkpoint", other: "Checkpoint", config: VerifyConfig) -> None:
+    from gemma_jax.verification import differences
+
+    ours, theirs = (dataclasses.asdict(replace(c.config, {"vocab_multiple": 1})) for c in (found, other))
+    unlike = [field for field in ours if ours[field] != theirs[field]]
+    if unlike:
+        told = ", ".join(f"{field} {ours[field]} and {theirs[field]}" for field in unlike)
+        report.faults.append(f"{config.against} is of another shape: {told}")
+        return
+    weights = [_weights(checkpoint, config) for checkpoint in (found, other)]
+    all_of_them = list(differences(weights[0], weights[1], found.config))
+    differing = [one for one in all_of_them if not one.equal]
+    how = "bit for bit" if found.dtype == other.dtype else f"rounded from {found.dtype} and {other.dtype}"
+    equal = len(all_of_them) - len(differing)
+    report.line("against", f"{config.against}: {equal} of {len(all_of_them)} arrays are equal, {how}")
+    if not differing:
+        return
+    rows: list[list[Any]] = [
+        [weights[0].where(d.parameter, d.layer), f"{d.largest:.2e}", f"{d.relative:.2e}"]
+        for d in sorted(differing, key=lambda d: -d.relative)[:SHOWN]
+    ]
+    report.table(["the most different arrays", "largest difference", "relative"], rows)
+    report.faults.append(
+        f"{len(differing)} of {len(all_of_them)} arrays differ from those of {config.against}"
+    )

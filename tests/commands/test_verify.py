@@ -1,0 +1,143 @@
+"""`gemma verify`: what it shows, and what it does not let pass."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gemma_jax import verification
+from gemma_jax.cli import main
+from gemma_jax.commands import verify
+from tests.checkpoint import published
+from tests.golden import make
+
+HAS_TRANSFORMERS = bool(importlib.util.find_spec("transformers"))
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+def directory(folder: Path, shards: int = 1, dtype: str = "float32", up: np.ndarray | None = None) -> Path:
+    """The golden 7B-like model, with another array in place of `up`."""
+    tensors = make.tensors("multi_head", dtype)
+    if up is not None:
+        tensors[UP] = up
+    return published.write_huggingface(folder, make.MULTI_HEAD, tensors, shards)
+
+
+def checked(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
+    """Exit status and report."""
+    capsys.readouterr()
+    status = main(["verify", *map(str, arguments), "--mesh.cpu_devices", "1"])
+    return status, capsys.readouterr().out
+
+
+def test_a_sound_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, report = checked(capsys, directory(tmp_path / "good", shards=3))
+    assert status == 0
+    lines = report.splitlines()
+    assert lines[-1].startswith("verdict        sound, as far as this looked: shapes and dtypes")
+    assert ("outputs of transformers" in lines[-1]) is HAS_TRANSFORMERS
+    assert ("pip install transformers torch" in report) is not HAS_TRANSFORMERS
+    assert "20 arrays, 12,408 numbers, float32" in report
+    assert "embed_dim 24, hidden_dim 32, num_heads 4, num_kv_heads 4" in report
+    # The row of layer 1 by numpy.
+    tensors = make.tensors("multi_head")
+    scale = 1 + tensors["model.layers.1.input_layernorm.weight"]
+    row = next(line for line in lines if line.startswith("1 "))
+    assert row.split()[1] == "0"
+    assert f"{scale.mean():.2f} ({scale.min():.2f} to {scale.max():.2f})" in row
+    assert f"{np.sqrt(np.mean(tensors[UP].astype(float) ** 2)):.4f}" in row
+
+
+def test_numbers_that_are_not_finite_are_counted_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = make.tensors("multi_head")[UP].copy()
+    bad[3, 4:6] = np.nan, np.inf
+    status, report = checked(capsys, directory(tmp_path, up=bad))
+    assert status == 1
+    assert f"fault          {UP} in {tmp_path}/model.safetensors has 2 numbers that are not finite" in report
+    assert report.splitlines()[-1] == "verdict        not to be trusted"
+
+
+def test_an_array_of_one_number_is_no_weight(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, report = checked(capsys, directory(tmp_path, up=np.zeros((32, 24), np.float32)))
+    assert status == 1 and f"{UP} in {tmp_path}/model.safetensors holds nothing but 0" in report
+
+
+def test_against_another_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good, rounded = directory(tmp_path / "good", 3), directory(tmp_path / "rounded", dtype="bfloat16")
+    status, report = checked(capsys, good, "--against", rounded)
+    assert status == 0
+    assert "20 of 20 arrays are equal, rounded from float32 and bfloat16" in report
+    assert f"equality with {rounded}" in report.splitlines()[-1]
+
+    nudged = make.tensors("multi_head")[UP].copy()
+    nudged[0, 0] = np.nextafter(nudged[0, 0], np.float32(9))
+    status, report = checked(capsys, good, "--against", directory(tmp_path / "nudged", up=nudged))
+    assert status == 1
+    assert "19 of 20 arrays are equal, bit for bit" in report and "1 of 20 arrays differ" in report
+    assert UP in report
+
+    small = published.write_huggingface(tmp_path / "small", make.MULTI_QUERY, make.tensors("multi_query"), 1)
+    status, report = checked(capsys, good, "--against", small)
+    assert status == 1 and "is of another shape: num_kv_heads 4 and 1" in report
+
+
+def test_a_damaged_file_is_a_fault_and_a_missing_one_a_mistake(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, cut = directory(tmp_path / "good"), directory(tmp_path / "cut")
+    weights = cut / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    status, report = checked(capsys, cut)
+    assert status == 1 and "fault" in report and "not a whole safetensors file" in report
+    for arguments, told in [
+        ([tmp_path / "nothing"], "nothing"),
+        ([good, "--against", tmp_path / "nothing"], "nothing"),
+        ([], "name a checkpoint first"),
+        ([good, "--prompt", ""], "prompt is empty"),
+        (["random:gemma_tny"], "did you mean gemma_tiny?"),
+        ([good, "--agianst", cut], "did you mean --against?"),
+    ]:
+        assert main(["verify", *map(str, arguments)]) == 2
+        captured = capsys.readouterr()
+        [sentence] = captured.err.splitlines()
+        assert told in sentence and captured.out == ""
+
+
+def test_random_weights_can_be_looked_at_too(capsys: pytest.CaptureFixture[str]) -> None:
+    status, report = checked(capsys, "random:gemma_tiny")
+    assert status == 0
+    assert "shape          gemma_tiny\n" in report and "`gemma convert`" in report
+
+
+@pytest.mark.parametrize(("factor", "status"), [(1 + 1e-6, 0), (1.01, 1)])
+def test_what_transformers_computes_is_compared_layer_by_layer(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    factor: float,
+    status: int,
+) -> None:
+    """With our own outputs, a little changed from layer 1 on, in the place of those of transformers."""
+    layer_outputs, ours = verification.layer_outputs, {}
+
+    def remembered(*arguments: Any) -> dict[str, np.ndarray]:
+        ours.update(layer_outputs(*arguments))
+        return ours
+
+    def imitation(folder: Path, dtype: str, tokens: np.ndarray) -> dict[str, np.ndarray]:
+        assert dtype == "float32" and tokens.shape[0] == 1 and tokens[0, 0] == 2
+        return {name: x * (1 if name in ("embeddings", "layer_0") else factor) for name, x in ours.items()}
+
+    monkeypatch.setattr(verification, "layer_outputs", remembered)
+    monkeypatch.setattr(verification, "transformers_outputs", imitation)
+    monkeypatch.setattr(verify.importlib.util, "find_spec", lambda name: True)
+    actual, report = checked(capsys, directory(tmp_path))
+    assert actual == status
+    places = [line.split("  ")[0] for line in report.splitlines()]
+    start = places.index("embeddings")
+    assert places[start : start + 5] == ["embeddings", "layer 0", "layer 1", "final norm", "logits"]
+    assert ("transformers computes something else: layer 1 differs" in report) is bool(status)
