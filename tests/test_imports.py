@@ -63,6 +63,7 @@ ANSWERED_AT_ONCE = {
     "help of sample": (("sample", "--help"), 0, "--temperature FLOAT"),
     "help of chat": (("chat", "--help"), 0, "--system STR"),
     "several answers": (("chat", "runs/demo", "--samples", "2"), 2, "samples is 2"),
+    "help of verify": (("verify", "--help"), 0, "--against STR"),
     "help of inspect": (("inspect", "--help"), 0, "--mesh.fsdp INT"),
     "help of convert": (("convert", "--help"), 0, "--format {huggingface,flax,run}"),
     "one name of convert": (("convert", "runs/demo"), 2, "SOURCE DESTINATION"),

@@ -1,0 +1,75 @@
+"""notebooks/sample.ipynb runs from top to bottom, with a tiny model and without Jupyter."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from gemma_jax.tokenizer import Tokenizer
+from tests.checkpoint import published
+
+NOTEBOOK = json.loads((Path(__file__).parents[1] / "notebooks" / "sample.ipynb").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny-it"
+    config = published.MULTI_QUERY | {"vocab_size": 387, "max_position_embeddings": 4096}
+    published.write_huggingface(folder, config, published.random_tensors(config, "bfloat16"))
+    texts = [f"{a} and {b}\n" for a in range(60) for b in range(60)]
+    Tokenizer.train(texts, config["vocab_size"], folder / "tokenizer.model")
+    return folder
+
+
+def test_it_is_stored_without_outputs() -> None:
+    assert NOTEBOOK["nbformat"] == 4
+    for cell in NOTEBOOK["cells"]:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == [] and cell["execution_count"] is None
+
+
+@pytest.mark.slow
+def test_every_cell_runs(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown: list[str] = []
+    display = ModuleType("IPython.display")
+    display.HTML = str  # type: ignore[attr-defined]  # a stand-in
+    display.display = shown.append  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "IPython", ModuleType("IPython"))
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    monkeypatch.setenv("GEMMA_JAX_CHECKPOINT", str(checkpoint))
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for cell in NOTEBOOK["cells"]:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), f"cell {cell['id']}", "exec"), names)
+    assert names["gemma"].compute.param_dtype == "bfloat16"
+    printed = capsys.readouterr().out
+    assert all(prompt in printed for prompt in names["prompts"])
+    assert [message["role"] for message in names["chat"].history] == ["user", "model"] * 2
+
+    # Three coloured texts: what the tags leave over is the text, and each tag tells a probability.
+    assert len(shown) == 3
+    texts = [generation.text for generation in names["generations"]] + [names["text"]]
+    for page, text in zip(shown, texts, strict=True):
+        probabilities = [float(p) for p in re.findall(r'<span title="([\d.]+)%"', page)]
+        assert probabilities and all(0 <= p <= 100 for p in probabilities)
+        assert re.sub(r"<[^<>]*>", "", page) == names["html"].escape(text)
+    # Of one text the product of what is shown is its likelihood.
+    generation = names["generations"][0]
+    assert f'title="{100 * names["math"].exp(generation.log_probs[0]):.1f}%"' in shown[0]
+
+
+def test_the_package_is_installed_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for alone: the cell must not need what it installs."""
+    ran: list[list[str]] = []
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("subprocess.run", lambda command, check: ran.append(command))
+    first = next(cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code")
+    exec(compile("".join(first["source"]), "install", "exec"), {})
+    [command] = ran
+    assert command[1:4] == ["-m", "pip", "install"] and command[-1] == ".."
