@@ -2,6 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+# The TPU compiler, which tests compile with: in a folder of its own, for in the environment jax would try it as a TPU.
+COMPILER := .venv/libtpu/installed
+CONSTRAINTS = constraints/$$($(BIN)/python -c 'import sys; print("py311" if sys.version_info < (3, 12) else "py312")').txt
 
 .PHONY: demo test test-slow parity lint clean
 
@@ -15,11 +18,11 @@ demo: $(INSTALLED)
 	  '  $(BIN)/python train.py pretrain demo --run_dir runs/deeper --model.num_layers 8' \
 	  '  $(BIN)/gemma inspect runs/demo'
 
-test: lint
+test: lint $(COMPILER)
 	$(BIN)/python -m pytest -m "not slow"
 
 # pytest ends with 5 where no test is marked slow.
-test-slow: $(INSTALLED)
+test-slow: $(INSTALLED) $(COMPILER)
 	$(BIN)/python -m pytest -m slow || [ $$? -eq 5 ]
 
 # In an environment of its own: nothing else needs transformers and torch.
@@ -47,7 +50,13 @@ $(INSTALLED): setup.py constraints/py311.txt constraints/py312.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "Installing gemma_jax into .venv (once)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test]" \
-	  --constraint constraints/$$($(BIN)/python -c 'import sys; print("py311" if sys.version_info < (3, 12) else "py312")').txt
+	  --constraint $(CONSTRAINTS)
+	@touch $@
+
+$(COMPILER): $(INSTALLED)
+	@echo "Installing the TPU compiler into .venv/libtpu (once)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/libtpu \
+	  libtpu --constraint $(CONSTRAINTS)
 	@touch $@
 
 clean:

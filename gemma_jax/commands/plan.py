@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from gemma_jax.config import PretrainConfig, load, parse, validate
+from gemma_jax.config import PretrainConfig, load, parse, replace, validate
 from gemma_jax.config.sections import setting
 from gemma_jax.errors import UserError
 
@@ -54,6 +54,8 @@ def run(arguments: Sequence[str], prog: str) -> int:
     sections = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
     options = parse(PlanOptions(**sections), rest, f"{prog} {name}")
     config = PretrainConfig(**{field: getattr(options, field) for field in sections})
+    if config.mesh.slice == 1:
+        config = replace(config, {"mesh.slice": options.slices})
     validate(config)
     tokens = token_count(options.tokens) if options.tokens else _tokens_of(config)
     wrong = [option for option in options.compiler_option if not re.fullmatch(r"\w+=.*", option)]

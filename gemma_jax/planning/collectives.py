@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from gemma_jax.planning.hlo import Array, Instruction, Module, descend, executions
+from gemma_jax.planning.hlo import Array, Execution, Instruction, Module, descend, executions
 
 KINDS = (
     "all-gather",
@@ -44,9 +44,11 @@ def collectives(module: Module, mesh_shape: Mapping[str, int]) -> list[Collectiv
       module: the optimised program.
       mesh_shape: sizes of the mesh axes, in the order that numbers the devices.
     """
-    found = []
+    found: list[Collective] = []
     seen: set[tuple[str, str]] = set()
     for executed in executions(module):
+        if executed.instruction.opcode == "recv":
+            found += _between_slices(executed, mesh_shape, module)
         for instruction, scatters in _inside(module, executed.instruction):
             # The compiler lays a collective over several fusions, with a copy of it in each: they are one.
             channel = instruction.attribute("channel_id")
@@ -62,9 +64,6 @@ def collectives(module: Module, mesh_shape: Mapping[str, int]) -> list[Collectiv
             arrays = _whole_arrays(kind, instruction, size)
             kind = "reduce-scatter" if kind == "all-reduce" and scatters else kind
             payload = sum(array.bytes for array in arrays)
-            factor = {"all-reduce": 2 * (size - 1) / size, "collective-permute": 1}.get(
-                kind, (size - 1) / size
-            )
             told = instruction if instruction.metadata("op_name") else executed.instruction
             found.append(
                 Collective(
@@ -72,12 +71,39 @@ def collectives(module: Module, mesh_shape: Mapping[str, int]) -> list[Collectiv
                     _axis(groups, mesh_shape),
                     tuple(map(str, arrays)),
                     executed.count,
-                    factor * payload * executed.count,
+                    _received(kind, size) * payload * executed.count,
                     module.source(told),
                     told.metadata("op_name"),
                 )
             )
     return found
+
+
+def _received(kind: str, size: int) -> float:
+    """Bytes that one device of a group receives, for each byte of the whole arrays."""
+    return {"all-reduce": 2 * (size - 1) / size, "collective-permute": 1.0}.get(kind, (size - 1) / size)
+
+
+def _between_slices(
+    executed: Execution, mesh_shape: Mapping[str, int], module: Module
+) -> Iterator[Collective]:
+    """Between slices a collective is a transfer through the hosts: a pair of send and recv."""
+    instruction = executed.instruction
+    transfer = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
+    slices = mesh_shape.get("slice", 1)
+    if transfer is None or slices < 2:
+        return
+    kind = transfer[1].lower().replace("_", "-")
+    arrays = instruction.arrays[:1]  # what is received; then a counter
+    yield Collective(
+        kind,
+        "slice",
+        tuple(map(str, arrays)),
+        executed.count,
+        _received(kind, slices) * sum(array.bytes for array in arrays) * executed.count,
+        module.source(instruction),
+        instruction.metadata("op_name"),
+    )
 
 
 def _inside(module: Module, instruction: Instruction) -> Iterator[tuple[Instruction, bool]]:

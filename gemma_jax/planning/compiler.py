@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 # libtpu would ask the metadata server of a TPU machine, which this is not, and wait; and it takes a lock that
 # is for the owner of a real TPU.
 ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -33,27 +32,33 @@ def compiler_version() -> str:
     Raises:
       UserError: libtpu is not installed.
     """
-    if importlib.util.find_spec("libtpu") is None:
+    elsewhere = os.environ.get("TPU_LIBRARY_PATH")  # jax looks there first
+    if elsewhere:
+        library = f"{elsewhere} of {os.path.getsize(elsewhere):,} bytes"
+    elif importlib.util.find_spec("libtpu"):
+        library = importlib.metadata.version("libtpu")
+    else:
         raise UserError(
             "planning needs the TPU compiler, the package libtpu, which is not installed; "
             "install it with: pip install 'gemma_jax[tpu]' (no TPU is needed)."
         )
-    return f"libtpu {importlib.metadata.version('libtpu')}, jax {importlib.metadata.version('jax')}"
+    return f"libtpu {library}, jax {importlib.metadata.version('jax')}"
 
 
 def prepare() -> None:
-    """Set up this process for compiling; must come before jax is imported.
+    """Set up this process for compiling; to be called before jax is imported, or where it runs on CPU.
 
     Raises:
       UserError: libtpu is not installed.
     """
     compiler_version()
+    os.environ.update(ENVIRONMENT)
     if "jax" not in sys.modules:
-        os.environ.update(ENVIRONMENT)
+        os.environ["JAX_PLATFORMS"] = "cpu"  # a plan needs no accelerator, also where there is one
 
 
 def devices_of(topology: Topology) -> "list[jax.Device]":
-    """The devices of slices that need not exist. A device is a chip, or one TensorCore of v4 and tpu7x.
+    """The devices of slices that need not exist. A device is a chip, but of tpu7x one TensorCore.
 
     Raises:
       UserError: the compiler knows no such slice.
@@ -66,6 +71,9 @@ def devices_of(topology: Topology) -> "list[jax.Device]":
     options: dict[str, object] = {}
     if any(size % along for size, along in zip(layout, host, strict=True)):
         options["chips_per_host_bounds"] = list(layout)  # smaller than a host of four chips
+    if topology.generation.name == "v4":
+        # As real jobs run: both TensorCores of a chip as one device. jax makes meshes of v4 only so.
+        options["chip_config_name"] = "megacore"
     if topology.slices > 1:
         options["num_slices"] = topology.slices
     try:
@@ -109,15 +117,20 @@ def compile_lowered(lowered: "jax.stages.Lowered", options: Mapping[str, str]) -
     """
     import jax
 
+    # jax could keep what is compiled, but not read it again: there is no client of such devices.
+    keeps = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
     try:
         compiled = lowered.compile(compiler_options=dict(options) or None)
     except jax.errors.JaxRuntimeError as error:
         message = str(error)
         if "RESOURCE_EXHAUSTED" in message:
-            raise OutOfMemory(*_memory_told(message), message) from error
+            raise OutOfMemory(*memory_told(message), message) from error
         if "No such compile option" in message:
             raise UserError(f"the compiler refuses an option: {message.splitlines()[0]}") from error
         raise
+    finally:
+        jax.config.update("jax_enable_compilation_cache", keeps)
     text, memory = compiled.as_text(), compiled.memory_analysis()
     assert text is not None and memory is not None  # the TPU compiler gives both
     return Compiled(
@@ -130,12 +143,13 @@ def compile_lowered(lowered: "jax.stages.Lowered", options: Mapping[str, str]) -
 
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SIZE = r"([\d.]+)([KMGT]?)"
 
 
-def _memory_told(message: str) -> tuple[int | None, int | None]:
-    """`Used 20.53G of 15.75G hbm` as bytes."""
-    found = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
-    if found is None:
-        return None, None
-    used, used_unit, of, of_unit = found.groups()
-    return int(float(used) * _UNITS[used_unit]), int(float(of) * _UNITS[of_unit])
+def memory_told(message: str) -> tuple[int | None, int | None]:
+    """Bytes that a program needs and that there are, by the compiler's refusal; None where it tells none."""
+    for form in (rf"Used {_SIZE} of {_SIZE} hbm", rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)"):
+        if found := re.search(form, message):
+            used, used_unit, of, of_unit = found.groups()
+            return int(float(used) * _UNITS[used_unit]), int(float(of) * _UNITS[of_unit])
+    return None, None

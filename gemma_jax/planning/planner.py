@@ -37,7 +37,7 @@ class Plan:
 
     @property
     def devices_a_chip(self) -> int:
-        """2 for v4 and tpu7x, whose TensorCores are devices of their own."""
+        """2 for tpu7x, whose TensorCores are devices of their own."""
         return self.devices // self.topology.chips
 
 

@@ -1,0 +1,59 @@
+"""What was learnt of a program comes back as it was; anything else in the folder is passed over."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from gemma_jax.planning.analysis import Analysis, Kernel
+from gemma_jax.planning.cache import Entry, PlanCache, key_of
+from gemma_jax.planning.collectives import Collective
+
+ENTRY = Entry(
+    Analysis(
+        {"parameters": 7, "temporaries": 3},
+        123,
+        1,
+        (Kernel("splash", True, 18, 1e12),),
+        (Collective("all-gather", "fsdp", ("bf16[8,4]",), 18, 1.5, "a.py:1 < b.py:2", "jit(step)"),),
+    )
+)
+
+
+@pytest.mark.parametrize("entry", [ENTRY, Entry(None, 21, 16), Entry(None)])
+def test_round_trip(tmp_path: Path, entry: Entry) -> None:
+    cache = PlanCache(tmp_path / "plans")
+    assert cache.get("a") is None
+    cache.put("a", entry)
+    assert cache.get("a") == entry
+    assert [path.suffix for path in (tmp_path / "plans").iterdir()] == [".json"]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"analysis": {}}', '{"analysis": 3}'])
+def test_what_is_no_entry_is_passed_over(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    assert PlanCache(tmp_path).get("a") is None
+
+
+def test_an_entry_with_an_unknown_field_is_passed_over(tmp_path: Path) -> None:
+    record = dataclasses.asdict(ENTRY)
+    record["analysis"]["kernels"][0]["later"] = 1
+    (tmp_path / "a.json").write_text(json.dumps(record))
+    assert PlanCache(tmp_path).get("a") is None
+
+
+def test_everything_that_decides_a_program_decides_its_key() -> None:
+    keys = {
+        key_of(*identity)
+        for identity in [
+            ("text", "v5e:4x4", {}, "libtpu 1"),
+            ("other", "v5e:4x4", {}, "libtpu 1"),
+            ("text", "v5e:4x8", {}, "libtpu 1"),
+            ("text", "v5e:4x4", {"a": "1"}, "libtpu 1"),
+            ("text", "v5e:4x4", {"a": "2"}, "libtpu 1"),
+            ("text", "v5e:4x4", {}, "libtpu 2"),
+        ]
+    }
+    assert len(keys) == 6
+    assert key_of("t", "v", {"a": "1", "b": "2"}, "l") == key_of("t", "v", {"b": "2", "a": "1"}, "l")

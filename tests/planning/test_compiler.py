@@ -1,0 +1,169 @@
+"""The real TPU compiler on a machine without a TPU: what the train step becomes."""
+
+import dataclasses
+
+import pytest
+
+from gemma_jax.config import PRESETS, ComputeConfig, DataConfig, PretrainConfig, replace
+from gemma_jax.errors import UserError
+from gemma_jax.planning import compiler
+from gemma_jax.planning.cache import PlanCache
+from gemma_jax.planning.compiler import devices_of, memory_told, prepare
+from gemma_jax.planning.planner import Plan, Planner
+from gemma_jax.planning.topology import Topology, parse_topology
+
+# Two layers of the 2B model's shape, a quarter as wide: dimensions that the TPU's tiles divide.
+SHALLOW = PretrainConfig(
+    model=replace(
+        PRESETS["gemma_2b"],
+        {"num_layers": 2, "embed_dim": 512, "hidden_dim": 2048, "num_heads": 4, "head_dim": 128}
+        | {"vocab_size": 8192},
+    ),
+    data=DataConfig(batch_size=4, sequence_length=256),
+    compute=ComputeConfig(remat="full"),
+)
+
+
+@pytest.mark.parametrize(("message", "needed", "available"), [
+    ("RESOURCE_EXHAUSTED: Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G.", 20.5, 15.75),
+    (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
+        "(37.25G) exceeds available HBM (15.75G).",
+        37.25,
+        15.75,
+    ),
+    ("RESOURCE_EXHAUSTED: something new", None, None),
+])  # fmt: skip
+def test_what_the_compiler_says_of_memory(
+    message: str, needed: float | None, available: float | None
+) -> None:
+    gib = 2**30
+    wanted = (needed and needed * gib, available and available * gib)
+    assert memory_told(message) == wanted
+
+
+def test_without_the_compiler_it_is_said_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
+    monkeypatch.setattr(compiler.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'gemma_jax\[tpu\]'"):
+        prepare()
+
+
+@pytest.mark.usefixtures("tpu_compiler")
+@pytest.mark.parametrize(("name", "slices", "devices", "cores"), [
+    ("v4-8", 1, 4, 2),
+    ("v5e-1", 1, 1, 1),
+    ("v5e-16", 2, 32, 1),
+    ("v5p-16", 1, 8, 2),
+    ("v6e-8", 1, 8, 1),
+    ("tpu7x-8", 1, 8, 1),  # 4 chips: each TensorCore is a device
+])  # fmt: skip
+def test_devices_of_slices_that_are_not_here(name: str, slices: int, devices: int, cores: int) -> None:
+    prepare()
+    found = devices_of(parse_topology(name, slices))
+    assert len(found) == devices and {device.num_cores for device in found} == {cores}
+    assert {device.platform for device in found} == {"tpu"}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> PlanCache:
+    return PlanCache(tmp_path_factory.mktemp("plans"))
+
+
+@pytest.fixture(scope="module")
+def plan(tpu_compiler: None, cache: PlanCache) -> Plan:
+    """Compiled once."""
+    prepare()
+    return Planner(parse_topology("v5e-4"), cache).plan(SHALLOW)
+
+
+def test_memory_of_the_real_step(plan: Plan) -> None:
+    """Parameters are a quarter on each of four chips, Adam's moments twice that, and all is donated."""
+    model = SHALLOW.model
+    weights = 512 * (2 * 4 * 128 + 2 * 128 + 3 * 2048) + 2 * 512
+    parameters = 4 * (8192 * 512 + 2 * weights + 512) // 4
+    assert plan.analysis is not None and model.num_layers == 2
+    memory = plan.analysis.memory
+    assert memory["parameters"] == parameters
+    assert 2 * parameters <= memory["optimizer"] <= 2 * parameters + 100
+    assert memory["batch"] == 5 * 4 * 256
+    assert memory["outputs"] < 10_000 and 0 <= memory["padding"] < 0.02 * parameters
+    assert 0 < memory["temporaries"] < 64 * 2**20
+
+
+def test_traffic_of_the_real_step(plan: Plan) -> None:
+    """Parameters are gathered over fsdp in bfloat16, gradients scattered; little else is sent."""
+    assert plan.analysis is not None and plan.fsdp is not None
+    found = plan.analysis.collectives
+    assert {c.axis for c in found} == {"fsdp"}
+    assert not [c for c in found if c.kind == "collective-permute"], "a windowed einsum"
+    gathered = sum(c.bytes for c in found if c.kind == "all-gather")
+    assert not [c for c in found if c.kind == "all-gather" and c.bytes > 1e5 and "f32" in c.arrays[0]]
+    received, least = plan.fsdp
+    assert 0.3 * least < gathered < least
+    assert least < received < 1.35 * least
+
+
+def test_time_of_the_real_step(plan: Plan) -> None:
+    """Loops are counted: the model cannot be done faster than the peak, nor is it a thousandth of it."""
+    assert plan.analysis is not None and plan.estimate is not None
+    assert plan.analysis.uncounted_loops == 0
+    assert plan.estimate.utilisation is not None and 0.01 < plan.estimate.utilisation < 1
+
+
+def test_a_plan_made_again_compiles_nothing(
+    plan: Plan, cache: PlanCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("it was compiled again")
+
+    monkeypatch.setattr("gemma_jax.planning.planner.compile_lowered", refuse)
+    planner = Planner(parse_topology("v5e-4"), cache)
+    again = planner.plan(SHALLOW)
+    assert again.entry == plan.entry and again.estimate == plan.estimate
+    with pytest.raises(AssertionError, match="compiled again"):
+        planner.plan(replace(SHALLOW, {"data.batch_size": 8}))
+
+
+@pytest.mark.usefixtures("tpu_compiler")
+def test_a_program_that_is_too_large_does_not_fit(cache: PlanCache) -> None:
+    huge = replace(SHALLOW, {"model.vocab_size": 8_192_000, "data.batch_size": 1, "compute.loss_block": 256})
+    plan = Planner(parse_topology("v5e-1"), cache).plan(huge)
+    assert plan.analysis is None and plan.estimate is None
+    assert plan.entry.needed is not None and plan.entry.needed > 16 * 2**30
+
+
+@pytest.mark.usefixtures("tpu_compiler")
+def test_options_and_meshes_that_cannot_be(cache: PlanCache) -> None:
+    planner = Planner(parse_topology("v5e-4", 2), cache)
+    with pytest.raises(UserError, match="No such compile option"):
+        planner.plan(
+            replace(SHALLOW, {"mesh.slice": 2, "data.batch_size": 8}), options={"no_such_option": "1"}
+        )
+    with pytest.raises(UserError, match="mesh.slice is 1, but the devices are on 2 slices"):
+        planner.plan(replace(SHALLOW, {"data.batch_size": 8}))
+    unheard_of = dataclasses.replace(planner.topology.generation, name="v99")
+    with pytest.raises(UserError, match="the compiler refuses v99:2x2"):
+        devices_of(Topology(unheard_of, (2, 2), 1))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("tpu_compiler")
+@pytest.mark.parametrize("mode", ["prefill", "decode"])
+def test_programs_of_sampling(mode: str, cache: PlanCache) -> None:
+    plan = Planner(parse_topology("v5e-4"), cache).plan(SHALLOW, mode)
+    assert plan.analysis is not None and plan.estimate is not None
+    # A step of decode ends when the rows do: its loop has no fixed length.
+    assert plan.analysis.uncounted_loops == (1 if mode == "decode" else 0)
+    assert plan.analysis.memory["parameters"] > 0 and plan.estimate.tokens_per_second > 0
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("tpu_compiler")
+def test_gradients_go_between_slices_and_parameters_do_not(cache: PlanCache) -> None:
+    config = replace(SHALLOW, {"mesh.slice": 2, "data.batch_size": 8})
+    plan = Planner(parse_topology("v5e-4", 2), cache).plan(config)
+    assert plan.analysis is not None and plan.estimate is not None
+    between = {c.kind for c in plan.analysis.collectives if c.axis == "slice" and c.bytes > 1e5}
+    assert between == {"all-reduce"}
+    assert set(plan.estimate.link_seconds) == {"ici", "dcn"}
