@@ -118,7 +118,7 @@ def compile_lowered(lowered: "jax.stages.Lowered", options: Mapping[str, str]) -
     import jax
 
     # jax could keep what is compiled, but not read it again: there is no client of such devices.
-    keeps = jax.config.jax_enable_compilation_cache
+    keeps = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         compiled = lowered.compile(compiler_options=dict(options) or None)
