@@ -57,6 +57,8 @@ def run(arguments: Sequence[str], prog: str) -> int:
     if config.mesh.slice == 1:
         config = replace(config, {"mesh.slice": options.slices})
     validate(config)
+    if not options.topology:
+        raise UserError(f"name the TPUs to plan for, such as: {prog} {name} --topology v5e-256.")
     tokens = token_count(options.tokens) if options.tokens else _tokens_of(config)
     wrong = [option for option in options.compiler_option if not re.fullmatch(r"\w+=.*", option)]
     if wrong:

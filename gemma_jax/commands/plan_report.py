@@ -67,15 +67,17 @@ def print_plan(
     per_chip = plan.devices_a_chip
     total = sum(analysis.memory.values()) * per_chip
     parts = ", ".join(
-        f"{part} {size * per_chip / GIB:.2f}" for part, size in analysis.memory.items() if size >= 0.005 * GIB
+        f"{part} {_size(size * per_chip)}"
+        for part, size in analysis.memory.items()
+        if part not in ("padding", "outputs") or size >= 0.001 * total
     )
-    console.print(f"[bold]fits[/]: {total / GIB:.2f} of {topology.generation.hbm_gib} GiB a chip ({parts})")
+    console.print(f"[bold]fits[/]: {_size(total)} of {topology.generation.hbm_gib} GiB a chip ({parts})")
     console.print()
     console.print(_collectives(plan, explain))
     if plan.fsdp:
         received, least = plan.fsdp
         console.print(
-            f"over fsdp {received / GIB:.2f} GiB a device, {received / least:.2f} times the least possible: "
+            f"over fsdp {_size(received)} a device, {received / least:.2f} times the least possible: "
             "each parameter gathered once a pass and its gradient scattered once, in bfloat16"
         )
     console.print()
@@ -93,9 +95,10 @@ def _print_time(console: Console, plan: Plan, mode: str) -> None:
     figures, analysis = plan.estimate, plan.analysis
     assert figures and analysis
     run = "a step" if mode in ("pretrain", "decode") else "a batch"
-    kernels = f" + {figures.kernel_seconds:.3f} s Pallas kernels" if analysis.kernels else ""
+    kernels = f" + {_seconds(figures.kernel_seconds)} in Pallas kernels" if analysis.kernels else ""
     console.print(
-        f"[bold]{figures.seconds:.3f} s {run}[/] = {figures.compiled_seconds:.3f} s compiled by XLA{kernels}"
+        f"[bold]{_seconds(figures.seconds)} {run}[/] = {_seconds(figures.compiled_seconds)} compiled by XLA"
+        f"{kernels}"
     )
     if not figures.calibrated:
         generation = plan.topology.generation.name
@@ -111,7 +114,7 @@ def _print_time(console: Console, plan: Plan, mode: str) -> None:
         console.print(f"{figures.unknown_kernels} Pallas kernels state no work and are left out")
     for network, seconds in figures.link_seconds.items():
         what = "links between chips" if network == "ici" else "data-centre network"
-        console.print(f"the bytes above alone take {seconds:.3f} s at full speed of the {what}")
+        console.print(f"the bytes above alone take {_seconds(seconds)} at full speed of the {what}")
     share = "" if figures.utilisation is None else f", modelled utilisation {figures.utilisation:.1%} of peak"
     speed = figures.tokens_per_second
     console.print(f"{speed:,.0f} tokens/s, {speed / plan.topology.chips:,.0f} a chip{share}")
@@ -188,6 +191,14 @@ def _lack(plan: Plan) -> str:
         return "the compiler does not say how much it needs"
     per_chip = plan.devices_a_chip
     return f"needs {needed * per_chip / GIB:.2f} of {available * per_chip / GIB:.2f} GiB a chip"
+
+
+def _size(size: float) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:.2f} MiB"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.3f} s" if seconds >= 0.1 else f"{1000 * seconds:.3g} ms"
 
 
 def _mesh(plan: Plan) -> str:
