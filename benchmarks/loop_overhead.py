@@ -38,8 +38,11 @@ def measure(run_dir: Path, rounds: int, steps: int) -> dict[str, float]:
     from gemma_jax.data.loader import prepare
     from gemma_jax.sharding import local_rows, make_mesh, put_batch
     from gemma_jax.tokenizer import Tokenizer
+    from gemma_jax.training.goodput import Goodput
     from gemma_jax.training.loop import train
     from gemma_jax.training.metrics import RunLog
+    from gemma_jax.training.profile import Profiler
+    from gemma_jax.training.stability import Stability
     from gemma_jax.training.state import create_train_state
     from gemma_jax.training.step import make_train_step
 
@@ -62,7 +65,20 @@ def measure(run_dir: Path, rounds: int, steps: int) -> dict[str, float]:
         nonlocal state
         until = replace(config, {"steps": int(state.step) + steps})
         with dataset.train.iterate(int(state.step) * size, size, local_rows(size, mesh)) as batches:
-            state = train(until, mesh, state, step, batches, None, print, NoCheckpoints(), log)
+            state = train(
+                until,
+                mesh,
+                state,
+                step,
+                batches,
+                None,
+                print,
+                NoCheckpoints(),
+                log,
+                Stability(until.stability),
+                Goodput(time.monotonic(), {}),
+                Profiler(range(0), run_dir),
+            )
         jax.block_until_ready(state)
 
     seconds: dict[str, list[float]] = {"loop": [], "alone": []}

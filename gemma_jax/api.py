@@ -27,6 +27,7 @@ from gemma_jax.model import abstract_transformer
 from gemma_jax.sampling import Chat, Completion, Generator
 from gemma_jax.sampling.generate import FinishReason
 from gemma_jax.sharding import make_mesh, row_parts
+from gemma_jax.startup import keep_programs
 from gemma_jax.tokenizer import Tokenizer
 
 STRIDE = 8  # tokens between two looks at a text that is streamed or may meet a stop text
@@ -114,6 +115,7 @@ class Gemma:
         found = open_checkpoint(checkpoint)
         device_mesh = make_mesh(mesh or MeshConfig())
         compute = compute or ComputeConfig()
+        keep_programs(compute.compilation_cache)
         tokenizer = found.tokenizer()  # first: what is wrong with it is known at once
         ends = found.end_tokens(instruction_tuned)
         params = found.params(compute, device_mesh)

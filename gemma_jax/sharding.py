@@ -51,7 +51,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
     Args:
       config: sizes of the axes.
-      devices: those of the mesh, which need not be here; those that there are if left out.
+      devices: those of the mesh, which need not be here; those of all processes of the job if left out.
 
     Raises:
       UserError: the axes do not fit the devices (see `gemma_jax.config.mesh_shape`) or their slices.
@@ -77,13 +77,21 @@ def _cpu_devices(count: int) -> list[jax.Device]:
         jax.config.update("jax_platforms", "cpu")
     except RuntimeError:  # jax has devices already: use what it has
         pass
-    devices = jax.devices("cpu")
+    processes = jax.process_count()
+    if count % processes:
+        raise UserError(
+            f"mesh.cpu_devices is {count}, which the {processes} processes of the job do not divide."
+        )
+    devices: list[jax.Device] = []
+    for process in range(processes):
+        own = [device for device in jax.devices("cpu") if device.process_index == process]
+        devices += own[: count // processes]
     if len(devices) < count:
         raise UserError(
             f"mesh.cpu_devices is {count}, but this process already runs jax with {len(devices)}; "
             "make the mesh before any other use of jax, or start a new process."
         )
-    return devices[:count]
+    return devices
 
 
 def platform(mesh: Mesh) -> str:

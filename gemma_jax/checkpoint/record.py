@@ -50,6 +50,7 @@ class RunRecord:
     held_out_loss: float | None  # nats a token, where it was measured at this step
     arrays: dict[str, dict[str, ArrayRecord]]  # of params and opt_state
     files: dict[str, tuple[int, int]]  # of orbax: size in bytes, and CRC-32 of the first CHECKED_BYTES
+    history: dict[str, Any] = dataclasses.field(default_factory=dict)  # what the run remembers of its losses
 
 
 def _fingerprint(x: jax.Array) -> jax.Array:

@@ -7,10 +7,12 @@ also tells what all the rest must be. A folder that turned out to be damaged is 
 
 import contextlib
 import errno
+import functools
 import logging
 import os
 import re
 import sys
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -18,7 +20,6 @@ from typing import Any, Self, TypeVar
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from gemma_jax.checkpoint.lock import LOCK_FILE, RunLock
@@ -37,10 +38,12 @@ from gemma_jax.config import CheckpointConfig
 from gemma_jax.errors import UserError
 from gemma_jax.paths import user_path
 from gemma_jax.sharding import Arrays, named_arrays, with_arrays
+from gemma_jax.startup import any_process, wait_for_all
 
 __all__ = ["CheckpointStore", "DamagedCheckpoint", "load_arrays", "run_record", "saved_steps", "step_folder"]
 
 Tree = TypeVar("Tree")
+Result = TypeVar("Result")
 
 STEPS_FOLDER = "checkpoints"
 UNFINISHED = ".unfinished"  # after the step, in the name of a folder that is being written
@@ -66,6 +69,8 @@ def kept_steps(losses: dict[int, float | None], config: CheckpointConfig) -> set
     best = sorted((loss, step) for step, loss in losses.items() if loss is not None and np.isfinite(loss))
     return {
         *sorted(losses)[-config.keep_last :],
+        # What a stop saved besides must not push out what a run without it would have.
+        *sorted(step for step in losses if step % config.every == 0)[-config.keep_last :],
         *(step for step in losses if config.keep_every and step % config.keep_every == 0),
         *(step for _, step in best[: config.keep_best]),
     }
@@ -74,7 +79,9 @@ def kept_steps(losses: dict[int, float | None], config: CheckpointConfig) -> set
 class CheckpointStore:
     """The checkpoints of the run that this process trains. To read those of any run, use `load_arrays`.
 
-    One at a time: it holds the run's lock, and removes what a killed process left unfinished.
+    One at a time: it holds the run's lock, and removes what a killed process left unfinished. In a job of
+    several processes each has a store and calls the same methods in the same order: all write and read their
+    own arrays, and the first one alone does the rest.
     """
 
     def __init__(self, run_dir: epath.PathLike, config: CheckpointConfig, *, overwrite: bool = False) -> None:
@@ -99,6 +106,7 @@ class CheckpointStore:
                 self._remove_unfinished()
         except OSError as error:
             raise UserError(f"cannot write into {run_dir}: {error}; give another --run_dir.") from error
+        wait_for_all("the run directory is in order")
         self._losses: dict[int, float | None] = {}
         for step in saved_steps(run_dir):
             self._losses[step] = self._loss(step) if config.keep_best else None
@@ -111,6 +119,9 @@ class CheckpointStore:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is not None and jax.process_count() > 1:
+            # What is being written may never be whole: another process may be gone, and this one must end.
+            return
         self.close()
 
     def _clear(self) -> None:
@@ -143,6 +154,7 @@ class CheckpointStore:
         rows_seen: int,
         config: dict[str, Any],
         held_out_loss: float | None = None,
+        history: dict[str, Any] | None = None,
     ) -> None:
         """Start writing a checkpoint; returns when the arrays have been copied off the devices.
 
@@ -154,6 +166,7 @@ class CheckpointStore:
           rows_seen: position in the data.
           config: the resolved config.
           held_out_loss: nats a token, for keep_best.
+          history: more to be given back by `restore`, as JSON.
 
         Raises:
           UserError: this checkpoint or the one before it could not be written.
@@ -164,8 +177,12 @@ class CheckpointStore:
             part: {name: ArrayRecord(tuple(x.shape), str(x.dtype), 0) for name, x in tree.items()}
             for part, tree in arrays.items()
         }
-        record = RunRecord(step, rows_seen, config, held_out_loss, about, {})
+        record = RunRecord(step, rows_seen, config, held_out_loss, about, {}, history or {})
         prints = fingerprints(arrays)  # only started here: they are computed while the next steps run
+        if jax.process_count() > 1:
+            # orbax now compares paths between the processes by a collective of its own, and two programs with
+            # collectives that run at once have been seen to mix them up (gloo, on CPU).
+            jax.block_until_ready(prints)
         unfinished = self.folder / f"{step}{UNFINISHED}"
         try:
             response = ocp.save_checkpointables_async(unfinished, arrays)
@@ -188,6 +205,27 @@ class CheckpointStore:
                 (self.folder / str(step)).rmtree()
             del self._losses[step]
 
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, ascending, when all that was saved is on disk.
+
+        Raises:
+          UserError: as `wait` does.
+        """
+        self.wait()
+        return sorted(self._losses)
+
+    def remove_after(self, step: int) -> None:
+        """Remove the checkpoints of later steps, the latest first: a kill leaves a run that did not go back.
+
+        Raises:
+          UserError: as `wait` does.
+        """
+        for later in reversed([saved for saved in self.steps() if saved > step]):
+            if self._first:
+                (self.folder / str(later)).rmtree()
+            del self._losses[later]
+        wait_for_all("later checkpoints are removed")
+
     def restore(self, params: Tree, opt_state: Any) -> tuple[Tree, Any, RunRecord] | None:
         """The newest whole checkpoint, on the mesh of the abstract trees; None if nothing has been saved.
 
@@ -199,17 +237,16 @@ class CheckpointStore:
         """
         damaged: list[tuple[int, str]] = []
         for step in reversed(saved_steps(self._run_dir)):
-            folder, problem = self.folder / str(step), ""
+            folder = self.folder / str(step)
             try:
-                record = run_record(folder)
+                record = _together(folder, functools.partial(run_record, folder))
                 loaded = load_arrays(folder, {"params": params, "opt_state": opt_state}, record)
             except DamagedCheckpoint as error:
-                problem = error.reason
-            if not _any_process(bool(problem)):
-                for bad_step, reason in damaged:
-                    self._set_aside(bad_step, reason, step)
-                return loaded["params"], loaded["opt_state"], record
-            damaged.append((step, problem))
+                damaged.append((step, error.reason))
+                continue
+            for bad_step, reason in damaged:
+                self._set_aside(bad_step, reason, step)
+            return loaded["params"], loaded["opt_state"], record
         if damaged:
             raise UserError(
                 f"no checkpoint in {self.folder} is whole (step {damaged[0][0]}: {damaged[0][1]}); "
@@ -276,12 +313,6 @@ def _absolute(path: epath.PathLike) -> epath.Path:
     return epath.Path(path if "://" in os.fspath(path) else os.path.abspath(path))
 
 
-def _any_process(flag: bool) -> bool:
-    return (
-        bool(np.any(multihost_utils.process_allgather(np.array(flag)))) if jax.process_count() > 1 else flag
-    )
-
-
 def load_arrays(step_folder: epath.PathLike, abstract: dict[str, Any], record: RunRecord) -> dict[str, Any]:
     """Trees of arrays from a checkpoint, each array placed and cast as its abstract one says.
 
@@ -307,11 +338,8 @@ def load_arrays(step_folder: epath.PathLike, abstract: dict[str, Any], record: R
         }
         for part, arrays in wanted.items()
     }
-    check_files(epath.Path(step_folder), record, wanted.keys())
-    try:
-        loaded = ocp.load_checkpointables(_absolute(step_folder), saved)
-    except (OSError, ValueError, KeyError) as error:
-        raise DamagedCheckpoint(step_folder, first_line(error)) from error
+    _together(step_folder, lambda: check_files(epath.Path(step_folder), record, wanted.keys()))
+    loaded = _together(step_folder, lambda: ocp.load_checkpointables(_absolute(step_folder), saved))
     for part, prints in jax.device_get(fingerprints(loaded)).items():
         for name, value in prints.items():
             if value != record.arrays[part][name].fingerprint:
@@ -320,6 +348,24 @@ def load_arrays(step_folder: epath.PathLike, abstract: dict[str, Any], record: R
         for name, x in arrays.items():
             loaded[part][name] = loaded[part][name].astype(x.dtype)
     return {part: with_arrays(tree, loaded[part]) for part, tree in abstract.items()}
+
+
+def _together(step_folder: epath.PathLike, read: Callable[[], Result]) -> Result:
+    """What `read` gives, or an error in all processes if it fails in one: none waits for another in vain.
+
+    Raises:
+      DamagedCheckpoint: it failed.
+    """
+    problem = ""
+    try:
+        result = read()
+    except DamagedCheckpoint as error:
+        problem = error.reason
+    except (OSError, ValueError, KeyError) as error:
+        problem = first_line(error)
+    if any_process(bool(problem)):
+        raise DamagedCheckpoint(step_folder, problem or "another process could not read it")
+    return result
 
 
 def _compare(wanted: Arrays, saved: dict[str, ArrayRecord], origin: epath.PathLike) -> None:

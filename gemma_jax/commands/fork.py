@@ -71,6 +71,7 @@ def start_fork(
     wanted = {"params": abstract.params, "opt_state": abstract.opt_state}
     loaded = load_arrays(config.fork_from, wanted, record)
     params, opt_state = loaded["params"], loaded["opt_state"]
-    store.save(record.step, params, opt_state, record.rows_seen, to_dict(config), record.held_out_loss)
+    about = (record.rows_seen, to_dict(config), record.held_out_loss, record.history)
+    store.save(record.step, params, opt_state, *about)
     store.wait()
     return params, opt_state, record

@@ -1,7 +1,6 @@
 """`gemma replay RUN STEP`: the batch of a step as a person would read it, to find what made the loss jump."""
 
 import dataclasses
-import math
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from gemma_jax.commands.replay_report import Replay
     from gemma_jax.data.loader import Dataset
     from gemma_jax.tokenizer import Tokenizer
+    from gemma_jax.training.stability import Stability
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,23 +78,30 @@ def show_failure(
     mesh: "Mesh",
     dataset: "Dataset",
     tokenizer: "Tokenizer",
-    step: int,
     console: "Console",
-) -> None:
-    """Print the batch of a step that made a run end; a replay that fails must not hide why it ended."""
-    from gemma_jax.commands.replay_report import print_report
+    step: int,
+    first_row: int,
+    params: "nnx.State",
+) -> str:
+    """Print the batch of a step that made a run end, and say which gradients are not finite, as the rest of a
+    sentence. A replay that fails must not hide why the run ended.
+
+    Args:
+      config, run_dir, mesh, dataset, tokenizer: of the run.
+      console: where to print.
+      step: which failed.
+      first_row: of its batch.
+      params: that it began with.
+    """
+    from gemma_jax.commands.replay_report import not_finite, print_report
 
     try:
-        shown = replay_step(config, run_dir, mesh, dataset, step)
+        shown = _measured(config, run_dir, mesh, dataset, step, first_row, params, step - 1)
         print_report(shown, dataset.train, tokenizer, ReplayOptions().rows, console)
-        if math.isfinite(shown.measures.loss) and math.isfinite(shown.gradient_norm):
-            console.print(
-                f"With the parameters of step {shown.params_step} this batch is harmless: what made it fail "
-                f"came after that step. A smaller checkpoint.every brings the replay nearer.",
-                soft_wrap=True,
-            )
+        return not_finite(shown)
     except UserError as error:
         print(f"the batch of step {step} cannot be shown: {error}", file=sys.stderr)
+        return ""
 
 
 def replay_step(
@@ -105,13 +112,40 @@ def replay_step(
     Raises:
       UserError: the data's cache or the checkpoint belong to something else.
     """
+    params, params_step = _parameters_before(config, run_dir, mesh, step)
+    first_row = _history(config, run_dir).first_row(step - 1, config.data.batch_size)
+    return _measured(config, run_dir, mesh, dataset, step, first_row, params, params_step)
+
+
+def _history(config: PretrainConfig, run_dir: "epath.Path") -> "Stability":
+    """The gaps in the data of a run, as its newest whole checkpoint has them."""
+    from gemma_jax.checkpoint import store
+    from gemma_jax.training.stability import Stability
+
+    for saved in reversed(store.saved_steps(run_dir)):
+        try:
+            record = store.run_record(run_dir / store.STEPS_FOLDER / str(saved))
+        except store.DamagedCheckpoint:  # told when its parameters are wanted
+            continue
+        return Stability.from_record(config.stability, record.history)
+    return Stability(config.stability)
+
+
+def _measured(
+    config: PretrainConfig,
+    run_dir: "epath.Path",
+    mesh: "Mesh",
+    dataset: "Dataset",
+    step: int,
+    first_row: int,
+    params: "nnx.State",
+    params_step: int,
+) -> "Replay":
     from gemma_jax.commands.replay_report import Replay
     from gemma_jax.training.metrics import read_metrics
     from gemma_jax.training.replay import measure_batch
 
     size = config.data.batch_size
-    first_row = (step - 1) * size
-    params, params_step = _parameters_before(config, run_dir, mesh, step)
     measures = measure_batch(config, mesh, params, lambda rows: dataset.train.batch(first_row, size, rows))
     logged = [entry for entry in read_metrics(run_dir) if entry["step"] == step and "loss" in entry]
     return Replay(

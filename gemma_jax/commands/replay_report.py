@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -117,6 +117,26 @@ def parameters_used(replay: Replay) -> str:
             "see checkpoint.keep_every"
         )
     return f"with the parameters of step {replay.params_step}, the newest checkpoint from before the step"
+
+
+def not_finite(replay: Replay) -> str:
+    """Which gradients of a batch are not finite, by parameter and layer, as the rest of a sentence."""
+    found = []
+    for name, norms in replay.measures.gradient_norms.items():
+        bad = np.flatnonzero(~np.isfinite(np.atleast_1d(norms))).tolist()
+        if bad:
+            layers = f"{bad[0]} to {bad[-1]}" if len(bad) == bad[-1] - bad[0] + 1 > 1 else _listed(bad)
+            found.append(f"{name} of layer{'s' * (len(bad) > 1)} {layers}" if norms.ndim else name)
+    if found:
+        return f"; not finite are the gradients of {_listed(found)}"
+    if not np.isfinite(replay.measures.loss):
+        return ""
+    return "; computed again from the same parameters, loss and gradients are finite: suspect the hardware"
+
+
+def _listed(items: Sequence[Any]) -> str:
+    *most, last = map(str, items)
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def print_json(replay: Replay, loader: Loader, tokenizer: Tokenizer, limit: int) -> None:

@@ -9,10 +9,12 @@ from gemma_jax.config.sections import (
     ComputeConfig,
     DataConfig,
     EvaluationConfig,
+    HostsConfig,
     LoggingConfig,
     MeshConfig,
     OptimizerConfig,
     SamplingConfig,
+    StabilityConfig,
     TokenizerConfig,
     TransformerConfig,
     setting,
@@ -34,12 +36,17 @@ class PretrainConfig:
     )
     steps: int = setting(1000, "Optimizer steps in all.")
     seed: int = setting(0, "Decides the initial weights, the held-out order and the order of the data.")
+    profile: str = setting(
+        "", "Steps to trace for xprof into RUN/profile: 12, or 10:13 for four steps; empty traces none."
+    )
     model: TransformerConfig = field(default_factory=TransformerConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    hosts: HostsConfig = field(default_factory=HostsConfig)
+    stability: StabilityConfig = field(default_factory=StabilityConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -111,7 +111,7 @@ class MeshConfig:
     data: int = setting(1, "Devices along which batches are split and parameters copied.")
     fsdp: int = setting(-1, "Devices along which batches and parameters are split.")
     tensor: int = setting(1, "Devices along which heads, feed-forward and vocabulary are split.")
-    cpu_devices: int = setting(0, "Use this many CPU devices; 0 uses the devices that there are.")
+    cpu_devices: int = setting(0, "Use this many CPU devices in all; 0 uses the devices that there are.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +129,41 @@ class ComputeConfig:
     )
     scan_unroll: int = setting(1, "Blocks unrolled into one iteration of the scan over layers.")
     loss_block: int = setting(256, "Positions of a row whose logits exist at one time in the loss.")
+    compilation_cache: str = setting(
+        "",
+        "Folder or bucket that keeps compiled programs, for restarts; empty keeps none.",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class HostsConfig:
+    """The processes of a job: found by themselves on TPU pods, GKE's TPUs and Slurm, named here elsewhere."""
+
+    coordinator: str = setting("", "HOST:PORT where the process of index 0 is reached by the others.")
+    count: int = setting(0, "Processes in all; 0 finds out, 1 looks for no others.")
+    index: int = setting(0, "Number of this process, from 0; where a coordinator is named.")
+    heartbeat_seconds: int = setting(20, "A process that was not heard of for so long ends the whole job.")
+
+
+@dataclasses.dataclass(frozen=True)
+class StabilityConfig:
+    """What to do about losses that are not finite, and losses that jump."""
+
+    skip_nonfinite: int = setting(
+        5, "Steps in a row that are skipped because loss or gradient is not finite; one more ends the run."
+    )
+    spike_threshold: float = setting(
+        0.0, "A loss so many standard deviations above the recent median is high; 0 looks for no spikes."
+    )
+    spike_window: int = setting(128, "Losses that the median and the deviation are taken of.")
+    spike_steps: int = setting(4, "So many high losses in a row are a spike: the run is rolled back.")
+    rollback_margin: int = setting(
+        0, "Steps that the checkpoint it is rolled back to must be older than the spike's first one."
+    )
+    skip_batches: int = setting(
+        0, "Batches passed over after a spike, besides those from the checkpoint to the spike."
+    )
+    max_rollbacks: int = setting(3, "Spikes that a run is rolled back for; one more ends it.")
 
 
 @dataclasses.dataclass(frozen=True)

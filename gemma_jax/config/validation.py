@@ -2,11 +2,12 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 
 from gemma_jax.config.experiments import ChatConfig, PretrainConfig, SampleConfig, VerifyConfig
 from gemma_jax.config.parameter_groups import parameter_groups
-from gemma_jax.config.sections import MeshConfig, SamplingConfig, TransformerConfig
+from gemma_jax.config.sections import HostsConfig, MeshConfig, SamplingConfig, TransformerConfig
 from gemma_jax.errors import UserError
 
 MESH_AXES = ("slice", "data", "fsdp", "tensor")
@@ -68,6 +69,14 @@ def validate(config: PretrainConfig) -> None:
     )
     _require_at_least(config.evaluation, "evaluation.", {"every": 0, "rows": 1})
     _require_at_least(config.logging, "logging.", {"every": 1})
+    _require_at_least(
+        config.stability,
+        "stability.",
+        {"skip_nonfinite": 0, "spike_threshold": 0.0, "spike_window": 2, "spike_steps": 1}
+        | {"rollback_margin": 0, "skip_batches": 0, "max_rollbacks": 0},
+    )
+    _validate_hosts(config.hosts)
+    profiled_steps(config.profile)
     _require_at_least(config.tokenizer, "tokenizer.", {"train_megabytes": 0.001})
     for name in ("b1", "b2"):
         value = getattr(optimizer, name)
@@ -148,6 +157,40 @@ def validate_verify(config: VerifyConfig) -> None:
 
 def _validate_seed(seed: int) -> None:
     _require(0 <= seed <= LARGEST_SEED, f"seed is {seed}, but must be from 0 to {LARGEST_SEED}.")
+
+
+def _validate_hosts(hosts: HostsConfig) -> None:
+    _require_at_least(hosts, "hosts.", {"count": 0, "index": 0, "heartbeat_seconds": 5})
+    if hosts.coordinator:
+        _require(
+            re.fullmatch(r"\S+:\d+", hosts.coordinator) is not None,
+            f"hosts.coordinator is {hosts.coordinator}, but must be HOST:PORT.",
+        )
+        _require(hosts.count > 0, "hosts.coordinator is set, but hosts.count is not; give both.")
+        _require(
+            hosts.index < hosts.count,
+            f"hosts.index is {hosts.index}, but {hosts.count} processes are numbered from 0.",
+        )
+    else:
+        _require(
+            hosts.count <= 1 and hosts.index == 0,
+            f"hosts.count is {hosts.count} and hosts.index {hosts.index}, but no hosts.coordinator is named; "
+            "name it, or leave all three out where they are found by themselves.",
+        )
+
+
+def profiled_steps(profile: str) -> range:
+    """The steps that `profile` names; none if it is empty.
+
+    Raises:
+      UserError: it is neither a step nor FIRST:LAST.
+    """
+    if not profile:
+        return range(0)
+    match = re.fullmatch(r"(\d{1,9})(?::(\d{1,9}))?", profile)
+    steps = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
+    _require(len(steps) > 0 and steps[0] > 0, f"profile is {profile}, but must be a step or FIRST:LAST.")
+    return steps
 
 
 def validate_mesh(mesh: MeshConfig) -> None:

@@ -30,6 +30,8 @@ PEAK_FLOPS = {
     "NVIDIA GH200": 989e12,  # grace-hopper-superchip: 1,979 sparse
     "NVIDIA B200": 2250e12,  # hgx: 36 PFLOPS sparse in 8
     "NVIDIA GB200": 2500e12,  # gb200-nvl72: 360 PFLOPS sparse in 72
+    "NVIDIA L4": 121e12,  # l4: 242 sparse
+    "Tesla T4": 65e12,  # tesla-t4: of float16, for it has no bfloat16
 }
 
 

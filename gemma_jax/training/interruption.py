@@ -7,8 +7,8 @@ import threading
 from types import FrameType, TracebackType
 from typing import Self
 
-# sysexits.h EX_TEMPFAIL: "try again later", which launchers restart on
-STOPPED_STATUS = 75
+from gemma_jax.errors import RESTART_STATUS
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SHOW_CURSOR = "\x1b[?25h"  # a progress bar hides it
 
@@ -22,17 +22,22 @@ class StopSignals:
     """
 
     told = "saving after this step; Ctrl-C again ends at once"
+    signals: tuple[signal.Signals, ...] = SIGNALS
 
     def __init__(self) -> None:
-        self.requested = False
+        self._requested = False
         # Two threads hear of a signal, and the handler of one can interrupt that of another.
         self._telling = threading.RLock()
+
+    def requested(self) -> bool:
+        """Whether a signal has asked for a stop."""
+        return self._requested
 
     def __enter__(self) -> Self:
         self._pipe, write = os.pipe()
         self._write = write
         os.set_blocking(write, False)
-        self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        self._before = {number: signal.signal(number, self._handle) for number in self.signals}
         self._wakeup_before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
         self._thread.start()
@@ -52,7 +57,7 @@ class StopSignals:
     def _listen(self) -> None:
         heard = False
         while number := os.read(self._pipe, 1)[0]:
-            if number in SIGNALS:
+            if number in self.signals:
                 if heard and number == signal.SIGINT:
                     os._exit(128 + number)
                 heard = True
@@ -60,7 +65,7 @@ class StopSignals:
 
     def _hear(self, number: int) -> None:
         with self._telling:
-            before, self.requested = self.requested, True
+            before, self._requested = self._requested, True
             if not before:
                 # Not print: the signal may have come in the middle of one.
                 cursor = SHOW_CURSOR if sys.__stderr__ is not None and sys.__stderr__.isatty() else ""
@@ -73,7 +78,7 @@ class StopSignals:
 
 
 class EndSignals(StopSignals):
-    """For the time before training: SIGTERM and Ctrl-C end the program with STOPPED_STATUS.
+    """For the time before training: SIGTERM and Ctrl-C end the program with RESTART_STATUS.
 
     Without unwinding, for an exception from a signal can come in a callback that swallows it. Nothing is
     lost: all that is written meanwhile is written whole or not at all, so that a run can be killed.
@@ -81,6 +86,47 @@ class EndSignals(StopSignals):
 
     told = "ending before the first step; the same command begins again"
 
+    def __init__(self) -> None:
+        super().__init__()
+        # A notebook must outlive an interrupted cell, and Python's own handler sees to that.
+        if hasattr(sys, "ps1") or "ipykernel" in sys.modules:
+            self.signals = (signal.SIGTERM,)
+
     def _hear(self, number: int) -> None:
         super()._hear(number)
-        os._exit(STOPPED_STATUS)
+        os._exit(RESTART_STATUS)
+
+
+class JobStopSignals:
+    """StopSignals of a job of several processes: a signal to one stops all of them after the same step.
+
+    jax's preemption service hears SIGTERM from `jax.distributed.initialize` on, tells the others, and finds
+    the step that none of them has passed. A handler of Python for SIGTERM would take its place, so there is
+    none here, and Ctrl-C is handed on as SIGTERM.
+    """
+
+    def __init__(self) -> None:
+        self._asked = 0
+        self._requested = False
+
+    def requested(self) -> bool:
+        """Whether this is where all stop; to be asked equally often by every process of the job."""
+        from jax.experimental import multihost_utils
+
+        self._asked += 1
+        self._requested = self._requested or multihost_utils.reached_preemption_sync_point(self._asked)
+        return self._requested
+
+    def __enter__(self) -> Self:
+        self._before = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        os.write(2, b"\nSIGINT: all processes save after one of the next steps; Ctrl-C again ends at once\n")
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)

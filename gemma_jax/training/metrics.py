@@ -19,6 +19,7 @@ from rich.table import Column
 
 from gemma_jax.data.storage import is_local
 from gemma_jax.errors import UserError
+from gemma_jax.training.goodput import seconds_before
 from gemma_jax.training.hardware import quantity
 from gemma_jax.training.sinks import Entry, Sink
 
@@ -68,11 +69,15 @@ class RunLog:
         self.console = Console(file=sys.stderr, quiet=not self._first, highlight=False)
         """Where a person reads; quiet in all processes but the first."""
         self._progress: Progress | None = None
+        self.spent_before: dict[str, float] = {}
+        """Seconds by kind of the run's earlier processes, for `Goodput`; known to the first process."""
         self._seconds_before = 0.0
         self._started = time.monotonic()
         if not self._first:
             return
-        kept = [entry for entry in read_metrics(run_dir) if entry["step"] <= start]
+        entries = read_metrics(run_dir)
+        self.spent_before = seconds_before(entries, start)
+        kept = [entry for entry in entries if entry["step"] <= start]
         if kept:
             self._seconds_before = kept[-1].get("seconds", 0.0)
         self._lines = [json.dumps(entry) + "\n" for entry in kept]
@@ -98,8 +103,8 @@ class RunLog:
 
     def training(self, entry: Entry, seconds_left: float) -> None:
         """The numbers of a step: `loss`, `learning_rate`, `tokens_per_second`, `flops_per_second` or also
-        `flops_utilisation`, and `input_wait_share`. An entry with `peak_memory_bytes` is written, and makes
-        a plain line where there is no terminal.
+        `flops_utilisation`, and `input_wait_share`. An entry with `peak_memory_bytes` and `goodput` is
+        written, and makes a plain line where there is no terminal.
         """
         announce = "peak_memory_bytes" in entry
         shown = [f"loss {entry['loss']:.3f}", f"lr {entry['learning_rate']:.2e}"]
@@ -115,10 +120,14 @@ class RunLog:
         if self._progress:
             self._progress.update(self._task, completed=entry["step"], description="  ".join(shown))
         elif announce:
-            shown.append(quantity(entry["peak_memory_bytes"], "B"))
+            shown += [f"{entry['goodput']:.0%} goodput", quantity(entry["peak_memory_bytes"], "B")]
             self.message(f"step {entry['step']}/{self._steps}  {'  '.join(shown)}")
         if announce:
             self._write(entry)
+
+    def event(self, entry: Entry) -> None:
+        """Something at a step that is no measurement of it: a step skipped, a start."""
+        self._write(entry)
 
     def held_out(self, entry: Entry) -> None:
         """The numbers of an evaluation."""

@@ -259,6 +259,28 @@ def test_what_is_kept(tmp_path: Path, config: CheckpointConfig, kept: set[int], 
     assert names(tmp_path / "run" / "checkpoints") == sorted(map(str, kept))
 
 
+def test_what_a_stop_saved_besides_pushes_out_nothing(tmp_path: Path) -> None:
+    params, opt_state = {"w": jnp.ones(8)}, {"count": jnp.int32(0)}
+    with CheckpointStore(tmp_path / "run", CheckpointConfig(every=4, keep_last=2)) as store:
+        for step in (4, 8, 12, 13, 14):
+            store.save(step, params, opt_state, step, {})
+        assert store.steps() == saved_steps(tmp_path / "run") == [8, 12, 13, 14]
+
+
+def test_a_run_that_goes_back_loses_what_came_later_and_remembers_what_it_was_given(tmp_path: Path) -> None:
+    params, opt_state = {"w": jnp.ones(8)}, {"count": jnp.int32(0)}
+    with CheckpointStore(tmp_path / "run", KEEP_ALL) as store:
+        for step in (1, 2, 3, 4):
+            store.save(step, params, opt_state, step, {}, history={"losses": [0.5, float(step)]})
+        store.remove_after(2)  # the last one may still be on its way to the disk
+        assert store.steps() == saved_steps(tmp_path / "run") == [1, 2]
+        restored = store.restore(params, opt_state)
+        assert restored is not None
+        assert restored[2].step == 2 and restored[2].history == {"losses": [0.5, 2.0]}
+        store.save(3, params, opt_state, 9, {})
+    assert saved_steps(tmp_path / "run") == [1, 2, 3]
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own with room for one checkpoint and not for two."""

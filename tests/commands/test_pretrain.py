@@ -21,6 +21,7 @@ from gemma_jax.config import (
     replace,
     to_json,
 )
+from gemma_jax.errors import RESTART_STATUS
 from gemma_jax.training import interruption
 from gemma_jax.training.metrics import read_metrics
 
@@ -68,7 +69,6 @@ class StopAfter:
     def __init__(self) -> None:
         self.left = self.steps
 
-    @property
     def requested(self) -> bool:
         self.left -= 1
         return self.left <= 0
@@ -96,7 +96,7 @@ def test_a_stopped_run_resumes_to_bitwise_the_same_end(
 
     with monkeypatch.context() as patch:
         patch.setattr(interruption, "StopSignals", type("StopAfter3", (StopAfter,), {"steps": 3}))
-        assert main(["pretrain", config, "--run_dir", str(parts)]) == interruption.STOPPED_STATUS == 75
+        assert main(["pretrain", config, "--run_dir", str(parts)]) == RESTART_STATUS == 75
     assert [entry["step"] for entry in read_metrics(parts) if "loss" in entry][-1] == 3
     assert "stopped at step 3" in capsys.readouterr().err
     assert main(["pretrain", config, "--run_dir", str(parts)]) == 0
@@ -108,9 +108,10 @@ def test_a_stopped_run_resumes_to_bitwise_the_same_end(
         np.testing.assert_array_equal(actual[name], expected[name], err_msg=name)
 
     def numbers(run: Path) -> list[dict[str, float]]:
-        """Without what was measured of the machine."""
+        """Without what was measured of the machine, and the notes of a stop and a resumption."""
         of_training = ("step", "loss", "grad_norm", "learning_rate", "tokens", "held_out_loss")
-        return [{name: entry[name] for name in of_training if name in entry} for entry in read_metrics(run)]
+        entries = [entry for entry in read_metrics(run) if {"loss", "held_out_loss"} & entry.keys()]
+        return [{name: entry[name] for name in of_training if name in entry} for entry in entries]
 
     assert len(numbers(parts)) == 10
     assert numbers(parts) == numbers(whole)
@@ -222,7 +223,7 @@ def test_an_empty_document_is_no_corpus(
 
 OVERFLOW = [
     *("--optimizer.learning_rate", "2e9", "--optimizer.clip_norm", "0", "--optimizer.warmup_steps", "0"),
-    *("--compute.dtype", "float32"),
+    *("--compute.dtype", "float32", "--stability.skip_nonfinite", "0"),
 ]
 
 
@@ -248,15 +249,24 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_shows_its_batch(
     assert [entry["step"] for entry in read_metrics(run) if "loss" in entry] == [1]
 
 
-def test_a_batch_that_older_parameters_find_harmless(
+def test_too_many_steps_that_are_not_finite_end_the_run_and_name_the_layers(
     tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["pretrain", config_file(tmp_path, corpus), *OVERFLOW]) == 2
-    err = capsys.readouterr().err
-    assert "with the run's first, random parameters (step 0)" in err
-    assert "With the parameters of step 0 this batch is harmless" in err
-    assert err.strip().splitlines()[-1].startswith("error: the loss of step 2 is nan")
-    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+    changes = ["--stability.skip_nonfinite", "3", "--checkpoint.every", "2"]
+    assert main(["pretrain", config_file(tmp_path, corpus), *OVERFLOW, *changes]) == 2
+    *shown, last = capsys.readouterr().err.strip().splitlines()
+    told = [line for line in shown if line.startswith("step ") and " skipped: its loss is nan" in line]
+    assert [line.split()[1] for line in told] == ["2", "3", "4"]
+    assert told[-1].endswith("(3 in a row, 3 in all)")
+    assert last.startswith("error: the loss of step 5 is nan") and "the last of 4 such steps in a row" in last
+    assert "not finite are the gradients of" in last and "blocks.attention.q of layers 0 to 1" in last
+    assert any("with the very parameters that the step began with (step 4)" in line for line in shown)
+    run = tmp_path / "run"
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["2", "4"]
+    assert [entry["step"] for entry in read_metrics(run) if "loss" in entry] == [1]
+    # What was saved remembers how many steps in a row there were, so a resumed run ends at the same step.
+    assert main(["pretrain", str(run), *OVERFLOW[-2:], "--stability.skip_nonfinite", "3"]) == 2
+    assert "error: the loss of step 5 is nan" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_a_run_does_not_go_on_with_other_data(
@@ -286,3 +296,53 @@ def test_a_sink_that_is_not_installed_is_told_before_anything_is_deleted(
     wanted = ["--logging.wandb_project", "gemmas", "--existing_run", "overwrite"]
     assert main(["pretrain", config, *wanted]) == 2
     assert "pip install wandb" in capsys.readouterr().err and (run / "mine.txt").exists()
+
+
+# Any loss above the median of the four before it is a spike, so there are some.
+JUMPY = [
+    *("--stability.spike_threshold", "0.01", "--stability.spike_window", "4", "--stability.spike_steps", "1"),
+    *("--stability.max_rollbacks", "50", "--stability.skip_batches", "1"),
+    *(
+        "--steps",
+        "30",
+        "--checkpoint.every",
+        "4",
+        "--evaluation.every",
+        "0",
+        "--optimizer.learning_rate",
+        "3e-3",
+    ),
+]
+
+
+def test_a_run_that_is_taken_back_goes_on_with_later_data_and_so_does_one_that_is_stopped(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_file(tmp_path, corpus)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main(["pretrain", config, *JUMPY, "--run_dir", str(whole)]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "the loss has spiked at step" in line]
+    backs = [line for line in told if "the run goes back to step" in line]
+    assert len(backs) == len(told) >= 2 and all("passes over" in line for line in backs)
+    entries = read_metrics(whole)
+    assert [entry["step"] for entry in entries if "loss" in entry] == list(range(1, 31))
+    # The batch of every step is found again, after the gaps too.
+    starts = {entry["step"]: entry["first_row"] for entry in entries if "first_row" in entry}
+    assert all(row > step * 8 for step, row in starts.items())
+    last = max(starts)
+    for step in (1, last, last + 1):
+        assert main(["replay", str(whole), str(step), "--json", "--rows", "1"]) == 0
+        summary = json.loads(capsys.readouterr().out.splitlines()[0])
+        (logged,) = [entry for entry in entries if entry["step"] == step and "loss" in entry]
+        expected = starts[last] if step == last + 1 else summary["first_row"]
+        assert summary["first_row"] == expected
+        if summary["parameters_of_step"] == step - 1:
+            assert summary["loss"] == pytest.approx(logged["loss"], rel=1e-6)
+    # A run that is stopped before, between and amid the spikes comes to the same end.
+    for steps in (22, 6, 3, 1000):
+        monkeypatch.setattr(interruption, "StopSignals", type("Stop", (StopAfter,), {"steps": steps}))
+        status = main(["pretrain", config, *JUMPY, "--run_dir", str(parts)])
+        assert status == (75 if steps < 1000 else 0)
+    assert [(e["step"], e["loss"]) for e in read_metrics(parts) if "loss" in e] == [
+        (e["step"], e["loss"]) for e in entries if "loss" in e
+    ]

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from gemma_jax.config import PRESETS, PretrainConfig, replace
 from gemma_jax.data.loader import BatchIterator
@@ -17,16 +18,19 @@ from gemma_jax.data.packing import Batch, empty_rows
 from gemma_jax.errors import UserError
 from gemma_jax.testing import cpu_mesh
 from gemma_jax.training import loop
+from gemma_jax.training.goodput import KINDS, Goodput
 from gemma_jax.training.hardware import training_flops_a_token
 from gemma_jax.training.loop import Clock, train
 from gemma_jax.training.metrics import RunLog, read_metrics
+from gemma_jax.training.profile import Profiler
+from gemma_jax.training.stability import Gap, RollBack, Stability
 from gemma_jax.training.state import TrainState
 from gemma_jax.training.step import StepMetrics
 
 CONFIG = replace(
     PretrainConfig(steps=10, model=PRESETS["gemma_tiny"]),
     {"data.batch_size": 2, "data.sequence_length": 8, "checkpoint.every": 4, "evaluation.every": 0}
-    | {"logging.every": 1},
+    | {"logging.every": 1, "stability.skip_nonfinite": 0},
 )
 
 
@@ -35,12 +39,25 @@ class Store:
 
     def __init__(self) -> None:
         self.saved: dict[int, tuple[float, int]] = {}
+        self.histories: dict[int, dict[str, Any]] = {}
 
-    def save(self, step: int, params: Any, opt_state: Any, rows_seen: int, **_: object) -> None:
+    def save(
+        self,
+        step: int,
+        params: Any,
+        opt_state: Any,
+        rows_seen: int,
+        history: dict[str, Any],
+        **_: object,
+    ) -> None:
         self.saved[step] = float(params), rows_seen
+        self.histories[step] = history
 
     def wait(self) -> None:
         pass
+
+    def steps(self) -> list[int]:
+        return sorted(self.saved)
 
 
 def counting_step(
@@ -62,18 +79,25 @@ def run(
     step: Any,
     config: PretrainConfig = CONFIG,
     read: Callable[[int], Batch] | None = None,
+    state: TrainState | None = None,
     **more: Any,
 ) -> tuple[Store, list[int], TrainState | None]:
     """Train with stand-ins; gives the store, the steps that were replayed, and the last state."""
     store, replayed = Store(), []
-    state = TrainState(jnp.int32(0), jnp.float32(0), jnp.float32(0))
+    state = state or TrainState(jnp.int32(0), jnp.float32(0), jnp.float32(0))
     run_dir.mkdir(exist_ok=True)
-    log = RunLog(run_dir, config.steps, 0)
+    log = RunLog(run_dir, config.steps, int(state.step))
     rows = empty_rows(2, 8, 0)._replace(loss_weights=np.ones((2, 8), np.float32))
     end: TrainState | None = None
     with BatchIterator(read or (lambda row: rows), 0, 2) as batches:
         try:
-            options = {"evaluate": None, "replay": replayed.append} | more
+            options: dict[str, Any] = {
+                "evaluate": None,
+                "replay": lambda step, first_row, params: replayed.append(step) or "",
+                "stability": Stability(config.stability),
+                "goodput": Goodput(time.monotonic(), {}),
+                "profiler": Profiler(range(0), epath.Path(run_dir)),
+            } | more
             end = train(config, cpu_mesh(1), state, step, batches, store=store, log=log, **options)
         except UserError as error:
             replayed.append(error)
@@ -128,16 +152,20 @@ def test_the_replay_finds_the_memory_of_the_state_free(tmp_path: Path) -> None:
         tmp_path,
         step,
         config,
-        replay=lambda step: freed.extend(x.is_deleted() for x in jax.tree.leaves(states[-1])),
+        replay=lambda step, first_row, params: (
+            freed.extend(x.is_deleted() for x in jax.tree.leaves(states[-1])) or ""
+        ),
     )
-    assert freed == [True] * 3
+    assert freed == [False, False, True]  # the step and the parameters are there
 
 
 def test_a_stop_saves_the_step_it_comes_after(tmp_path: Path) -> None:
     asked = iter([False, False, True])
     store, _, end = run(tmp_path, counting_step(), stop_requested=lambda: next(asked))
     assert end is not None and int(end.step) == 3 and store.saved == {3: (3, 6)}
-    assert [entry["step"] for entry in read_metrics(tmp_path)] == [1, 2, 3]
+    *steps, stopped = read_metrics(tmp_path)
+    assert [entry["step"] for entry in steps] == [1, 2, 3]
+    assert stopped["step"] == 3 and stopped["seconds_saving"] >= steps[-1]["seconds_saving"]
 
 
 def test_input_that_is_waited_for_is_told_a_step(tmp_path: Path) -> None:
@@ -174,3 +202,97 @@ def test_the_clock_counts_the_latest_steps_alone(monkeypatch: pytest.MonkeyPatch
         now += 2.0
         clock.step_ended(100)
     assert clock.tokens_per_second == 50 and clock.seconds_a_step == 2
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path: Path) -> None:
+    config = replace(CONFIG, {"stability.skip_nonfinite": 2})
+    bad = {2, 5, 6, 9}
+    step = counting_step(loss=lambda step: math.nan if step in bad else 1.0)
+    stability = Stability(config.stability)
+    store, replayed, end = run(tmp_path, step, config, stability=stability)
+    assert end is not None and int(end.step) == 10 and replayed == []
+    assert (stability.skipped_steps, stability.not_finite_in_a_row) == (4, 0)
+    entries = read_metrics(tmp_path)
+    assert [entry["step"] for entry in entries if "loss" in entry] == sorted(set(range(1, 11)) - bad)
+    assert [entry["skipped_steps"] for entry in entries if "loss" not in entry] == [1, 2, 3, 4]
+    assert store.histories[8]["skipped_steps"] == 3 and store.histories[8]["not_finite_in_a_row"] == 0
+
+
+def test_one_step_too_many_that_is_not_finite_ends_the_run_before_the_next(tmp_path: Path) -> None:
+    config = replace(CONFIG, {"stability.skip_nonfinite": 2})
+    done: list[int] = []
+    bare = counting_step(loss=lambda step: math.nan if step >= 4 else 1.0)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        done.append(int(state.step) + 1)
+        return bare(state, batch)
+
+    _, (replayed, error), _ = run(tmp_path, step, config)
+    assert replayed == 6 and "the last of 3 such steps in a row" in str(error)
+    assert done == [1, 2, 3, 4, 5, 6]  # so the parameters are still those that step 6 began with
+
+
+def test_a_spike_takes_the_run_back_and_past_the_data_that_made_it(tmp_path: Path) -> None:
+    changes = {"spike_threshold": 5.0, "spike_window": 4, "spike_steps": 2, "skip_batches": 3}
+    config = replace(CONFIG, {f"stability.{name}": value for name, value in changes.items()} | {"steps": 20})
+    step = counting_step(loss=lambda step: 9.0 if step >= 14 else 2.0 + 0.01 * (step % 3))
+    with pytest.raises(RollBack) as caught:
+        run(tmp_path, step, config)
+    # Seen at step 15, the second high one; step 12 was saved before it began.
+    back = caught.value
+    assert (back.step, back.to) == (15, 12)
+    assert back.gap == Gap(12, (15 - 12 + 3) * 2)
+
+
+def test_an_evaluation_that_is_cut_off_stops_the_run_at_its_step(tmp_path: Path) -> None:
+    config = replace(CONFIG, {"evaluation.every": 3})
+    store, _, end = run(tmp_path, counting_step(), config, evaluate=lambda params, stop_requested: None)
+    assert end is not None and int(end.step) == 3 and list(store.saved) == [3]
+    measured: list[float] = []
+
+    def evaluate(params: Any, stop_requested: Callable[[], bool]) -> dict[str, float]:
+        measured.append(float(params))
+        return {"held_out_loss": 1.0, "held_out_bits_per_byte": 1.0}
+
+    # The run that goes on owes it.
+    state = TrainState(jnp.int32(3), jnp.float32(3), jnp.float32(0))
+    run(tmp_path, counting_step(), config, state=state, evaluate=evaluate, evaluate_first=True)
+    assert measured == [3, 6, 9, 10]
+    held_out = [entry["step"] for entry in read_metrics(tmp_path) if "held_out_loss" in entry]
+    assert held_out == [3, 6, 9, 10]
+
+
+def test_where_the_time_goes(tmp_path: Path) -> None:
+    config = replace(CONFIG, {"evaluation.every": 5, "checkpoint.every": 5})
+    bare = counting_step(loss=lambda step: math.nan if step == 7 else 1.0)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        time.sleep(0.3 if state.step == 0 else 0.02)
+        return bare(state, batch)
+
+    def evaluate(params: Any, stop_requested: Callable[[], bool]) -> dict[str, float]:
+        time.sleep(0.1)
+        return {"held_out_loss": 1.0, "held_out_bits_per_byte": 1.0}
+
+    config = replace(config, {"stability.skip_nonfinite": 1})
+    run(tmp_path, step, config, evaluate=evaluate)
+    last = [entry for entry in read_metrics(tmp_path) if "goodput" in entry][-1]
+    assert last["seconds_starting"] >= 0.3 and last["seconds_evaluating"] >= 0.1
+    assert last["seconds_steps"] >= 8 * 0.02 and last["seconds_lost"] >= 0.02
+    total = sum(last[f"seconds_{kind}"] for kind in KINDS)
+    assert last["goodput"] == pytest.approx(last["seconds_steps"] / total, abs=0.01)
+
+
+def test_chosen_steps_are_traced(tmp_path: Path) -> None:
+    profiler = Profiler(range(4, 7), epath.Path(tmp_path / "profile"))
+    traced: list[int] = []
+    bare = counting_step()
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        if profiler._tracing:
+            traced.append(int(state.step) + 1)
+        return bare(state, batch)
+
+    run(tmp_path, step, profiler=profiler)
+    assert traced == [4, 5, 6]
+    assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1

@@ -33,7 +33,7 @@ SHOWN = {
 
 def written(step: int, **more: float) -> Entry:
     """An entry that goes into the file."""
-    return {"step": step, **SHOWN, "peak_memory_bytes": 10**9, **more}
+    return {"step": step, **SHOWN, "peak_memory_bytes": 10**9, "goodput": 0.97, **more}
 
 
 class Remembering:
@@ -159,9 +159,10 @@ def test_plain_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     log.training(written(2, input_wait_share=0.04), 61)
     log.training(written(3, input_wait_share=0.06), 61)
     assert capsys.readouterr().err.splitlines() == [
-        "step 2/10  loss 3.000  lr 1.00e-03  1,234,567 tokens/s  12.3 TFLOP/s  1m01s left  1.00 GB",
+        "step 2/10  loss 3.000  lr 1.00e-03  1,234,567 tokens/s  12.3 TFLOP/s  1m01s left  "
+        "97% goodput  1.00 GB",
         "step 3/10  loss 3.000  lr 1.00e-03  1,234,567 tokens/s  12.3 TFLOP/s  1m01s left  "
-        "waits 6% for data  1.00 GB",
+        "waits 6% for data  97% goodput  1.00 GB",
     ]
 
 

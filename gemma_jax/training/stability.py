@@ -1,0 +1,141 @@
+"""Losses that are not finite or jump: what a run does about them, and must remember to do the same again.
+
+A spike is found from the losses of all steps, and a resumed run must find the same ones: so a checkpoint
+holds the latest losses, and the rows that were passed over after each spike.
+"""
+
+import collections
+import dataclasses
+import math
+import statistics
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from gemma_jax.config import StabilityConfig
+from gemma_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Gap:
+    """Rows of the data that a run passes over."""
+
+    after_step: int
+    rows: int
+
+
+class RollBack(Exception):
+    """A run is to be taken back to an earlier checkpoint, and to go on from there with later data."""
+
+    def __init__(self, step: int, to: int, gap: Gap) -> None:
+        super().__init__(f"the loss has spiked at step {step}")
+        self.step, self.to, self.gap = step, to, gap
+
+
+class Stability:
+    """The losses of a run so far, as far as they still matter, and the gaps in its data."""
+
+    def __init__(self, config: StabilityConfig) -> None:
+        self._config = config
+        self.gaps: tuple[Gap, ...] = ()
+        self.not_finite_in_a_row = 0
+        self.skipped_steps = 0
+        """Steps that changed nothing, of all so far."""
+        self._losses: collections.deque[float] = collections.deque(
+            maxlen=config.spike_window + config.spike_steps
+        )
+
+    def record(self) -> dict[str, Any]:
+        """As JSON, for a checkpoint."""
+        return {
+            "gaps": [[gap.after_step, gap.rows] for gap in self.gaps],
+            "not_finite_in_a_row": self.not_finite_in_a_row,
+            "skipped_steps": self.skipped_steps,
+            "losses": list(self._losses),
+        }
+
+    @classmethod
+    def from_record(cls, config: StabilityConfig, record: Mapping[str, Any]) -> "Stability":
+        """The state that `record` gave; that of a new run if it is empty.
+
+        Raises:
+          UserError: it is nothing that `record` gives.
+        """
+        self = cls(config)
+        try:
+            self.gaps = tuple(Gap(*map(_count, gap)) for gap in record.get("gaps", []))
+            self.not_finite_in_a_row = _count(record.get("not_finite_in_a_row", 0))
+            self.skipped_steps = _count(record.get("skipped_steps", 0))
+            self._losses.extend(map(float, record.get("losses", [])))
+        except (TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"the checkpoint's record of losses and gaps is damaged ({error}); choose another."
+            ) from error
+        return self
+
+    def first_row(self, step: int, batch_size: int) -> int:
+        """Number of the first row of data after so many steps."""
+        return step * batch_size + sum(gap.rows for gap in self.gaps if gap.after_step <= step)
+
+    @property
+    def next_is_last(self) -> bool:
+        """Whether the run ends if its next loss or gradient is not finite."""
+        return self.not_finite_in_a_row >= self._config.skip_nonfinite
+
+    def see(self, loss: float, grad_norm: float) -> bool:
+        """Take in the numbers of the next step; True if the step was not finite, and so changed nothing."""
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self.not_finite_in_a_row = 0
+            self._losses.append(loss)
+            return False
+        self.not_finite_in_a_row += 1
+        self.skipped_steps += 1
+        return True
+
+    @property
+    def spiking(self) -> bool:
+        """Whether the latest steps are a spike: all of them far above the median of those before.
+
+        The deviation is taken from the median absolute one, which a few high losses do not change (of a
+        normal distribution it is 0.6745 standard deviations).
+        """
+        if not self._config.spike_threshold or len(self._losses) < self._losses.maxlen:  # type: ignore[operator]  # it is set
+            return False
+        losses = list(self._losses)
+        before, latest = losses[: self._config.spike_window], losses[self._config.spike_window :]
+        median = statistics.median(before)
+        deviation = statistics.median(abs(loss - median) for loss in before) / 0.6745
+        return min(latest) > median + self._config.spike_threshold * deviation
+
+    def roll_back(self, step: int, checkpoints: Iterable[int], batch_size: int) -> RollBack | None:
+        """What to do about a spike that ends at `step`; None if no checkpoint is old enough.
+
+        The data goes on after the batch of `step` and `stability.skip_batches` more.
+
+        Args:
+          step: with which the spike was seen.
+          checkpoints: steps that can be gone back to. Not those that a stop happened to save: a run that was
+            never stopped must go back to the same one.
+          batch_size: rows of a batch.
+
+        Raises:
+          UserError: the run was rolled back often enough.
+        """
+        if len(self.gaps) >= self._config.max_rollbacks:
+            raise UserError(
+                f"the loss has spiked again at step {step}, after {len(self.gaps)} spikes that the run was "
+                "rolled back for; lower optimizer.learning_rate, or raise stability.max_rollbacks."
+            )
+        first = step - self._config.spike_steps + 1
+        old_enough = [saved for saved in checkpoints if saved < first - self._config.rollback_margin]
+        if not old_enough:
+            self._losses.clear()  # the run goes on, and a new level may be what it has now
+            return None
+        to = max(old_enough)
+        position = self.first_row(step, batch_size) + self._config.skip_batches * batch_size
+        return RollBack(step, to, Gap(to, position - self.first_row(to, batch_size)))
+
+
+def _count(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{value!r} is no count")
+    return value

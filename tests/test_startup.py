@@ -1,0 +1,120 @@
+"""How a process finds the others of its job, and how it leaves them."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from gemma_jax import startup
+from gemma_jax.config import HostsConfig
+from gemma_jax.errors import UserError
+
+TPU = {"TPU_ML_PLATFORM": "JAX"}
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-4]", "SLURM_NTASKS": "4", "SLURM_PROCID": "2"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "found"),
+    [
+        ({}, None),
+        # Any pod of Kubernetes has this, whatever it runs.
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}, None),
+        (SLURM, "slurm"),
+        (SLURM | {"SLURM_NTASKS": "1"}, None),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}, None),  # the batch script, outside of srun
+        (TPU, "gcetpu"),
+        (TPU | {"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1"}, "gketpu"),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, None),  # no chips here
+        (TPU | {"TPU_SKIP_MDS_QUERY": "1"}, None),
+        (TPU | {"JAX_PLATFORMS": "proxy"}, None),  # Pathways commands all hosts from one process
+    ],
+)
+def test_others_are_looked_for_where_there_are_some(environment: dict[str, str], found: str | None) -> None:
+    arguments = startup.join_arguments(HostsConfig(), environment, on_cpu=False)
+    assert arguments == (None if found is None else {"cluster_detection_method": found})
+    # A user who says that there are no others is believed.
+    assert startup.join_arguments(HostsConfig(count=1), environment, on_cpu=False) is None
+    # CPU devices of a TPU machine have nothing to do with its pod.
+    on_cpu = startup.join_arguments(HostsConfig(), environment, on_cpu=True)
+    assert on_cpu == (arguments if found == "slurm" else None)
+
+
+def test_a_coordinator_that_is_named_goes_before_what_is_found() -> None:
+    config = HostsConfig(coordinator="10.0.0.7:8476", count=4, index=2)
+    assert startup.join_arguments(config, SLURM, on_cpu=False) == {
+        "coordinator_address": "10.0.0.7:8476",
+        "num_processes": 4,
+        "process_id": 2,
+        "cluster_detection_method": "deactivate",
+    }
+
+
+def test_pathways_needs_its_package_and_is_started_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAX_PLATFORMS", "proxy")
+    monkeypatch.setitem(sys.modules, "pathwaysutils", None)
+    with (
+        pytest.raises(UserError, match="pip install pathwaysutils"),
+        startup.joined(HostsConfig(), on_cpu=False),
+    ):
+        pass
+    calls: list[str] = []
+    module = SimpleNamespace(initialize=lambda: calls.append("initialize"))
+    monkeypatch.setitem(sys.modules, "pathwaysutils", module)
+    with startup.joined(HostsConfig(), on_cpu=False):
+        calls.append("inside")
+    assert calls == ["initialize", "inside"]
+    with startup.joined(HostsConfig(), on_cpu=True):
+        assert calls == ["initialize", "inside"]
+
+
+LEAVES = """
+import jax
+from gemma_jax.config import HostsConfig
+from gemma_jax.errors import UserError
+from gemma_jax.startup import joined
+
+jax.distributed.initialize = lambda **arguments: None
+with joined(HostsConfig("localhost:1", 2, 1), on_cpu=True):
+    raise {error}
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        ('UserError("the disk is\\nfull.")', 2, "and the job with it: the disk is full."),
+        ('ValueError("a bug")', 1, "and the job with it: a bug"),
+        ('jax.errors.JaxRuntimeError("UNAVAILABLE: gone")', 75, "another process of the job has ended"),
+        ('jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9G")', 1, "with it: RESOURCE_EXHAUSTED: 9G"),
+        ("SystemExit(3)", 3, "with it: SystemExit"),
+    ],
+)
+def test_a_process_of_a_job_leaves_with_its_reason(error: str, status: int, said: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LEAVES.format(error=error)],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == status, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: process ") and said in last
+    assert ("Traceback" in done.stderr) == (status in (1, 75))
+
+
+def test_a_job_cannot_be_joined_after_jax_was_used() -> None:
+    jax.devices()
+    config = HostsConfig("localhost:1", 2, 1)
+    with pytest.raises(UserError, match="--hosts.count 1"), startup.joined(config, on_cpu=True):
+        pass
+
+
+def test_a_process_without_others_just_raises() -> None:
+    with pytest.raises(ValueError, match="a bug"), startup.joined(HostsConfig(count=1), on_cpu=True):
+        raise ValueError("a bug")
+    startup.wait_for_all("nothing")
+    assert startup.any_process(True) and not startup.any_process(False)
