@@ -29,7 +29,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
-        "data": ["gcsfs", "zstandard"],
+        "data": ["gcsfs", "s3fs", "zstandard"],
         "kaggle": ["kagglehub"],
         # No code needs anything for these two yet.
         "eval": [],

@@ -65,7 +65,7 @@ def test_an_address_that_cannot_be_reached(
         capsys.readouterr()
         assert main(command) == 2, command
         last = capsys.readouterr().err.strip().splitlines()[-1]
-        assert last.startswith(f"error: {address}"), (command, last)
+        assert last.startswith("error: ") and address in last, (command, last)
 
 
 @pytest.fixture

@@ -54,9 +54,13 @@ logging.getLogger("absl").addFilter(lambda record: "_SignalingThread.run() raise
 
 def saved_steps(run_dir: epath.PathLike) -> list[int]:
     """Steps that have a checkpoint, whole or damaged, ascending."""
-    folder = epath.Path(run_dir) / STEPS_FOLDER
-    names = [child.name for child in folder.iterdir()] if folder.exists() else []
+    names = [child.name for child in _children(epath.Path(run_dir) / STEPS_FOLDER)]
     return sorted(int(name) for name in names if name.isdecimal() and str(int(name)) == name)
+
+
+def _children(folder: epath.Path) -> list[epath.Path]:
+    # A bucket has no empty folders: one that was just made is not there.
+    return list(folder.iterdir()) if folder.exists() else []
 
 
 def kept_steps(losses: dict[int, float | None], config: CheckpointConfig) -> set[int]:
@@ -125,8 +129,9 @@ class CheckpointStore:
         self.close()
 
     def _clear(self) -> None:
-        self.folder.rmtree()  # first: without them, what a kill leaves is no run
-        for child in self._run_dir.iterdir():
+        if self.folder.exists():
+            self.folder.rmtree()  # first: without them, what a kill leaves is no run
+        for child in _children(self._run_dir):
             if child.name == LOCK_FILE:
                 continue
             if child.is_dir():
@@ -136,7 +141,7 @@ class CheckpointStore:
         self.folder.mkdir()
 
     def _remove_unfinished(self) -> None:
-        for child in self.folder.iterdir():
+        for child in _children(self.folder):
             if UNFINISHED in child.name:
                 child.rmtree()
 
@@ -258,7 +263,7 @@ class CheckpointStore:
         del self._losses[step]
         if not self._first:
             return
-        names = {child.name for child in self.folder.iterdir()}
+        names = {child.name for child in _children(self.folder)}
         number = 1
         while (name := f"{step}.damaged" + (f"-{number}" if number > 1 else "")) in names:
             number += 1
