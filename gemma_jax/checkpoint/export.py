@@ -90,11 +90,12 @@ class CastWeights:
           UserError: a number is NaN, infinity, or too large for the dtype.
         """
         array = self._weights.get(parameter, layer)
-        with np.errstate(over="ignore"):
+        with np.errstate(all="ignore"):  # what it would warn of is looked for here
             cast = array.astype(self._dtype, copy=False)
-        if not np.isfinite(cast).all():
+            finite, was_finite = np.isfinite(cast).all(), np.isfinite(array).all()
+        if not finite:
             where = self._weights.where(parameter, layer)
-            if np.isfinite(array).all():
+            if was_finite:
                 raise UserError(f"{where} holds numbers too large for {self._dtype}; choose another dtype.")
             raise UserError(f"{where} holds NaN or infinity, so the weights are damaged; copy them again.")
         return cast
@@ -196,7 +197,7 @@ def new_directory(destination: Path, size: int) -> Iterator[Path]:
     Raises:
       UserError: something is there, or the disk is full or cannot be written.
     """
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+    if os.path.exists(destination) and not (os.path.isdir(destination) and not os.listdir(destination)):
         raise UserError(f"{destination} is there already; give another destination, or remove it first.")
     parent, unfinished = destination.absolute().parent, None
     try:
@@ -210,7 +211,7 @@ def new_directory(destination: Path, size: int) -> Iterator[Path]:
         unfinished = Path(tempfile.mkdtemp(prefix=f"{destination.name}.unfinished-", dir=parent))
         yield unfinished
         unfinished.chmod(0o777 & ~_umask())  # mkdtemp makes it private
-        if destination.exists():
+        if os.path.exists(destination):
             destination.rmdir()
         unfinished.rename(destination)
         unfinished = None

@@ -5,8 +5,10 @@ dictionaries. Multi-query models have `q_einsum` and `kv_einsum`; where every qu
 head of its own, `qkv_einsum` holds all three. Shape legend as in layout.py; R embedding rows.
 """
 
+import contextlib
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +91,8 @@ class FlaxDirectory:
     def _read_metadata(self) -> dict[str, tuple[tuple[str, ...], Any]]:
         """Path in the tree and metadata of each array, by its name."""
         try:
-            tree = ocp.metadata(self.folder.absolute()).metadata
+            with _without_echo():
+                tree = ocp.metadata(self.folder.absolute()).metadata
             flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: not isinstance(x, dict))
             leaves: dict[str, tuple[tuple[str, ...], Any]] = {}
             for path, leaf in flat:
@@ -178,7 +181,7 @@ class FlaxDirectory:
             context = ocp.Context()
             context.pytree.loading.partial_load = True
             try:
-                with context:
+                with context, _without_echo():
                     (array,) = jax.tree.leaves(ocp.load(self.folder.absolute(), tree))
             except (OSError, ValueError, KeyError) as error:
                 raise self._broken(f"{name} cannot be read ({first_line(error)})") from error
@@ -200,6 +203,22 @@ class FlaxDirectory:
         outer = {EMBEDDING: _TABLE, FINAL_NORM: _LAST_NORM}
         name = outer[parameter] if layer is None else f"layer_{layer}/{self._holder[parameter][0]}"
         return f"{name} in {self.folder}"
+
+
+@contextlib.contextmanager
+def _without_echo() -> Iterator[None]:
+    """Leave out what tensorstore prints after an error of orbax's: its other answers find nobody waiting."""
+    shown = sys.unraisablehook
+
+    def show(unraisable: "sys.UnraisableHookArgs") -> None:
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            shown(unraisable)
+
+    sys.unraisablehook = show
+    try:
+        yield
+    finally:
+        sys.unraisablehook = shown
 
 
 def write_flax(folder: Path, weights: Weights, config: TransformerConfig) -> None:
@@ -226,5 +245,5 @@ def write_flax(folder: Path, weights: Weights, config: TransformerConfig) -> Non
             path, leaf = name.split("/scale")[0], "scale" if name.endswith("/scale") else "w"
             tree[f"transformer/layer_{layer}/{path}"] = {leaf: array}
     # The older interface: the newer one writes another layout than the published one.
-    with orbax.PyTreeCheckpointer() as checkpointer:
+    with _without_echo(), orbax.PyTreeCheckpointer() as checkpointer:
         checkpointer.save(folder.absolute(), tree)

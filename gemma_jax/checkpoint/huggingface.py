@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +86,10 @@ class HuggingFaceDirectory:
 
     def _open(self) -> dict[str, SafetensorsFile]:
         """The file of each tensor."""
-        if (self.folder / WEIGHTS_FILE).exists():
+        if os.path.exists(self.folder / WEIGHTS_FILE):
             file = SafetensorsFile(self.folder / WEIGHTS_FILE)
             return dict.fromkeys(file.tensors, file)
-        if not (self.folder / INDEX_FILE).exists():
+        if not os.path.exists(self.folder / INDEX_FILE):
             raise UserError(
                 f"{self.folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}; "
                 "give a directory with the weights as safetensors (pickled .bin files are not read)."
@@ -107,8 +108,10 @@ class HuggingFaceDirectory:
                     "file in the same directory."
                 )
             if name not in opened:
-                if not (self.folder / name).exists():
-                    raise UserError(f"{index} names {name!r}, which is missing there; copy or download it.")
+                if not os.path.exists(self.folder / name):  # no exception where the name is too long
+                    raise UserError(
+                        f"{index} names {name[:100]!r}, which is missing there; copy or download it."
+                    )
                 opened[name] = SafetensorsFile(self.folder / name)
             if tensor not in opened[name].tensors:
                 raise UserError(f"{index} names {name!r} for {tensor[:100]!r}, which is not in that file.")

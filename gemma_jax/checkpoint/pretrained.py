@@ -88,7 +88,7 @@ def open_checkpoint(name: str | os.PathLike[str]) -> Checkpoint:
     folder = Path(os.path.expanduser(name))
     if is_published(folder):
         return _published(name, folder)
-    if not folder.exists() and is_hub_name(name):
+    if not os.path.exists(folder) and is_hub_name(name):
         found = _published(name, download(name))
         return dataclasses.replace(found, gemma_terms=found.gemma_terms or name.startswith("google/"))
     return _run(name)
@@ -123,7 +123,7 @@ def _random(name: str) -> Checkpoint:
 def is_published(folder: str | os.PathLike[str]) -> bool:
     """Whether a directory is one of published weights, whole or not, rather than a run's."""
     folder = Path(folder)
-    if not folder.is_dir() or (folder / RUN_RECORD).exists():
+    if not os.path.isdir(folder) or os.path.exists(folder / RUN_RECORD):
         return False
     try:
         names = os.listdir(folder)

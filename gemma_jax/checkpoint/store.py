@@ -403,7 +403,8 @@ def step_folder(checkpoint: epath.PathLike) -> tuple[epath.Path, epath.Path]:
     path = user_path(checkpoint)
     if not path.exists():
         raise UserError(
-            f"there is no checkpoint {checkpoint!s}; give a run directory, a step of one, or random:PRESET."
+            f"there is no checkpoint {checkpoint!s}; give the directory of a run or of published weights, "
+            "a name on the Hub, or random:PRESET."
         )
     if (path / RECORD_FILE).exists():
         return path, path.parent.parent
