@@ -103,6 +103,20 @@ def test_a_changed_dtype_rounds_and_a_too_small_one_is_refused(
     assert not (tmp_path / "f16").exists()
 
 
+def test_a_flipped_bit_in_what_was_written_here_is_told_by_its_tensor(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_gemma().save_pretrained(tmp_path / "out")
+    path = tmp_path / "out" / "model.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-9000] ^= 1
+    path.write_bytes(raw)
+    assert main(["convert", str(path.parent), str(tmp_path / "again")]) == 2
+    assert "the numbers of 'model.layers.1." in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"the numbers of 'model\.layers\.1\..* have changed since"):
+        Gemma.from_pretrained(path.parent, mesh=ONE)
+
+
 def test_sizes_of_the_published_models() -> None:
     for name, hugging, flax, keys in [
         ("gemma_2b", 2_506_172_416, 2_506_434_560, 128),
