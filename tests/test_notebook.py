@@ -61,7 +61,7 @@ def test_every_cell_runs(
         assert re.sub(r"<[^<>]*>", "", page) == names["html"].escape(text)
     # Of one text the product of what is shown is its likelihood.
     generation = names["generations"][0]
-    assert f'title="{100 * names["math"].exp(generation.log_probs[0]):.1f}%"' in shown[0]
+    assert f'title="{100 * names["math"].exp(generation.log_probs[0]):.2f}%"' in shown[0]
 
 
 def test_the_package_is_installed_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

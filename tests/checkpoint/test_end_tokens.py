@@ -4,8 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from gemma_jax import Gemma
 from gemma_jax.checkpoint.end_tokens import end_tokens
+from gemma_jax.config import MeshConfig
 from gemma_jax.errors import UserError
+from tests.checkpoint.published import MULTI_QUERY, random_tensors, write_huggingface
 
 
 @pytest.mark.parametrize(("name", "config", "known", "expected"), [
@@ -41,3 +44,18 @@ def test_a_broken_generation_config_is_named(tmp_path: Path, content: str) -> No
     path.write_bytes(content.encode("latin-1"))
     with pytest.raises(UserError, match="generation_config.json"):
         end_tokens("x", str(tmp_path))
+
+
+def test_generation_ends_at_every_listed_token(tmp_path: Path) -> None:
+    folder = write_huggingface(tmp_path, MULTI_QUERY, random_tensors(MULTI_QUERY))
+
+    def answer() -> tuple[list[int], str]:
+        gemma = Gemma.from_pretrained(folder, mesh=MeshConfig(cpu_devices=1))
+        [generation] = gemma.generate([[2, 30, 31]], max_new_tokens=8)
+        return generation.token_ids, generation.finish_reason
+
+    free, reason = answer()
+    assert reason == "length"
+    end = next(i for i in range(1, 8) if free[i] not in free[:i])
+    (folder / "generation_config.json").write_text(f'{{"eos_token_id": [1, {free[end]}]}}')
+    assert answer() == (free[:end], "stop")
