@@ -103,6 +103,8 @@ def _weights(found: "Checkpoint", config: VerifyConfig) -> "Weights":
 
 
 def _show_shape(report: Report, name: str, found: "Checkpoint") -> None:
+    from gemma_jax.checkpoint.end_tokens import END_OF_TURN
+
     report.line("checkpoint", name)
     report.line("shape", _named_shape(found.config))
     try:
@@ -120,7 +122,7 @@ def _show_shape(report: Report, name: str, found: "Checkpoint") -> None:
                 f"{found.config.vocab_size:,}"
             )
     ends = found.end_tokens()
-    kind = "instruction-tuned" if 107 in ends else "not known to be instruction-tuned"
+    kind = "instruction-tuned" if END_OF_TURN in ends else "not known to be instruction-tuned"
     report.line("answers end", f"at {', '.join(map(str, ends))}: {kind}")
 
 
@@ -199,8 +201,6 @@ def _compared(report: Report, found: "Checkpoint", config: VerifyConfig) -> bool
         return False
     mesh = make_mesh(config.mesh)
     dtype = str(compute_dtype(config.compute, mesh))
-    if dtype not in TOLERANCE:
-        raise UserError(f"compute.dtype {dtype} is not one of {', '.join(TOLERANCE)}; leave it out.")
     tokenizer = found.tokenizer()
     ids = [tokenizer.bos_id, *tokenizer.encode_typed(config.prompt)] if tokenizer else [2, *range(4, 32)]
     tokens = _rows([token for token in ids if token < found.config.vocab_size], mesh.size)

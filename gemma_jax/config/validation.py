@@ -157,6 +157,10 @@ def validate_verify(config: VerifyConfig) -> None:
     UserError: naming the setting that is out of range.
     """
     _require(bool(config.prompt), "prompt is empty; give it a text, or leave it out.")
+    _require(
+        config.compute.dtype != "float64",
+        "compute.dtype is float64, but what is compared with transformers is float32 or bfloat16; take one.",
+    )
     validate_mesh(config.mesh)
 
 

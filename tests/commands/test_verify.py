@@ -98,6 +98,7 @@ def test_a_damaged_file_is_a_fault_and_a_missing_one_a_mistake(
         ([good, "--against", tmp_path / "nothing"], "nothing"),
         ([], "name a checkpoint first"),
         ([good, "--prompt", ""], "prompt is empty"),
+        ([good, "--compute.dtype", "float64"], "compute.dtype is float64"),
         (["random:gemma_tny"], "did you mean gemma_tiny?"),
         ([good, "--agianst", cut], "did you mean --against?"),
     ]:
