@@ -14,6 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+
 REPOSITORY = Path(__file__).parents[1]
 
 # Width, and the learning rate of its run: the demo's 4e-3 at width 192, in inverse proportion to the width,
@@ -95,7 +97,10 @@ def draw(curves: list[tuple[dict[str, float], list[tuple[float, float, float]]]]
     axes.set_ylabel("held-out loss, nats a token")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_yticks([2, 2.5, 3, 4, 5, 6])
+    losses = [loss for _, points in curves for _, loss, _ in points]
+    axes.set_yticks(np.arange(np.floor(2 * min(losses)), np.ceil(2 * max(losses)) + 1) / 2)
+    axes.set_ylim(min(losses) * 0.97, max(losses) * 1.03)
+    axes.margins(x=0.1)
     axes.set_title(f"{curves[0][0]['tokens'] / 1e6:.2f}M tokens of Python source each")
     axes.grid(alpha=0.3, which="both")
     axes.legend(title="without embedding", frameon=False)
