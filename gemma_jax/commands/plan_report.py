@@ -11,7 +11,7 @@ from gemma_jax.config import PretrainConfig, to_dict
 from gemma_jax.planning.compiler import compiler_version
 from gemma_jax.planning.estimate import ASSUMPTIONS, Budget, budget
 from gemma_jax.planning.planner import Plan
-from gemma_jax.planning.traffic import origin
+from gemma_jax.planning.traffic import origin, places_of, work_of
 
 GIB = 2**30
 
@@ -81,6 +81,9 @@ def print_plan(
             "each parameter gathered once a pass and its gradient scattered once, in bfloat16"
         )
     console.print()
+    if explain:
+        console.print(_costs(plan))
+        console.print()
     _print_time(console, plan, mode)
     run = _budget(plan, tokens, price) if mode == "pretrain" else None
     if run:
@@ -145,6 +148,24 @@ def _collectives(plan: Plan, explain: bool) -> Table:
         sums[1] += collective.bytes
     for (kind, axis, *more), (count, size) in sorted(rows.items(), key=lambda row: -row[1][1]):
         table.add_row(kind, axis, f"{count:,.0f}", f"{size / 2**20:,.1f}", *more)
+    return table
+
+
+def _costs(plan: Plan) -> Table:
+    """Where the time goes: the places in the code that have 1% of it or more."""
+    assert plan.analysis and plan.estimate
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for title in ("time", "share", "in", "operation", "asked for by"):
+        table.add_column(title, justify="right" if title in ("time", "share") else "left", overflow="fold")
+    total = plan.analysis.cycles
+    sums: dict[tuple[str, str, str], int] = {}
+    for cost in plan.analysis.costs:
+        key = (work_of(cost.op_name), cost.op_name.rsplit("/", 1)[-1], places_of(cost.source))
+        sums[key] = sums.get(key, 0) + cost.cycles
+    for key, cycles in sorted(sums.items(), key=lambda item: -item[1]):
+        if cycles >= 0.01 * total:
+            seconds = plan.estimate.compiled_seconds * cycles / total
+            table.add_row(_seconds(seconds), f"{cycles / total:.1%}", *key)
     return table
 
 

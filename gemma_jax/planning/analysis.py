@@ -3,11 +3,12 @@
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 from gemma_jax.planning.collectives import Collective, collectives
 from gemma_jax.planning.compiler import Compiled
-from gemma_jax.planning.hlo import ITEM_BYTES, Array, Execution, executions, parse
+from gemma_jax.planning.hlo import ITEM_BYTES, Array, Execution, Module, executions, parse
 
 # Products of two matrices that each of splash attention's kernels has, by the part of its name that tells it:
 # scores and values; scores, gradient of the weights, queries; those and gradients of keys and values. The
@@ -27,6 +28,15 @@ class Kernel:
 
 
 @dataclasses.dataclass(frozen=True)
+class Cost:
+    """Cycles of a step that come from one place in the code."""
+
+    op_name: str  # jax's name of the operation
+    source: str  # FILE:LINE, innermost first
+    cycles: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Analysis:
     """A compiled program. Everything is of one device and one step."""
 
@@ -35,6 +45,7 @@ class Analysis:
     uncounted_loops: int  # loops whose number of rounds the program does not tell: counted once
     kernels: tuple[Kernel, ...]
     collectives: tuple[Collective, ...]
+    costs: tuple[Cost, ...]  # most cycles first
 
 
 def analyse(compiled: Compiled, argument_bytes: Mapping[str, int], mesh_shape: Mapping[str, int]) -> Analysis:
@@ -59,7 +70,17 @@ def analyse(compiled: Compiled, argument_bytes: Mapping[str, int], mesh_shape: M
         sum(e.instruction.opcode == "while" and not e.counted for e in executed),
         tuple(_kernel(e, fused) for e in kernels),
         tuple(collectives(module, mesh_shape)),
+        _costs(module, executed),
     )
+
+
+def _costs(module: Module, executed: Sequence[Execution]) -> tuple[Cost, ...]:
+    cycles: Counter[tuple[str, str]] = Counter()
+    for e in executed:
+        if e.instruction.cycles:
+            place = (e.instruction.metadata("op_name"), module.source(e.instruction))
+            cycles[place] += e.instruction.cycles * e.count
+    return tuple(Cost(name, source, total) for (name, source), total in cycles.most_common())
 
 
 def _kernel(executed: Execution, fused_backward: bool) -> Kernel:

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gemma_jax.planning.analysis import Analysis, Kernel
+from gemma_jax.planning.analysis import Analysis, Cost, Kernel
 from gemma_jax.planning.collectives import Collective
 
-FORMAT = 1  # of the entries; to be raised when Analysis changes its meaning
+FORMAT = 2  # of the entries; to be raised when Analysis changes its meaning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,5 +66,6 @@ def _entry(data: Any) -> Entry:
             analysis["uncounted_loops"],
             tuple(Kernel(**kernel) for kernel in analysis["kernels"]),
             tuple(collectives),
+            tuple(Cost(**cost) for cost in analysis["costs"]),
         )
     )

@@ -103,16 +103,26 @@ def origin(collective: Collective, params: Sequence[Parameter]) -> Origin:
         if set(mesh_axes) & set(collective.axis.split(" x "))
         if any(axis in parameter.axes for parameter in matches)
     }
-    name = collective.op_name
-    if "rematted_computation" in name:
-        work = "recompute"
-    elif "transpose(" in name:
-        work = "backward"
-    elif "jvp(" in name:
-        work = "forward"
-    else:
-        work = "update"
-    return Origin(tuple(p.name for p in matches), tuple(sorted(split)), work, " < ".join(places))
+    return Origin(
+        tuple(p.name for p in matches),
+        tuple(sorted(split)),
+        work_of(collective.op_name),
+        " < ".join(places),
+    )
+
+
+def work_of(op_name: str) -> str:
+    """Which part of a step an operation belongs to, by jax's name for it."""
+    if "rematted_computation" in op_name:
+        return "recompute"
+    if "transpose(" in op_name:
+        return "backward"
+    return "forward" if "jvp(" in op_name else "update"
+
+
+def places_of(source: str) -> str:
+    """The places of a source in this package, innermost first, three at most."""
+    return " < ".join(_own(source)[:3])
 
 
 def _shape(array: str) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gemma_jax.planning.analysis import Analysis, Kernel
+from gemma_jax.planning.analysis import Analysis, Cost, Kernel
 from gemma_jax.planning.cache import Entry, PlanCache, key_of
 from gemma_jax.planning.collectives import Collective
 
@@ -17,6 +17,7 @@ ENTRY = Entry(
         1,
         (Kernel("splash", True, 18, 1e12),),
         (Collective("all-gather", "fsdp", ("bf16[8,4]",), 18, 1.5, "a.py:1 < b.py:2", "jit(step)"),),
+        (Cost("jit(step)/dot", "a.py:1", 100),),
     )
 )
 

@@ -11,7 +11,7 @@ from gemma_jax.planning.topology import parse_topology
 
 
 def analysis(*kernels: Kernel, collectives: tuple[Collective, ...] = ()) -> Analysis:
-    return Analysis({"parameters": 1}, 3_000_000_000, 0, kernels, collectives)
+    return Analysis({"parameters": 1}, 3_000_000_000, 0, kernels, collectives, ())
 
 
 def test_seconds_of_a_step() -> None:

@@ -56,6 +56,7 @@ def test_cycles_kernels_and_memory() -> None:
     assert analysis.memory == {
         "parameters": 600, "batch": 100, "padding": 300, "outputs": 100, "temporaries": 50,
     }  # fmt: skip
+    assert [cost.cycles for cost in analysis.costs] == [18 * 100 + 18 * 8 * 10 + 5]  # no place is told
     attention, stated = analysis.kernels
     # Two products of 8 heads of 1024 x 256 with 1024 keys, two operations each; causality needs half.
     assert attention.attention and attention.flops == 2 * 2 * 8 * 1024 * 256 * 1024 / 2
