@@ -118,3 +118,12 @@ def test_a_process_without_others_just_raises() -> None:
         raise ValueError("a bug")
     startup.wait_for_all("nothing")
     assert startup.any_process(True) and not startup.any_process(False)
+
+
+def test_programs_are_kept_where_the_config_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    updates: list[tuple[str, str]] = []
+    monkeypatch.setattr(jax.config, "update", lambda name, value: updates.append((name, value)))
+    startup.keep_programs("")
+    assert updates == []
+    startup.keep_programs(str(tmp_path / "programs"))
+    assert updates == [("jax_compilation_cache_dir", str(tmp_path / "programs"))]
