@@ -30,7 +30,7 @@ def ours(batch: int, length: int) -> Callable[[], float]:
     config = PretrainConfig(
         model=PRESETS[PRESET],
         data=DataConfig(sequence_length=length, batch_size=batch),
-        compute=ComputeConfig(dtype="float32", loss_block=128, scan_unroll=PRESETS[PRESET].num_layers),
+        compute=ComputeConfig(dtype="float32", loss_block=128, remat="products"),
     )
     mesh = make_mesh(MeshConfig(cpu_devices=1))
     state = create_train_state(config, mesh)

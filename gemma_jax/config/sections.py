@@ -88,6 +88,9 @@ class OptimizerConfig:
     final_fraction: float = setting(0.1, "Learning rate at the last step, as a share of the peak.")
     b1: float = setting(0.9, "Decay of the first moment.")
     b2: float = setting(0.95, "Decay of the second moment.")
+    first_moment_dtype: Literal["param", "float32", "bfloat16"] = setting(
+        "param", "Of the stored first moment (AdamW, Lion): compute.param_dtype, or another to save memory."
+    )
     epsilon: float = setting(1e-8, "Added to the root of the second moment.")
     weight_decay: float = setting(0.1, "Decoupled decay of weight matrices; norm scales do not decay.")
     groups: tuple[str, ...] = setting(
@@ -124,11 +127,21 @@ class ComputeConfig:
     param_dtype: Literal["float32", "bfloat16", "float64"] = setting(
         "float32", "Parameters and optimizer state."
     )
-    remat: Literal["none", "full"] = setting(
-        "none", "What the backward pass computes again: nothing, or each block from its input."
+    remat: Literal["none", "products", "projections", "attention", "full", "offload"] = setting(
+        "none",
+        "What the backward pass computes again: nothing, all but the products, all but attention and its "
+        "projections, all but attention, each block from its input; offload keeps in the host's memory.",
     )
     scan_unroll: int = setting(1, "Blocks unrolled into one iteration of the scan over layers.")
+    tpu_options: tuple[str, ...] = setting(
+        (), "Options of XLA's TPU compiler for the training step, NAME=VALUE; without effect elsewhere."
+    )
     loss_block: int = setting(256, "Positions of a row whose logits exist at one time in the loss.")
+    loss_vocab_block: int = setting(
+        0,
+        "Or logits of all positions and at most this many vocabulary rows at one time: less memory for "
+        "a large vocabulary, a quarter more products in the loss; 0 goes by positions.",
+    )
     compilation_cache: str = setting(
         "",
         "Folder or bucket that keeps compiled programs, for restarts; empty keeps none.",

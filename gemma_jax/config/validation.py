@@ -7,7 +7,13 @@ from collections.abc import Mapping
 
 from gemma_jax.config.experiments import ChatConfig, PretrainConfig, SampleConfig, VerifyConfig
 from gemma_jax.config.parameter_groups import parameter_groups
-from gemma_jax.config.sections import HostsConfig, MeshConfig, SamplingConfig, TransformerConfig
+from gemma_jax.config.sections import (
+    ComputeConfig,
+    HostsConfig,
+    MeshConfig,
+    SamplingConfig,
+    TransformerConfig,
+)
 from gemma_jax.errors import UserError
 
 MESH_AXES = ("slice", "data", "fsdp", "tensor")
@@ -46,6 +52,16 @@ def validate_model(model: TransformerConfig) -> None:
     )
 
 
+def _validate_compute(compute: ComputeConfig) -> None:
+    _require_at_least(compute, "compute.", {"scan_unroll": 1, "loss_block": 1, "loss_vocab_block": 0})
+    for option in compute.tpu_options:
+        name, equals, value = option.partition("=")
+        _require(
+            bool(name and equals and value),
+            f"compute.tpu_options holds {option!r}, but an option of the compiler is written NAME=VALUE.",
+        )
+
+
 def validate(config: PretrainConfig) -> None:
     """Check what can be checked without devices or data.
 
@@ -68,7 +84,7 @@ def validate(config: PretrainConfig) -> None:
         {"accumulation_steps": 1, "warmup_steps": 0, "learning_rate": 0.0, "clip_norm": 0.0, "epsilon": 0.0}
         | {"weight_decay": 0.0, "z_loss": 0.0, "b1": 0.0, "b2": 0.0},
     )
-    _require_at_least(config.compute, "compute.", {"scan_unroll": 1, "loss_block": 1})
+    _validate_compute(config.compute)
     _require_at_least(
         config.checkpoint, "checkpoint.", {"every": 1, "keep_last": 1, "keep_every": 0, "keep_best": 0}
     )
@@ -138,7 +154,7 @@ def validate_sample(config: SampleConfig) -> None:
         not config.stream or (len(config.prompt) * config.samples <= 1 and not config.json),
         "stream shows one continuation as it is made; give a single prompt and sample, without json.",
     )
-    _require_at_least(config.compute, "compute.", {"scan_unroll": 1, "loss_block": 1})
+    _validate_compute(config.compute)
     validate_mesh(config.mesh)
 
 
@@ -148,7 +164,7 @@ def validate_chat(config: ChatConfig) -> None:
     """
     validate_sampling(config)
     _require(config.samples == 1, f"samples is {config.samples}, but a dialogue has one answer a turn.")
-    _require_at_least(config.compute, "compute.", {"scan_unroll": 1, "loss_block": 1})
+    _validate_compute(config.compute)
     validate_mesh(config.mesh)
 
 

@@ -6,6 +6,7 @@ from gemma_jax.model.transformer import (
     abstract_transformer,
     compute_dtype,
     init_params,
+    layer_views,
     mask_padding_rows,
 )
 
@@ -15,5 +16,6 @@ __all__ = [
     "abstract_transformer",
     "compute_dtype",
     "init_params",
+    "layer_views",
     "mask_padding_rows",
 ]

@@ -6,9 +6,15 @@ key/value head, H head dim.
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
 
 from gemma_jax.model.ops import Integers
+from gemma_jax.model.splash import fits_splash, splash_attend
+from gemma_jax.sharding import platform
 from gemma_jax.weights.product import precision
+
+ATTENDED = "attended"  # what self_attend gives, for a policy of jax.checkpoint
 
 
 def attention_mask(
@@ -56,21 +62,32 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
     return out.reshape(B, K, G, L, H).transpose(0, 3, 1, 2, 4).reshape(B, L, N, H)
 
 
-def causal_attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, positions: Integers, segments: Integers
+def self_attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, positions: Integers, segments: Integers, mesh: Mesh
 ) -> jax.Array:
-    """Attention of whole rows to themselves, without the products that the mask would throw away.
-
-    Queries go in blocks, each against the keys up to its own end: half of the work of `attend` on a long row,
-    and the scores of one block at a time.
+    """Attention of whole rows to themselves, by the kernel for the mesh's devices.
 
     Args:
       q: [B, L, N, H], already scaled.
       k, v: [B, L, K, H].
       positions, segments: [B, L]; within a segment positions rise from slot to slot.
+      mesh: that the arrays lie on.
 
     Returns:
       [B, L, N, H] in q's dtype.
+    """
+    if platform(mesh) == "tpu" and fits_splash(q):
+        return splash_attend(q, k, v, segments, mesh, residuals=ATTENDED)
+    return checkpoint_name(causal_attend(q, k, v, positions, segments), ATTENDED)
+
+
+def causal_attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, positions: Integers, segments: Integers
+) -> jax.Array:
+    """`self_attend` on any platform, without most of the products that the mask would throw away.
+
+    Queries go in blocks, each against the keys up to its own end: half of the work of `attend` on a long row.
+    Scores exist for one block at a time, in the backward pass too, which computes them again.
     """
     L = q.shape[1]
     # Each block is a part of the compiled program: 128 queries, but at most 16 blocks.
@@ -81,5 +98,5 @@ def causal_attend(
         mask = attention_mask(
             positions[:, queries], segments[:, queries], positions[:, keys], segments[:, keys]
         )
-        outputs.append(attend(q[:, queries], k[:, keys], v[:, keys], mask))
+        outputs.append(jax.checkpoint(attend)(q[:, queries], k[:, keys], v[:, keys], mask))
     return jnp.concatenate(outputs, axis=1) if len(outputs) > 1 else outputs[0]

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from gemma_jax.config import TransformerConfig
@@ -59,6 +60,7 @@ class Attention(nnx.Module):
         q = rope(product(x, self.q[...]), positions, config.rope_base) * config.head_dim**-0.5
         k = rope(product(x, self.k[...]), positions, config.rope_base)
         v = product(x, self.v[...])
+        q, k, v = checkpoint_name(q, "query"), checkpoint_name(k, "key"), checkpoint_name(v, "value")
         return product(attend(q, k, v), self.o[...], contract=2)
 
 
@@ -73,7 +75,9 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, L, D] -> [B, L, D]."""
-        return product(gelu(product(x, self.gate[...])) * product(x, self.up[...]), self.down[...])
+        gate = checkpoint_name(product(x, self.gate[...]), "gate")
+        up = checkpoint_name(product(x, self.up[...]), "up")
+        return product(gelu(gate) * up, self.down[...])
 
 
 class Block(nnx.Module):
@@ -94,6 +98,6 @@ class Block(nnx.Module):
         """[B, L, D], [B, L] -> [B, L, D]."""
         x = constrain(x, RESIDUAL, self.mesh)
         x += self.attention(rms_norm(x, self.attention_norm[...], self.epsilon), positions, attend)
-        x = constrain(x, RESIDUAL, self.mesh)
+        x = checkpoint_name(constrain(x, RESIDUAL, self.mesh), "middle")
         x += self.feed_forward(rms_norm(x, self.feed_forward_norm[...], self.epsilon))
         return constrain(x, RESIDUAL, self.mesh)

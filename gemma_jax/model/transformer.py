@@ -4,19 +4,23 @@ Shape legend: B batch, L length, S cache slots, D embed, V stored vocabulary row
 """
 
 import dataclasses
+from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gemma_jax.config import ComputeConfig, TransformerConfig
 from gemma_jax.errors import UserError
-from gemma_jax.model.attention import attend, attention_mask, causal_attend
+from gemma_jax.model.attention import attend, attention_mask, self_attend
 from gemma_jax.model.cache import KVCache
 from gemma_jax.model.layers import RESIDUAL, Block, weight, zeros
 from gemma_jax.model.ops import Integers, embed, rms_norm
+from gemma_jax.model.remat import rematerialized
 from gemma_jax.sharding import constrain, platform, shardings
 from gemma_jax.weights import product
 
@@ -64,21 +68,30 @@ class Transformer(nnx.Module):
 
         def body(x: jax.Array, state: nnx.State) -> tuple[jax.Array, None]:
             block = nnx.merge(graphdef, state)
-            return block(x, positions, lambda q, k, v: causal_attend(q, k, v, positions, segments)), None
+            attend = partial(self_attend, positions=positions, segments=segments, mesh=self.mesh)
+            return block(x, positions, attend), None
 
-        if self.compute.remat == "full":
-            body = jax.checkpoint(body, prevent_cse=False)
+        body = rematerialized(
+            body, self.compute.remat, looped=self.compute.scan_unroll < self.config.num_layers
+        )
         x, _ = lax.scan(body, self._embed(tokens), stacked, unroll=self.compute.scan_unroll)
         return self._normed(x)
 
     def extend(
-        self, cache: KVCache, tokens: Integers, positions: Integers, segments: Integers
+        self,
+        cache: KVCache,
+        tokens: Integers,
+        positions: Integers,
+        segments: Integers,
+        layers: Sequence[nnx.State] | None = None,
     ) -> tuple[jax.Array, KVCache]:
         """Hidden states of the next tokens of each row, which see what is in the cache too.
 
         Args:
           cache: what came before.
           tokens, positions, segments: [B, L] as in `__call__`; padding stands at the end of a row.
+          layers: the blocks' parameters layer by layer (see `layer_views`), to be used instead of the stacked
+            ones, in a program that has each layer by itself.
 
         Returns:
           [B, L, D] after the final norm, and the cache with the new tokens in it.
@@ -90,7 +103,7 @@ class Transformer(nnx.Module):
         Carry = tuple[jax.Array, jax.Array, jax.Array]
 
         # The cache is carried, not scanned over, so that each layer writes its new slots in place.
-        def body(carry: Carry, scanned: tuple[jax.Array, nnx.State]) -> tuple[Carry, None]:
+        def body(carry: Carry, scanned: tuple[jax.Array | int, nnx.State]) -> tuple[Carry, None]:
             x, keys, values = carry
             layer, state = scanned
 
@@ -103,9 +116,14 @@ class Transformer(nnx.Module):
             x = nnx.merge(graphdef, state)(x, positions, remember_and_attend)
             return (x, keys, values), None
 
-        start = (self._embed(tokens), cache.keys, cache.values)
-        layers = jnp.arange(self.config.num_layers)
-        (x, keys, values), _ = lax.scan(body, start, (layers, stacked), unroll=self.compute.scan_unroll)
+        carry = (self._embed(tokens), cache.keys, cache.values)
+        if layers is None:
+            numbers = jnp.arange(self.config.num_layers)
+            carry, _ = lax.scan(body, carry, (numbers, stacked), unroll=self.compute.scan_unroll)
+        else:
+            for scanned in enumerate(layers):
+                carry, _ = body(carry, scanned)
+        x, keys, values = carry
         return self._normed(x), dataclasses.replace(cache, keys=keys, values=values)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -119,6 +137,28 @@ class Transformer(nnx.Module):
 
     def _normed(self, x: jax.Array) -> jax.Array:
         return rms_norm(x, self.final_norm[...], self.config.norm_epsilon)
+
+
+def layer_views(params: nnx.State, mesh: Mesh) -> list[nnx.State] | None:
+    """The blocks' parameters layer by layer, in the memory of the stacked ones.
+
+    On one CPU device, where a scan copies the weights of each layer out of the stack before it multiplies:
+    most of the time of a decoding step. None elsewhere: there the copy is part of the product.
+
+    Args:
+      params: of a Transformer; must outlive what is returned, and must not be donated.
+      mesh: that they lie on.
+    """
+    if platform(mesh) != "cpu" or mesh.size > 1:
+        return None
+    replicated = NamedSharding(mesh, PartitionSpec())
+    # A device's array as numpy's, a slice of that, and back: no step copies.
+    stacked = jax.tree.map(np.asarray, params["blocks"])
+    layers = len(jax.tree.leaves(stacked)[0])
+    return [
+        jax.tree.map(lambda stack, i=layer: jax.device_put(stack[i], replicated, may_alias=True), stacked)
+        for layer in range(layers)
+    ]
 
 
 def mask_padding_rows(logits: jax.Array, vocab_size: int) -> jax.Array:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from gemma_jax.config import ComputeConfig, SamplingConfig, TransformerConfig
 from gemma_jax.errors import UserError
-from gemma_jax.model import KVCache, Transformer, abstract_transformer
+from gemma_jax.model import KVCache, Transformer, abstract_transformer, layer_views
 from gemma_jax.sampling.select import select
 from gemma_jax.sharding import batch_sharding, row_parts
 
@@ -70,6 +70,10 @@ class Generator:
         self._graphdef, _ = abstract_transformer(config, compute, mesh)
         self.prefill = jax.jit(self._prefill_impl, static_argnames=("slots", "capacity"))
         self.decode = jax.jit(self._decode_impl, donate_argnums=1)
+
+    @functools.cached_property
+    def _layers(self) -> list[nnx.State] | None:
+        return layer_views(self.params, self.mesh)
 
     def check_prompt(self, prompt: Sequence[int]) -> None:
         """Raises:
@@ -157,7 +161,7 @@ class Generator:
             if made >= config.max_new_tokens or bool(jnp.all(state.done)):
                 return
             steps = min(stride, config.max_new_tokens - made)
-            state = self.decode(self.params, state, steps, ends)
+            state = self.decode(self.params, state, steps, ends, self._layers)
             made += steps
 
     def _prefill_impl(
@@ -199,7 +203,12 @@ class Generator:
         return _with_next_token(state, model.logits(newest), end_tokens)
 
     def _decode_impl(
-        self, params: nnx.State, state: DecodeState, steps: jax.Array, end_tokens: jax.Array
+        self,
+        params: nnx.State,
+        state: DecodeState,
+        steps: jax.Array,
+        end_tokens: jax.Array,
+        layers: list[nnx.State] | None = None,
     ) -> DecodeState:
         model: Transformer = nnx.merge(self._graphdef, params)
 
@@ -212,7 +221,7 @@ class Generator:
             # Done rows run along as padding: they write nothing into their part of the cache.
             segments = (~state.done).astype(jnp.int32)[:, None]
             positions = state.cache.lengths[:, None]
-            hidden, cache = model.extend(state.cache, state.last[:, None], positions, segments)
+            hidden, cache = model.extend(state.cache, state.last[:, None], positions, segments, layers)
             state = dataclasses.replace(state, cache=cache)
             return step + 1, _with_next_token(state, model.logits(hidden[:, 0]), end_tokens)
 

@@ -91,9 +91,10 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     has a decay that ignores the learning rate; the rest of it is as Shazeer and Stern, 2018, have it.)
     """
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    moment = None if config.first_moment_dtype == "param" else config.first_moment_dtype
     rules = {
-        "adamw": [optax.scale_by_adam(config.b1, config.b2, config.epsilon)],
-        "lion": [optax.scale_by_lion(config.b1, config.b2)],
+        "adamw": [optax.scale_by_adam(config.b1, config.b2, config.epsilon, mu_dtype=moment)],
+        "lion": [optax.scale_by_lion(config.b1, config.b2, mu_dtype=moment)],
         "adafactor": [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)],
     }
     rule = optax.chain(

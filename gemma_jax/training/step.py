@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from gemma_jax.config import PretrainConfig
 from gemma_jax.data.packing import Batch
 from gemma_jax.model import abstract_transformer
+from gemma_jax.sharding import platform
 from gemma_jax.training.loss import LossSettings, next_token_loss, token_log_probs
 from gemma_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from gemma_jax.training.state import TrainState, abstract_train_state
@@ -34,7 +35,13 @@ TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 
 def loss_settings(config: PretrainConfig, mesh: Mesh) -> LossSettings:
     """The loss as the config describes it."""
-    return LossSettings(config.model.vocab_size, config.compute.loss_block, config.optimizer.z_loss, mesh)
+    return LossSettings(
+        config.model.vocab_size,
+        config.compute.loss_block,
+        config.compute.loss_vocab_block,
+        config.optimizer.z_loss,
+        mesh,
+    )
 
 
 def loss_and_gradients(
@@ -110,7 +117,13 @@ def make_train_step(config: PretrainConfig, mesh: Mesh) -> TrainStep:
         return TrainState(state.step + 1, params, opt_state), metrics
 
     out = jax.tree.map(lambda leaf: leaf.sharding, abstract_train_state(config, mesh))
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(out, None))
+    options = dict(option.split("=", 1) for option in config.compute.tpu_options)
+    return jax.jit(
+        train_step,
+        donate_argnums=0,
+        out_shardings=(out, None),
+        compiler_options=options if platform(mesh) == "tpu" else None,
+    )
 
 
 class HeldOutSums(NamedTuple):

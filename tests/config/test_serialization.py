@@ -101,7 +101,7 @@ WRONG = {
     "null": ('{"experiment": "pretrain", "steps": null}', r"steps must be an integer, not None"),
     "choice": (
         '{"experiment": "pretrain", "compute": {"remat": "all"}}',
-        r"compute\.remat must be one of none, full, not 'all'",
+        r"compute\.remat must be one of none, products, projections, attention, full, offload, not 'all'",
     ),
     "string for a list": (
         '{"experiment": "pretrain", "data": {"sources": "python-stdlib"}}',

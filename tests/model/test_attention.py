@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from gemma_jax.model.attention import attend, attention_mask, causal_attend
-from gemma_jax.testing import assert_same
+from gemma_jax.model.splash import fits_splash, splash_attend
+from gemma_jax.testing import assert_same, cpu_mesh
 
 
 def picture(mask: jax.Array) -> list[str]:
@@ -46,11 +47,51 @@ def test_blocks_of_queries_equal_the_whole(length: int, kv_heads: int) -> None:
         whole = lambda q, k, v: jnp.sum(jnp.sin(attend(q, k, v, mask)))  # noqa: E731
         blocks = lambda q, k, v: jnp.sum(jnp.sin(causal_attend(q, k, v, positions, segments)))  # noqa: E731
         # Padding looks only at padding, of which blocks may see less: nothing that counts depends on it.
-        expected = jax.grad(whole, (0, 1, 2))(q, k, v)
-        actual = jax.grad(blocks, (0, 1, 2))(q, k, v)
+        expected = jax.jit(jax.grad(whole, (0, 1, 2)))(q, k, v)
+        actual = jax.jit(jax.grad(blocks, (0, 1, 2)))(q, k, v)
         real = slice(0, length - 7)
         assert_same(
             [attend(q, k, v, mask)[:, real], *(g[:, real] for g in expected)],
             [causal_attend(q, k, v, positions, segments)[:, real], *(g[:, real] for g in actual)],
             1e-12,
         )
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "mesh"),
+    [
+        (4, 1, {}),
+        (2, 2, {}),
+        (4, 2, {"devices": 8, "fsdp": 2, "tensor": 4}),  # each key head on two devices
+        (4, 2, {"devices": 4, "fsdp": 2, "tensor": 2}),
+    ],
+    ids=["multi-query", "multi-head", "copied keys", "split"],
+)
+def test_splash_equals_the_reference(heads: int, kv_heads: int, mesh: dict[str, int]) -> None:
+    """The TPU's kernel, interpreted: value and gradients of packed rows, in float32, head dim 256."""
+    rng = np.random.default_rng(0)
+    B, L, H = 2, 256, 256
+    segments = np.sort(rng.integers(1, 4, (B, L)), axis=1).astype(np.int32)
+    positions = np.broadcast_to(np.arange(L), (B, L))
+    q, k, v = (rng.normal(size=(B, L, n, H)).astype(np.float32) for n in (heads, kv_heads, kv_heads))
+    q *= H**-0.5
+    mask = attention_mask(positions, segments, positions, segments)
+    on_mesh = cpu_mesh(**{"devices": 1, **mesh})
+
+    def splash(q, k, v):
+        return splash_attend(q, k, v, segments, on_mesh, residuals="attended", interpret=True)
+
+    def value_and_gradients(function):
+        loss = lambda *x: jnp.sum(jnp.sin(function(*x)))  # noqa: E731
+        return jax.jit(function)(q, k, v), jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)
+
+    expected = value_and_gradients(lambda q, k, v: attend(q, k, v, mask))
+    assert_same(value_and_gradients(splash), expected, 1e-4)
+
+
+def test_the_kernel_of_the_tpu_takes_no_float32_and_no_odd_shapes() -> None:
+    q = jax.ShapeDtypeStruct((1, 8192, 8, 256), jnp.bfloat16)
+    assert fits_splash(q)
+    assert not fits_splash(q.update(dtype=jnp.float32))
+    assert not fits_splash(q.update(shape=(1, 8200, 8, 256)))
+    assert not fits_splash(q.update(shape=(1, 8192, 8, 64)))

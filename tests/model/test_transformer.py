@@ -1,5 +1,8 @@
 """The decoder as a whole: parity, cache, packing, causality, scan."""
 
+import math
+from typing import get_type_hints
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -154,8 +157,13 @@ def test_no_gradient_reaches_a_later_token_or_another_document() -> None:
     ]
 
 
+POLICIES = [policy for policy in get_type_hints(ComputeConfig)["remat"].__args__ if policy != "none"]
+
+
 @pytest.mark.parametrize(
-    "changes", [{"scan_unroll": 2}, {"remat": "full"}, {"remat": "full", "scan_unroll": 2}]
+    "changes",
+    [{"scan_unroll": 2}, {"remat": "full", "scan_unroll": 2}, *({"remat": policy} for policy in POLICIES)],
+    ids=str,
 )
 def test_scanned_equals_unrolled_and_rematerialised(changes: dict[str, object]) -> None:
     tokens = np.random.default_rng(4).integers(0, TINY.vocab_size, (2, 12))
@@ -168,6 +176,20 @@ def test_scanned_equals_unrolled_and_rematerialised(changes: dict[str, object]) 
     with jax.enable_x64(True):
         plain = value_and_gradient(FLOAT64)
         assert_same(value_and_gradient(replace(FLOAT64, changes)), plain, 1e-10)
+
+
+def test_each_policy_keeps_less_than_the_one_before() -> None:
+    """Values that the forward pass leaves for the backward pass."""
+    tokens = np.zeros((2, 64), np.int32)
+
+    def kept(policy: str) -> int:
+        compute = ComputeConfig(remat=policy)
+        loss = lambda p: jnp.sum(forward(TINY, compute)(p, tokens, *simple_rows(tokens)))  # noqa: E731
+        residuals = jax.eval_shape(lambda p: jax.vjp(loss, p)[1], random_params(TINY, compute))
+        return sum(math.prod(value.shape) for value in jax.tree.leaves(residuals))
+
+    memory = [kept(policy) for policy in ("none", "products", "projections", "attention", "full")]
+    assert memory == sorted(memory, reverse=True) and len(set(memory)) == len(memory), memory
 
 
 def test_rows_that_pad_the_vocabulary_are_never_predicted() -> None:

@@ -27,13 +27,17 @@ def plain_loss(hidden, table, targets, weights, z_loss: float):
     return jnp.sum(weights * (cross_entropy + penalty)), jnp.sum(weights * cross_entropy)
 
 
-@pytest.mark.parametrize("block", [1, 8, 11, 64])
+# Blocks of positions that divide the length, that leave a rest, and that are longer than the row; blocks of
+# the vocabulary of which the last holds padding rows alone, that do not divide it, and that are longer.
+BLOCKS = [(1, 0), (8, 0), (11, 0), (64, 0), (11, 8), (11, 100), (11, 1000)]
+
+
+@pytest.mark.parametrize(("block", "vocab_block"), BLOCKS)
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])
-def test_blocked_equals_plain_in_value_and_gradient(block: int, z_loss: float) -> None:
-    """Blocks that divide the length, that leave a rest, and that are longer than the row."""
+def test_blocked_equals_plain_in_value_and_gradient(block: int, vocab_block: int, z_loss: float) -> None:
     with jax.enable_x64(True):
         hidden, table, targets, weights = inputs()
-        settings = LossSettings(V, block, z_loss, cpu_mesh(1))
+        settings = LossSettings(V, block, vocab_block, z_loss, cpu_mesh(1))
         # A factor in front, because the backward pass must scale what the forward pass formed.
         blocked = lambda h, e: 3.5 * next_token_loss(h, e, targets, weights, settings)[0]  # noqa: E731
         plain = lambda h, e: 3.5 * plain_loss(h, e, targets, weights, z_loss)[0]  # noqa: E731
@@ -45,27 +49,30 @@ def test_blocked_equals_plain_in_value_and_gradient(block: int, z_loss: float) -
         assert relative_difference(-jnp.sum(weights * log_probs), reported) < 1e-12
 
 
-def test_the_same_on_meshes_that_split_rows_and_vocabulary() -> None:
+@pytest.mark.parametrize("vocab_block", [0, 8])
+def test_the_same_on_meshes_that_split_rows_and_vocabulary(vocab_block: int) -> None:
     hidden, table, targets, weights = inputs(np.float32)
 
     def value_and_gradient(mesh):
-        settings = LossSettings(V, 8, 0.01, mesh)
+        settings = LossSettings(V, 8, vocab_block, 0.01, mesh)
         function = lambda h, e: next_token_loss(h, e, targets, weights, settings)[0]  # noqa: E731
         return jax.jit(jax.value_and_grad(function, (0, 1)))(hidden, table)
 
     assert_same_on_meshes(
-        value_and_gradient, [cpu_mesh(1), cpu_mesh(8, fsdp=4, tensor=2), cpu_mesh(4, tensor=4)]
+        value_and_gradient,
+        [cpu_mesh(1), cpu_mesh(8, fsdp=4, tensor=2), cpu_mesh(4, tensor=4), cpu_mesh(8, data=2, tensor=2)],
     )
 
 
-def test_logits_never_exist_whole() -> None:
+@pytest.mark.parametrize("vocab_block", [0, 1024])
+def test_logits_never_exist_whole(vocab_block: int) -> None:
     """The compiled gradient needs less memory than one float32 [B, L, V] tensor; the plain one more."""
     rows, length, vocabulary = 2, 512, 16_384
     whole = 4 * rows * length * vocabulary
     shapes = [((rows, length, 32), jnp.float32), ((vocabulary, 32), jnp.float32)]
     shapes += [((rows, length), jnp.int32), ((rows, length), jnp.float32)]
     arguments = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
-    settings = LossSettings(vocabulary, 64, 0.0, cpu_mesh(1))
+    settings = LossSettings(vocabulary, 64, vocab_block, 0.0, cpu_mesh(1))
 
     def memory(loss) -> int:
         compiled = jax.jit(jax.grad(loss, (0, 1))).lower(*arguments).compile()

@@ -1,5 +1,7 @@
 """The training step: the same numbers on any mesh, in any number of parts, packed or not."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -243,3 +245,37 @@ def test_a_step_that_is_not_finite_changes_nothing_but_counts(name: str) -> None
     state, metrics = step(state, put_batch(good, B, mesh))
     assert np.isfinite(metrics.loss) and np.isfinite(metrics.grad_norm)
     assert metrics.learning_rate == learning_rate_schedule(config.optimizer, config.steps)(2)
+
+
+@pytest.mark.parametrize("vocab_block", [0, 128])
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_products_of_float32_are_of_full_precision(platform: str, vocab_block: int) -> None:
+    """No pass in TF32 or bfloat16 without being asked for: every product of the program says so."""
+    config = replace(CONFIG, {"compute.dtype": "float32", "compute.loss_vocab_block": vocab_block})
+    mesh = cpu_mesh(1)
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), packed_batch(config.model))
+    traced = jax.jit(loss_and_gradients(config, mesh)).trace(abstract_train_state(config, mesh).params, batch)
+    program = traced.lower(lowering_platforms=(platform,)).as_text()
+    products = re.findall(r"stablehlo\.dot.*", program)
+    # Of a block: 7 with a weight and 2 of attention, each once more for both gradients; the loss has 3 or 4.
+    assert len(products) >= 9 * 3 + 3
+    assert [line for line in products if "precision = [HIGHEST, HIGHEST]" not in line] == []
+
+
+@pytest.mark.parametrize("rule", ["adamw", "lion"])
+def test_a_first_moment_of_half_the_bytes(rule: str) -> None:
+    """It is stored in bfloat16, and a step differs from the whole one by its rounding only."""
+    whole = replace(CONFIG, {"optimizer.name": rule})
+    half = replace(whole, {"optimizer.first_moment_dtype": "bfloat16"})
+    mesh = cpu_mesh(1)
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(abstract_train_state(half, mesh).opt_state)}
+    assert jnp.dtype(jnp.bfloat16) in dtypes
+
+    def after_two_steps(config: PretrainConfig) -> dict[str, np.ndarray]:
+        state, step = create_train_state(config, mesh), make_train_step(config, mesh)
+        for seed in range(2):
+            state, _ = step(state, put_batch(packed_batch(config.model, seed), B, mesh))
+        return jax.device_get(named_arrays(state.params))
+
+    if rule == "adamw":  # a sign, as Lion takes it, may turn over by a rounding
+        assert_same(after_two_steps(half), after_two_steps(whole), 1e-2)

@@ -1,0 +1,92 @@
+"""Attention of whole rows on TPU: the splash attention kernel that comes with jax.
+
+It holds the scores of a block at a time, and skips the blocks that the causal mask leaves empty.
+Shape legend: B batch, L length, N query heads, K key/value heads, H head dim.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from gemma_jax.model.ops import Integers
+from gemma_jax.sharding import partition_spec
+
+LANES = 128  # of a TPU's vector unit; the kernel's blocks are multiples of it
+BLOCK = 512  # queries and keys of a block; larger ones do not fit v5e's vector memory at head dim 256
+
+
+def fits_splash(q: jax.Array) -> bool:
+    """Whether the kernel takes queries [B, L, N, H] of this shape and dtype.
+
+    Its products of float32 run in bfloat16 passes, so it is for bfloat16 alone.
+    """
+    return q.dtype == jnp.bfloat16 and q.shape[1] % LANES == 0 and q.shape[3] % LANES == 0
+
+
+def splash_attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: Integers,
+    mesh: Mesh,
+    *,
+    residuals: str,
+    interpret: bool = False,
+) -> jax.Array:
+    """Attention of each slot to the earlier slots of its segment in its row.
+
+    Args:
+      q: [B, L, N, H], already scaled.
+      k, v: [B, L, K, H].
+      segments: [B, L].
+      mesh: splits rows and heads.
+      residuals: name of the output and the log-partitions for a policy of jax.checkpoint.
+      interpret: run the kernel on any platform, slowly.
+
+    Returns:
+      [B, L, N, H] in q's dtype.
+    """
+    # Late: Pallas takes half a second to import.
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    L, N, K = q.shape[1], q.shape[2], k.shape[2]
+    tensor = mesh.shape["tensor"]
+    if K > 1 and K % tensor:
+        # Each device has all key heads, but must find those of its own query heads at their place.
+        k, v = (jnp.repeat(x, N // K, axis=2) for x in (k, v))
+    block = next(size for size in range(min(BLOCK, L), 0, -LANES) if L % size == 0)
+    sizes = splash.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
+
+    def of_device(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+        kernel = splash.make_splash_mha(
+            mask=splash.MultiHeadMask([splash.CausalMask((L, L))] * q.shape[1]),
+            block_sizes=sizes,
+            head_shards=1,
+            q_seq_shards=1,
+            residual_checkpoint_name=residuals,
+            interpret=interpret,
+        )
+        return jax.vmap(kernel)(q, k, v, splash.SegmentIds(segments, segments))
+
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    segments = jnp.asarray(segments, jnp.int32)
+    spec = partition_spec(("batch", "heads", "length", "head_dim"), q.shape, mesh, "queries")
+    spec_kv = partition_spec(("batch", "kv_heads", "length", "head_dim"), k.shape, mesh, "keys")
+    spec_segments = partition_spec(("batch", "length"), segments.shape, mesh, "segments")
+    attend = jax.shard_map(
+        of_device,
+        mesh=mesh,
+        in_specs=(spec, spec_kv, spec_kv, spec_segments),
+        out_specs=spec,
+        check_vma=False,  # the kernel's outputs do not say over which axes they vary
+    )
+    return attend(q, k, v, segments).swapaxes(1, 2)
