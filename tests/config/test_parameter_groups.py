@@ -48,6 +48,7 @@ def test_the_later_group_has_the_last_word_setting_by_setting() -> None:
         ("", "'' is no group of parameters"),
         ("embedding", "'embedding' is no group of parameters"),
         ("weight_decay=0", "'weight_decay=0' is no group of parameters"),
+        ("weight_decay=0 learning_rate_factor=1", "is no group of parameters"),
         ("embedding weight_decay", "'weight_decay' in 'embedding weight_decay' is not one number"),
         ("embedding weight_decay=-1", "'weight_decay=-1' in"),
         ("embedding weight_decay=inf", "'weight_decay=inf' in"),
