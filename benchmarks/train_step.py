@@ -1,15 +1,16 @@
 """Training speed of the 110M shape in float32, beside transformers where that is installed.
 
 Both take turns in one process, so that a noisy machine treats them alike; quote the ratio. Prints one JSON
-line for each program, then one with the ratio.
+line for each program, then one with the ratio. With --only, the line of that program has its peak memory.
 
-    python benchmarks/train_step.py [--threads 2] [--rounds 5] [--batch 4] [--length 512]
+    python benchmarks/train_step.py [--threads 2] [--rounds 5] [--batch 4] [--length 512] [--only NAME]
 """
 
 import argparse
 import importlib.util
 import json
 import os
+import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -121,15 +122,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name, default in (("threads", 2), ("rounds", 5), ("batch", 4), ("length", 512)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--only", choices=("gemma_jax", "transformers"))
     arguments = parser.parse_args()
     use_threads(arguments.threads)
-    programs = {"gemma_jax": ours(arguments.batch, arguments.length)}
+    makers = {"gemma_jax": ours}
     if importlib.util.find_spec("transformers"):
-        programs["transformers"] = theirs(arguments.batch, arguments.length)
+        makers["transformers"] = theirs
+    if arguments.only:
+        makers = {arguments.only: makers[arguments.only]}
+    programs = {name: make(arguments.batch, arguments.length) for name, make in makers.items()}
     seconds = in_turn(programs, arguments.rounds)
     speed = {name: arguments.batch * arguments.length / statistics.median(s) for name, s in seconds.items()}
     for name, value in speed.items():
-        print(json.dumps({"program": name, "tokens_per_second": round(value, 1), **vars(arguments)}))
+        line = {"program": name, "tokens_per_second": round(value, 1), **vars(arguments)}
+        if arguments.only:
+            line["peak_memory_gib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+        print(json.dumps(line))
     if len(speed) == 2:
         ratios = [b / a for a, b in zip(seconds["gemma_jax"], seconds["transformers"], strict=True)]
         print(json.dumps({"gemma_jax / transformers": round(statistics.median(ratios), 3)}))
