@@ -19,6 +19,7 @@ from gemma_jax.config import (
     MeshConfig,
     SamplingConfig,
     TransformerConfig,
+    replace,
     validate_sampling,
 )
 from gemma_jax.data.chat import Message
@@ -97,24 +98,29 @@ class Gemma:
         *,
         mesh: MeshConfig | None = None,
         compute: ComputeConfig | None = None,
+        dtype: Literal["float32", "bfloat16"] | None = None,
         instruction_tuned: bool | None = None,
     ) -> "Gemma":
         """Load a model.
 
         Args:
           checkpoint: a run directory, one of its steps, a Hugging Face directory, a published Flax
-            directory, or `random:PRESET` for random weights of a preset.
+            directory, a name on the Hub such as google/gemma-2b-it, or `random:PRESET` for random weights
+            of a preset (docs/checkpoints.md).
           mesh: how to split it over the devices; all of them on fsdp if left out.
           compute: how to execute it.
+          dtype: of the parameters in memory, instead of compute.param_dtype.
           instruction_tuned: whether it was trained on dialogues; if left out it was where its
             generation_config.json lists `<end_of_turn>` or its name ends in `-it`.
 
         Raises:
-          UserError: nothing there, a damaged checkpoint, a preset that does not exist.
+          UserError: nothing there, a damaged checkpoint, a preset that does not exist, another dtype.
         """
+        if dtype not in (None, "float32", "bfloat16"):
+            raise UserError(f"dtype is {dtype!r}, but parameters are kept as float32 or bfloat16.")
         found = open_checkpoint(checkpoint)
         device_mesh = make_mesh(mesh or MeshConfig())
-        compute = compute or ComputeConfig()
+        compute = replace(compute or ComputeConfig(), {"param_dtype": dtype} if dtype else {})
         keep_programs(compute.compilation_cache)
         tokenizer = found.tokenizer()  # first: what is wrong with it is known at once
         ends = found.end_tokens(instruction_tuned)

@@ -20,6 +20,7 @@ from gemma_jax.checkpoint.pretrained import open_checkpoint
 from gemma_jax.cli import main
 from gemma_jax.config import PRESETS, ComputeConfig, MeshConfig, TransformerConfig
 from gemma_jax.errors import UserError
+from gemma_jax.sharding import named_arrays
 from gemma_jax.testing import cpu_mesh, tiny_gemma
 from gemma_jax.tokenizer import Tokenizer
 from tests.checkpoint.published import MULTI_HEAD, MULTI_QUERY, TYPES, random_tensors, write_huggingface
@@ -160,6 +161,16 @@ def test_the_notice_goes_with_weights_that_derive_from_gemma(tmp_path: Path) -> 
         assert (tmp_path / name / "NOTICE").exists(), name
     convert(tmp_path / "d", tmp_path / "e", "--gemma_terms", "no")
     assert not (tmp_path / "e" / "NOTICE").exists()
+
+
+def test_parameters_are_kept_in_the_dtype_that_is_asked_for(tmp_path: Path) -> None:
+    source = write_huggingface(tmp_path / "source", MULTI_QUERY, random_tensors(MULTI_QUERY, "bfloat16"))
+    gemma = Gemma.from_pretrained(source, mesh=ONE, dtype="bfloat16")
+    assert {str(x.dtype) for x in named_arrays(gemma.params).values()} == {"bfloat16"}
+    gemma.save_pretrained(tmp_path / "out")
+    assert numbers(tmp_path / "out") == numbers(source)
+    with pytest.raises(UserError, match="dtype is 'int8'"):
+        Gemma.from_pretrained(source, mesh=ONE, dtype="int8")  # type: ignore[arg-type]  # that is the point
 
 
 def left(folder: Path) -> set[str]:

@@ -168,6 +168,7 @@ def test_two_checkpoints_side_by_side_have_to_be_told_apart(tmp_path: Path) -> N
         open_checkpoint(tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax's, later
 def test_damage_is_told_without_a_trace(tmp_path: Path) -> None:
     arrays = published(replace(TWO_B, {"num_layers": 1}))
     whole = save(tmp_path / "whole", arrays, "flat")
