@@ -4,6 +4,7 @@ A model is instruction-tuned where `<end_of_turn>` is among its end tokens. Publ
 so in one place: generation_config.json lists the token in newer ones only, and the Flax form has no mark.
 """
 
+import re
 from pathlib import Path
 
 from gemma_jax.checkpoint.published_config import GENERATION_FILE, read_json
@@ -11,6 +12,8 @@ from gemma_jax.errors import UserError
 from gemma_jax.tokenizer import Tokenizer
 
 EOS = Tokenizer.eos_id
+# Behind the name may stand a revision of the Hub (@main) or a version of Kaggle's (/2).
+_NAMED_SO = re.compile(r"-it(@[\w./-]+|/\d+)?/*$", re.IGNORECASE)
 END_OF_TURN = 107  # in Gemma's tokenizer, and in those that we train
 
 
@@ -32,9 +35,8 @@ def end_tokens(name: str, folder: str = "", *, instruction_tuned: bool | None = 
     if folder and path.exists():
         ids |= set(_listed(path))
     if instruction_tuned is None:
-        instruction_tuned = END_OF_TURN in ids or any(
-            place.rstrip("/").lower().endswith("-it") for place in (name, folder)
-        )
+        named = any(_NAMED_SO.search(place) for place in (name, folder))
+        instruction_tuned = END_OF_TURN in ids or named
     return tuple(sorted(ids | {END_OF_TURN} if instruction_tuned else ids - {END_OF_TURN}))
 
 

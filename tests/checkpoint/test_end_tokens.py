@@ -21,7 +21,10 @@ from tests.checkpoint.published import MULTI_QUERY, random_tensors, write_huggin
     # Google's first instruction-tuned checkpoints list <eos> alone.
     ("google/gemma-1.1-7b-it", '{"eos_token_id": 1}', None, (1, 107)),
     ("/models/gemma-2B-IT/", None, None, (1, 107)),
+    ("google/gemma-2b-it@float16", None, None, (1, 107)),
+    ("google/gemma/flax/2b-it/2", None, None, (1, 107)),
     ("runs/digit", None, None, (1,)),
+    ("google/gemma-it-none@main", None, None, (1,)),
     ("runs/demo", None, True, (1, 107)),
     ("google/gemma-2b-it", '{"eos_token_id": [1, 107]}', False, (1,)),
     ("google/gemma-2b", '{"eos_token_id": [5, 1]}', None, (1, 5)),

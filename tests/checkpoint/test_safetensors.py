@@ -196,7 +196,7 @@ def test_ten_thousand_damaged_headers_are_read_or_refused(tmp_path: Path) -> Non
         path = tmp_path / str(number % 50)  # a file that is mapped must not be changed
         path.unlink(missing_ok=True)
         path.write_bytes(raw)
-        started = time.monotonic()
+        started = time.process_time()
         try:
             file = SafetensorsFile(path)
         except UserError:
@@ -204,7 +204,7 @@ def test_ten_thousand_damaged_headers_are_read_or_refused(tmp_path: Path) -> Non
         else:
             assert sum(file[name].nbytes for name in file.tensors) <= len(raw)
             assert all(file[name].tobytes() is not None for name in file.tensors)
-        assert time.monotonic() - started < 10
+        assert time.process_time() - started < 10  # of the processor: a hang, not a busy machine
     assert 6_000 < refused < 12_000
 
 
@@ -229,13 +229,13 @@ def test_ten_thousand_damaged_directories_are_read_or_refused(
     for number in range(12_000):
         name = list(files)[number % 2]
         (folder / name).write_bytes(mutated(rng, files[name]))
-        started = time.monotonic()
+        started = time.process_time()
         try:
             found = HuggingFaceDirectory(folder)
             assert all(found.get(*place).size for place in in_order(found.config))
         except UserError:
             refused += 1
-        assert time.monotonic() - started < 10
+        assert time.process_time() - started < 10  # of the processor: a hang, not a busy machine
         (folder / name).write_bytes(files[name])
     assert {path.parent for path in opened} == {folder}
     assert 6_000 < refused < 12_000
