@@ -18,7 +18,7 @@ from gemma_jax.checkpoint.hub import download, is_hub_name
 from gemma_jax.checkpoint.huggingface import HuggingFaceDirectory
 from gemma_jax.checkpoint.layout import Weights
 from gemma_jax.checkpoint.placement import place
-from gemma_jax.checkpoint.published_config import CONFIG_FILE, read_config
+from gemma_jax.checkpoint.published_config import CONFIG_FILE, LARGEST_FILE, read_config
 from gemma_jax.checkpoint.terms import has_notice, has_published_shape
 from gemma_jax.config import (
     ComputeConfig,
@@ -125,17 +125,23 @@ def is_published(folder: str | os.PathLike[str]) -> bool:
     folder = Path(folder)
     if not os.path.isdir(folder) or os.path.exists(folder / RUN_RECORD):
         return False
+    if _has_safetensors(folder):
+        return True
+    config = folder / CONFIG_FILE
+    # A run has a config.json too, of another kind. What is no text at all is for others to tell.
+    if os.path.isfile(config):
+        with open(config, "rb") as file:
+            if b'"model_type"' in file.read(LARGEST_FILE):
+                return True
+    return flax_folder(folder) is not None
+
+
+def _has_safetensors(folder: Path) -> bool:
     try:
         names = os.listdir(folder)
     except OSError as error:
         raise UserError(f"{folder} cannot be read ({error.strerror}); check your access.") from error
-    if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
-        return True
-    config = folder / CONFIG_FILE
-    # A run has a config.json too, of another kind. What is no text at all is for others to tell.
-    if config.is_file() and '"model_type"' in config.read_text(errors="replace"):
-        return True
-    return flax_folder(folder) is not None
+    return any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names)
 
 
 def flax_folder(folder: Path) -> Path | None:
@@ -144,9 +150,9 @@ def flax_folder(folder: Path) -> Path | None:
     Raises:
       UserError: there are several.
     """
-    if (folder / FLAX_METADATA).is_file():
+    if os.path.isfile(folder / FLAX_METADATA):
         return folder
-    found = [child for child in sorted(folder.iterdir()) if (child / FLAX_METADATA).is_file()]
+    found = [child for child in sorted(folder.iterdir()) if os.path.isfile(child / FLAX_METADATA)]
     if len(found) > 1:
         names = ", ".join(child.name for child in found)
         raise UserError(f"{folder} holds several Flax checkpoints ({names}); give the path of one.")
@@ -154,7 +160,7 @@ def flax_folder(folder: Path) -> Path | None:
 
 
 def _published(name: str, folder: Path) -> Checkpoint:
-    arrays = flax_folder(folder)
+    arrays = None if _has_safetensors(folder) else flax_folder(folder)
     weights: Weights
     tokenizer = folder / TOKENIZER_FILE
     if arrays is None:

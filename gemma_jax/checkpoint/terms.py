@@ -17,7 +17,10 @@ PUBLISHED_SHAPES = (PRESETS["gemma_2b"], PRESETS["gemma_7b"])
 def has_notice(folder: "Path | epath.Path") -> bool:
     """Whether a directory says of itself that its weights are under the Gemma terms."""
     path = folder / NOTICE_FILE
-    return path.is_file() and b"gemma terms of use" in path.read_bytes().lower()
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return b"gemma terms of use" in file.read(2**16).lower()
 
 
 def has_published_shape(config: TransformerConfig) -> bool:
