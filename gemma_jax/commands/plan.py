@@ -4,7 +4,7 @@ import dataclasses
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -31,7 +31,6 @@ class PlanOptions(PretrainConfig):
         "step of decode.",
     )
     new_tokens: int = setting(128, "prefill and decode: room in the cache behind the prompts.")
-    compiler_option: tuple[str, ...] = setting((), "Options of the XLA compiler: NAME=VALUE.")
     tokens: str = setting("", "Tokens of the whole run, such as 20B or 6T; empty means those of the config.")
     price: float = setting(0.0, "Of a chip and hour, for the cost of the run; 0 leaves it out.")
     explain: bool = setting(False, "Show which code and which parameter each collective is for.")
@@ -60,9 +59,6 @@ def run(arguments: Sequence[str], prog: str) -> int:
     if not options.topology:
         raise UserError(f"name the TPUs to plan for, such as: {prog} {name} --topology v5e-256.")
     tokens = token_count(options.tokens) if options.tokens else _tokens_of(config)
-    wrong = [option for option in options.compiler_option if not re.fullmatch(r"\w+=.*", option)]
-    if wrong:
-        raise UserError(f"compiler_option is {wrong[0]!r}, but must be NAME=VALUE.")
 
     from gemma_jax.planning.compiler import prepare
     from gemma_jax.planning.topology import parse_topology
@@ -87,7 +83,6 @@ def run(arguments: Sequence[str], prog: str) -> int:
         config,
         options.mode,
         options.new_tokens,
-        _pairs(options),
         Path(options.dump_hlo) if options.dump_hlo else None,
     )
     if options.json:
@@ -111,10 +106,6 @@ def token_count(text: str) -> float:
 
 def _tokens_of(config: PretrainConfig) -> float:
     return float(config.steps) * config.data.batch_size * config.data.sequence_length
-
-
-def _pairs(options: PlanOptions) -> Mapping[str, str]:
-    return dict(option.split("=", 1) for option in options.compiler_option)
 
 
 def _sweep(
@@ -145,7 +136,7 @@ def _sweep(
         rows = variant.data.batch_size
         if rows >= too_large.get(kind, rows + 1):
             continue  # fewer rows of the same did not fit
-        plan = planner.plan(variant, options=_pairs(options))
+        plan = planner.plan(variant)
         if plan.analysis is None:
             too_large[kind] = rows
         found.append((variant, plan))

@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 
 from gemma_jax.config import PretrainConfig, validate_on_devices
 from gemma_jax.planning.analysis import Analysis, analyse
@@ -55,7 +54,6 @@ class Planner:
         config: PretrainConfig,
         mode: Mode = "pretrain",
         new_tokens: int = 128,
-        options: Mapping[str, str] = MappingProxyType({}),
         dump_hlo: Path | None = None,
     ) -> Plan:
         """Compile a config's program, or find what was learnt of it before.
@@ -64,7 +62,6 @@ class Planner:
           config: what to run, and on which mesh of the topology's devices.
           mode: which program of it.
           new_tokens: room in the cache behind the prompts, where the mode is of sampling.
-          options: of the XLA compiler.
           dump_hlo: a file for the compiled program's text, which is then compiled anew.
 
         Raises:
@@ -73,6 +70,7 @@ class Planner:
         validate_on_devices(config, len(self.devices))
         mesh = make_mesh(config.mesh, self.devices)
         program = lower(mode, config, mesh, new_tokens)
+        options = dict(option.split("=", 1) for option in config.compute.tpu_options)
         name = f"{self.topology.slices} x {self.topology.compiler_name}, {list(mesh.shape.items())}"
         key = key_of(program.lowered.as_text(), name, options, compiler_version())
         entry = None if dump_hlo else self._cache.get(key)

@@ -89,8 +89,8 @@ def test_explained_collectives_tell_code_and_work(plan: Callable[..., tuple[int,
 
 
 def test_what_is_known_is_not_compiled_again(plan: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
-    first = plan("--compiler_option", "xla_a=1")
-    assert plan("--compiler_option", "xla_a=1") == first and compiled == [{"xla_a": "1"}]
+    first = plan("--compute.tpu_options", "xla_a=1")
+    assert plan("--compute.tpu_options", "xla_a=1") == first and compiled == [{"xla_a": "1"}]
     plan()
     assert len(compiled) == 2
     dump = tmp_path / "program.txt"
@@ -145,7 +145,6 @@ def test_numbers_that_are_none(text: str) -> None:
 
 @pytest.mark.parametrize(("arguments", "told"), [
     (("--mode", "finetune"), "no fine-tuning step yet"),
-    (("--compiler_option", "xla"), "must be NAME=VALUE"),
     (("--sweep", "--sweep_remat", "ful"), "sweep_remat has 'ful'"),
     (("--data.batch_size", "5"), "data.batch_size is 5"),
     (("--sweep", "--sweep_tensor", "3"), "no combination of the sweep"),

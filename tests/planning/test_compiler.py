@@ -11,6 +11,7 @@ from gemma_jax.planning.cache import PlanCache
 from gemma_jax.planning.compiler import devices_of, memory_told, prepare
 from gemma_jax.planning.planner import Plan, Planner
 from gemma_jax.planning.topology import Topology, parse_topology
+from gemma_jax.planning.traffic import origin
 
 # Two layers of the 2B model's shape, a quarter as wide: dimensions that the TPU's tiles divide.
 SHALLOW = PretrainConfig(
@@ -138,7 +139,10 @@ def test_options_and_meshes_that_cannot_be(cache: PlanCache) -> None:
     planner = Planner(parse_topology("v5e-4", 2), cache)
     with pytest.raises(UserError, match="No such compile option"):
         planner.plan(
-            replace(SHALLOW, {"mesh.slice": 2, "data.batch_size": 8}), options={"no_such_option": "1"}
+            replace(
+                SHALLOW,
+                {"mesh.slice": 2, "data.batch_size": 8, "compute.tpu_options": ("no_such_option=1",)},
+            )
         )
     with pytest.raises(UserError, match="mesh.slice is 1, but the devices are on 2 slices"):
         planner.plan(replace(SHALLOW, {"data.batch_size": 8}))
@@ -164,6 +168,10 @@ def test_gradients_go_between_slices_and_parameters_do_not(cache: PlanCache) -> 
     config = replace(SHALLOW, {"mesh.slice": 2, "data.batch_size": 8})
     plan = Planner(parse_topology("v5e-4", 2), cache).plan(config)
     assert plan.analysis is not None and plan.estimate is not None
-    between = {c.kind for c in plan.analysis.collectives if c.axis == "slice" and c.bytes > 1e5}
-    assert between == {"all-reduce"}
+    between = [c for c in plan.analysis.collectives if c.axis == "slice"]
+    gathered = [c for c in between if c.kind == "all-gather"]
+    assert not any(origin(c, plan.program.parameters).parameters for c in gathered)
+    summed = sum(c.bytes for c in between if c.kind == "all-reduce")
+    gradients = sum(c.bytes for c in plan.analysis.collectives if c.kind == "reduce-scatter")
+    assert 0.1 * gradients < summed < gradients
     assert set(plan.estimate.link_seconds) == {"ici", "dcn"}
