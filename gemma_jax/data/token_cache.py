@@ -153,7 +153,8 @@ def build_token_cache(
     cached: dict[int, CachedShard] = {}
     first = process_index * count // process_count
     order = [*range(first, count), *range(first)]
-    missing = [number for number in order if _open_shard(directory, number, dtype) is None]
+    opened = {number: _open_shard(directory, number, dtype) for number in order}
+    missing = [number for number, shard in opened.items() if shard is None]
     shard_writer = _ShardWriter(source, tokenizer, held_out, directory, dtype)
     processes = min(_cores() // THREADS_A_PROCESS, MOST_PROCESSES, len(missing))
     with contextlib.ExitStack() as stack:
@@ -163,7 +164,7 @@ def build_token_cache(
             write = lambda number, report: finish(number)  # noqa: E731  # one of two ways
         for number in order:
             size = source.shards[number].size
-            whole = _open_shard(directory, number, dtype)
+            whole = opened[number] or _open_shard(directory, number, dtype)  # another may have written it
             if whole is None:
                 write(number, _progress_of_part(progress, done_bytes, size, total_bytes, done_tokens))
                 whole = _open_shard(directory, number, dtype)

@@ -65,8 +65,13 @@ def test_what_is_not_in_the_bucket_is_named(corpus: epath.Path) -> None:
             check_source(spec)
 
 
-def test_array_records_in_a_bucket(corpus: epath.Path, tmp_path: Path) -> None:
+def test_array_records_in_a_bucket(
+    corpus: epath.Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They are copied here one at a time, and what is said of them names the bucket."""
+    copies = tmp_path / "copies"
+    copies.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(copies))
     texts = random_texts(60)
     files = []
     for name, part in (("a", texts[:25]), ("b", texts[25:])):
@@ -82,7 +87,7 @@ def test_array_records_in_a_bucket(corpus: epath.Path, tmp_path: Path) -> None:
     read = [document for shard in source.shards for document in source.read(shard, print)]
     assert [document.text for document in read if isinstance(document, source_module.Text)] == texts
     assert source.place(source.shards[1], 3) == "gs://bucket/corpus/b.array_record, record 3"
-    assert not list(Path(tempfile.gettempdir()).glob("array_record.*"))
+    assert not list(copies.iterdir())
     files[0].write_bytes(b"nonsense" * 1000)
     files[1].write_bytes(b"")
     for name in ("a", "b"):
