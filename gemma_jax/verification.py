@@ -6,6 +6,7 @@
 import dataclasses
 import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from gemma_jax.checkpoint.layout import Weights, in_order
 from gemma_jax.config import ComputeConfig, TransformerConfig
 from gemma_jax.errors import UserError
 from gemma_jax.model import abstract_transformer
-from gemma_jax.model.attention import causal_attend
+from gemma_jax.model.attention import self_attend
 from gemma_jax.model.ops import embed, rms_norm
 
 BLOCK = 2**24  # numbers looked at together: in float64 they take 128 MB
@@ -137,9 +138,8 @@ def layer_outputs(
         block, stacked = nnx.split(model.blocks)
         for layer in range(config.num_layers):
             state = jax.tree.map(lambda array, layer=layer: array[layer], stacked)
-            x = nnx.merge(block, state)(
-                x, positions, lambda q, k, v: causal_attend(q, k, v, positions, segments)
-            )
+            attend = partial(self_attend, positions=positions, segments=segments, mesh=mesh)
+            x = nnx.merge(block, state)(x, positions, attend)
             found[f"layer_{layer}"] = x
         found["final_norm"] = rms_norm(x, model.final_norm[...], config.norm_epsilon)
         found["logits"] = model.logits(found["final_norm"])[..., : config.vocab_size]
