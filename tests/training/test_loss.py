@@ -49,6 +49,23 @@ def test_blocked_equals_plain_in_value_and_gradient(block: int, vocab_block: int
         assert relative_difference(-jnp.sum(weights * log_probs), reported) < 1e-12
 
 
+@pytest.mark.parametrize("spread", [1.0, 400.0])
+def test_logits_far_above_those_of_the_first_block(spread: float) -> None:
+    """In float32, where exp overflows unless the true largest logit is found; alike on all devices."""
+    hidden, table, targets, weights = inputs(np.float32)
+    table[8:] *= spread
+    plain = jax.value_and_grad(lambda h, e: plain_loss(h, e, targets, weights, 0.0)[0], (0, 1))(hidden, table)
+    assert np.isfinite(plain[0])
+
+    def blocked(mesh):
+        settings = LossSettings(V, 8, 8, 0.0, mesh)
+        function = lambda h, e: next_token_loss(h, e, targets, weights, settings)[0]  # noqa: E731
+        return jax.jit(jax.value_and_grad(function, (0, 1)))(hidden, table)
+
+    for mesh in (cpu_mesh(1), cpu_mesh(8, fsdp=4, tensor=2)):
+        assert_same(blocked(mesh), plain, 1e-5)
+
+
 @pytest.mark.parametrize("vocab_block", [0, 8])
 def test_the_same_on_meshes_that_split_rows_and_vocabulary(vocab_block: int) -> None:
     hidden, table, targets, weights = inputs(np.float32)
