@@ -2,11 +2,11 @@
 
 import dataclasses
 import importlib.metadata
-import importlib.util
 import os
 import re
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemma_jax.errors import UserError
@@ -32,16 +32,15 @@ def compiler_version() -> str:
     Raises:
       UserError: libtpu is not installed.
     """
-    elsewhere = os.environ.get("TPU_LIBRARY_PATH")  # jax looks there first
-    if elsewhere:
-        library = f"{elsewhere} of {os.path.getsize(elsewhere):,} bytes"
-    elif importlib.util.find_spec("libtpu"):
-        library = importlib.metadata.version("libtpu")
-    else:
+    given = os.environ.get("TPU_LIBRARY_PATH")  # jax looks there first, and sets it to the installed package
+    places = [str(Path(given).parents[1])] if given else sys.path
+    package = next(iter(importlib.metadata.distributions(name="libtpu", path=places)), None)
+    if package is None and not given:
         raise UserError(
             "planning needs the TPU compiler, the package libtpu, which is not installed; "
             "install it with: pip install 'gemma_jax[tpu]' (no TPU is needed)."
         )
+    library = package.version if package else f"{given} of {os.path.getsize(str(given)):,} bytes"
     return f"libtpu {library}, jax {importlib.metadata.version('jax')}"
 
 

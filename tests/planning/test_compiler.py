@@ -45,7 +45,7 @@ def test_what_the_compiler_says_of_memory(
 
 def test_without_the_compiler_it_is_said_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
-    monkeypatch.setattr(compiler.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(compiler.importlib.metadata, "distributions", lambda **_: iter(()))
     with pytest.raises(UserError, match=r"pip install 'gemma_jax\[tpu\]'"):
         prepare()
 
