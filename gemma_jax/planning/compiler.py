@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import math
 import os
 import re
 import sys
@@ -117,8 +118,8 @@ def compile_lowered(lowered: "jax.stages.Lowered", options: Mapping[str, str]) -
     import jax
 
     # jax could keep what is compiled, but not read it again: there is no client of such devices.
-    keeps = jax.config.values["jax_enable_compilation_cache"]
-    jax.config.update("jax_enable_compilation_cache", False)
+    keeps = jax.config.values["jax_persistent_cache_min_compile_time_secs"]
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)
     try:
         compiled = lowered.compile(compiler_options=dict(options) or None)
     except jax.errors.JaxRuntimeError as error:
@@ -129,7 +130,7 @@ def compile_lowered(lowered: "jax.stages.Lowered", options: Mapping[str, str]) -
             raise UserError(f"the compiler refuses an option: {message.splitlines()[0]}") from error
         raise
     finally:
-        jax.config.update("jax_enable_compilation_cache", keeps)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", keeps)
     text, memory = compiled.as_text(), compiled.memory_analysis()
     assert text is not None and memory is not None  # the TPU compiler gives both
     return Compiled(

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from gemma_jax.planning.compiler import prepare
+
 LIBRARY = Path(__file__).parents[2] / ".venv" / "libtpu" / "libtpu" / "libtpu.so"
 
 
@@ -21,6 +23,7 @@ def tpu_compiler() -> Iterator[None]:
         if not LIBRARY.exists():
             pytest.skip("the TPU compiler is not installed: make .venv/libtpu/installed")
         os.environ["TPU_LIBRARY_PATH"] = str(LIBRARY)
+    prepare()
     yield
     if not given:
         os.environ.pop("TPU_LIBRARY_PATH", None)

@@ -11,7 +11,6 @@ from gemma_jax.planning.cache import PlanCache
 from gemma_jax.planning.compiler import devices_of, memory_told, prepare
 from gemma_jax.planning.planner import Plan, Planner
 from gemma_jax.planning.topology import Topology, parse_topology
-from gemma_jax.planning.traffic import origin
 
 # Two layers of the 2B model's shape, a quarter as wide: dimensions that the TPU's tiles divide.
 SHALLOW = PretrainConfig(
@@ -60,7 +59,6 @@ def test_without_the_compiler_it_is_said_how_to_get_it(monkeypatch: pytest.Monke
     ("tpu7x-8", 1, 8, 1),  # 4 chips: each TensorCore is a device
 ])  # fmt: skip
 def test_devices_of_slices_that_are_not_here(name: str, slices: int, devices: int, cores: int) -> None:
-    prepare()
     found = devices_of(parse_topology(name, slices))
     assert len(found) == devices and {device.num_cores for device in found} == {cores}
     assert {device.platform for device in found} == {"tpu"}
@@ -74,7 +72,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> PlanCache:
 @pytest.fixture(scope="module")
 def plan(tpu_compiler: None, cache: PlanCache) -> Plan:
     """Compiled once."""
-    prepare()
     return Planner(parse_topology("v5e-4"), cache).plan(SHALLOW)
 
 
@@ -169,9 +166,9 @@ def test_gradients_go_between_slices_and_parameters_do_not(cache: PlanCache) -> 
     plan = Planner(parse_topology("v5e-4", 2), cache).plan(config)
     assert plan.analysis is not None and plan.estimate is not None
     between = [c for c in plan.analysis.collectives if c.axis == "slice"]
-    gathered = [c for c in between if c.kind == "all-gather"]
-    assert not any(origin(c, plan.program.parameters).parameters for c in gathered)
+    # Each of four devices sums its quarter of the gradients, in bfloat16 or float32, with the other slice.
     summed = sum(c.bytes for c in between if c.kind == "all-reduce")
-    gradients = sum(c.bytes for c in plan.analysis.collectives if c.kind == "reduce-scatter")
-    assert 0.1 * gradients < summed < gradients
+    quarter = plan.analysis.memory["parameters"]
+    assert 0.5 * quarter <= summed <= 1.1 * quarter
+    assert max(between, key=lambda c: c.bytes).kind == "all-reduce"
     assert set(plan.estimate.link_seconds) == {"ici", "dcn"}
