@@ -1,0 +1,30 @@
+"""Pretrain the 2B shape at 8192 tokens on a pod of TPU v6e: 3 trillion tokens."""
+
+from gemma_jax.config import (
+    PRESETS,
+    CheckpointConfig,
+    ComputeConfig,
+    DataConfig,
+    EvaluationConfig,
+    MeshConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    TokenizerConfig,
+)
+
+# gemma plan pretrain_2b_v6e_256 --topology v6e-256
+#   (not planned yet: python benchmarks/tpu_plans.py writes it here)
+# XLA would make loops of permutes of the gathers; see docs/sharding.md.
+NO_WINDOWED_EINSUM = ("xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000",)
+
+config = PretrainConfig(
+    steps=1_430_000,
+    model=PRESETS["gemma_2b"],
+    tokenizer=TokenizerConfig(path="tokenizer.model"),
+    data=DataConfig(sources=("corpus/*.jsonl",), sequence_length=8192, batch_size=256),
+    optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=2000),
+    compute=ComputeConfig(remat="full", loss_block=1024, tpu_options=NO_WINDOWED_EINSUM),
+    mesh=MeshConfig(fsdp=256),
+    checkpoint=CheckpointConfig(every=1000),
+    evaluation=EvaluationConfig(every=1000),
+)
