@@ -62,7 +62,8 @@ def test_blocks_of_queries_equal_the_whole(length: int, kv_heads: int) -> None:
     [
         (4, 1, {}),
         (2, 2, {}),
-        (4, 2, {"devices": 8, "fsdp": 2, "tensor": 4}),  # each key head on two devices
+        # each key head on two devices
+        pytest.param(4, 2, {"devices": 8, "fsdp": 2, "tensor": 4}, marks=pytest.mark.slow),
         (4, 2, {"devices": 4, "fsdp": 2, "tensor": 2}),
     ],
     ids=["multi-query", "multi-head", "copied keys", "split"],

@@ -70,6 +70,7 @@ def test_one_key_value_head_is_copied_to_every_tensor_device() -> None:
         )
 
 
+@pytest.mark.slow
 def test_accumulation_equals_the_large_batch() -> None:
     """Parts hold different numbers of weighted targets, so a mean of means would be wrong."""
     mesh = cpu_mesh(2)
@@ -173,7 +174,9 @@ def test_schedules_rise_to_the_peak_and_end_where_the_config_says(schedule: str)
         assert rate[79] == pytest.approx(2.0) and rate[90] == pytest.approx(1.1, rel=0.1)
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion"])
+@pytest.mark.parametrize(
+    "name", ["adamw", *(pytest.param(name, marks=pytest.mark.slow) for name in ("adafactor", "lion"))]
+)
 def test_every_optimizer_lowers_the_loss_on_a_mesh(name: str) -> None:
     rate = {"adamw": 1e-2, "adafactor": 1e-2, "lion": 1e-3}[name]
     changes = {
@@ -262,6 +265,7 @@ def test_products_of_float32_are_of_full_precision(platform: str, vocab_block: i
     assert [line for line in products if "precision = [HIGHEST, HIGHEST]" not in line] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["adamw", "lion"])
 def test_a_first_moment_of_half_the_bytes(rule: str) -> None:
     """It is stored in bfloat16, and a step differs from the whole one by its rounding only."""
