@@ -13,7 +13,11 @@ from gemma_jax.config import (
 )
 
 # gemma plan pretrain_2b_v5e_16 --topology v5e-16
-#   (not planned yet: python benchmarks/tpu_plans.py writes it here)
+#   5.68 GiB a chip; 1.268 s a step,
+#   0.992 of it without Pallas kernels;
+#   modelled utilisation 55.2%;
+#   1.99e+10 tokens in 2.2 days, 857 chip-hours
+#   (libtpu 0.0.42.1, jax 0.10.2)
 # XLA would make loops of permutes of the gathers; see docs/sharding.md.
 NO_WINDOWED_EINSUM = ("xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000",)
 

@@ -13,10 +13,10 @@ from gemma_jax.config import (
 )
 
 # gemma plan pretrain_2b_v5e_256 --topology v5e-256
-#   5.29 GiB a chip; 1.321 s a step,
-#   1.045 of it without Pallas kernels;
-#   modelled utilisation 53.0%;
-#   3e+12 tokens in 21.9 days, 134,332 chip-hours
+#   12.89 GiB a chip; 1.153 s a step,
+#   0.927 of it without Pallas kernels;
+#   modelled utilisation 60.8%;
+#   3e+12 tokens in 19.1 days, 117,226 chip-hours
 #   (libtpu 0.0.42.1, jax 0.10.2)
 # XLA would make loops of permutes of the gathers; see docs/sharding.md.
 NO_WINDOWED_EINSUM = ("xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000",)

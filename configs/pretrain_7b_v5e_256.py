@@ -13,10 +13,10 @@ from gemma_jax.config import (
 )
 
 # gemma plan pretrain_7b_v5e_256 --topology v5e-256
-#   9.64 GiB a chip; 5.089 s a step,
-#   4.230 of it without Pallas kernels;
-#   modelled utilisation 46.5%;
-#   9.98e+11 tokens in 28.0 days, 172,273 chip-hours
+#   10.09 GiB a chip; 4.981 s a step,
+#   4.277 of it without Pallas kernels;
+#   modelled utilisation 47.5%;
+#   9.98e+11 tokens in 27.4 days, 168,590 chip-hours
 #   (libtpu 0.0.42.1, jax 0.10.2)
 # XLA would make loops of permutes of the gathers; see docs/sharding.md.
 NO_WINDOWED_EINSUM = ("xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000",)

@@ -280,7 +280,7 @@ class Execution:
     instruction: Instruction
     computation: Computation
     count: int
-    counted: bool  # False where the trip count of a loop, itself or around it, is not known and taken as 1
+    counted: bool  # False where the trip count of a loop around it (of a loop: its own) is taken as 1
 
     @property
     def operand_arrays(self) -> tuple[Array, ...]:
@@ -303,9 +303,9 @@ def _executions(module: Module, name: str, count: int, counted: bool) -> Iterato
     for instruction in computation.instructions.values():
         if instruction.opcode == "while":
             trips = trip_count(module, computation, instruction)
-            known = counted and trips is not None
-            yield Execution(instruction, computation, count, known)
+            yield Execution(instruction, computation, count, trips is not None)
             (body,) = instruction.called("body")
+            known = counted and trips is not None
             yield from _executions(module, body, count * (1 if trips is None else trips), known)
             continue
         yield Execution(instruction, computation, count, counted)
