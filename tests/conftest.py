@@ -29,7 +29,7 @@ def shared_data() -> Path:
     return folder
 
 
-class Bucket(MemoryFileSystem):  # type: ignore[misc]  # fsspec has no types
+class Bucket(MemoryFileSystem):  # fsspec has no types
     """gs:// in memory."""
 
     protocol = ("gs", "gcs")

@@ -79,7 +79,7 @@ def test_mistakes_are_told(gemma: Gemma) -> None:
     ]
     for settings, told in wrong:
         with pytest.raises(UserError, match=told):
-            gemma.generate(["1"], **settings)  # type: ignore[arg-type]  # that is the point
+            gemma.generate(["1"], **settings)  # that is the point
     with pytest.raises(UserError, match="tokenizer.model"):
         tiny_gemma().generate(["text"])
     with pytest.raises(UserError, match="pieces"):

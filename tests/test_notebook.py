@@ -38,8 +38,8 @@ def test_every_cell_runs(
 ) -> None:
     shown: list[str] = []
     display = ModuleType("IPython.display")
-    display.HTML = str  # type: ignore[attr-defined]  # a stand-in
-    display.display = shown.append  # type: ignore[attr-defined]
+    display.HTML = str  # a stand-in
+    display.display = shown.append
     monkeypatch.setitem(sys.modules, "IPython", ModuleType("IPython"))
     monkeypatch.setitem(sys.modules, "IPython.display", display)
     monkeypatch.setenv("GEMMA_JAX_CHECKPOINT", str(checkpoint))

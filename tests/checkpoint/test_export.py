@@ -32,7 +32,7 @@ def numbers(folder: Path) -> dict[tuple[str, int | None], bytes]:
     found = open_checkpoint(folder)
     weights: Weights | None = found.weights
     if weights is None:
-        compute = ComputeConfig(param_dtype=found.dtype)  # type: ignore[arg-type]  # float32 or bfloat16
+        compute = ComputeConfig(param_dtype=found.dtype)
         weights = export_module.PlacedWeights(found.params(compute, cpu_mesh(1)), found.config)
     return {place: weights.get(*place).tobytes() for place in in_order(found.config)}
 
@@ -170,7 +170,7 @@ def test_parameters_are_kept_in_the_dtype_that_is_asked_for(tmp_path: Path) -> N
     gemma.save_pretrained(tmp_path / "out")
     assert numbers(tmp_path / "out") == numbers(source)
     with pytest.raises(UserError, match="dtype is 'int8'"):
-        Gemma.from_pretrained(source, mesh=ONE, dtype="int8")  # type: ignore[arg-type]  # that is the point
+        Gemma.from_pretrained(source, mesh=ONE, dtype="int8")
 
 
 def left(folder: Path) -> set[str]:
@@ -223,7 +223,7 @@ def test_mistakes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     gemma = tiny_gemma()
     for settings, told in [({"format": "gguf"}, "format is 'gguf'"), ({"dtype": "int8"}, "dtype is 'int8'")]:
         with pytest.raises(UserError, match=told):
-            gemma.save_pretrained(tmp_path / "out", **settings)  # type: ignore[arg-type]  # that is the point
+            gemma.save_pretrained(tmp_path / "out", **settings)
     with pytest.raises(UserError, match="a run keeps float32 or bfloat16"):
         gemma.save_pretrained(tmp_path / "out", format="run", dtype="float16")
     for arguments, told in [

@@ -211,8 +211,8 @@ def test_kaggle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return str(tmp_path)
 
     client, exceptions = types.ModuleType("kagglehub"), types.ModuleType("kagglehub.exceptions")
-    client.model_download = model_download  # type: ignore[attr-defined]  # a stand-in
-    client.exceptions, exceptions.Unauthenticated = exceptions, Unauthenticated  # type: ignore[attr-defined]
+    client.model_download = model_download  # a stand-in
+    client.exceptions, exceptions.Unauthenticated = exceptions, Unauthenticated
     monkeypatch.setitem(sys.modules, "kagglehub", client)
     monkeypatch.setitem(sys.modules, "kagglehub.exceptions", exceptions)
     assert hub_module.download("google/gemma/flax/2b") == tmp_path

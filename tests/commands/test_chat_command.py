@@ -70,7 +70,7 @@ def at_the_keyboard(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             raise line
 
         terminal = io.StringIO()
-        terminal.isatty = lambda: True  # type: ignore[method-assign]  # a terminal of paper
+        terminal.isatty = lambda: True  # a terminal of paper
         monkeypatch.setattr(sys, "stdin", terminal)
         monkeypatch.setattr("builtins.input", read)
 

@@ -199,7 +199,7 @@ def with_losses(loader: tuple[Loader, Tokenizer, PretrainConfig], losses: np.nda
     """The first batch, with losses that are made up."""
     # Numbers of numpy stand for those of the device.
     norms = {"embedding": np.float32(3.0), "blocks.q": np.array([4.0, 12.0], np.float32)}
-    measures = BatchMeasures(losses.astype(np.float32), float(losses.mean()), norms)  # type: ignore[arg-type]
+    measures = BatchMeasures(losses.astype(np.float32), float(losses.mean()), norms)
     return Replay(7, 3, 0, loader[0].batch(0, 4), measures, None)
 
 

@@ -159,7 +159,7 @@ def test_a_damaged_array_record_is_named(tmp_path: Path) -> None:
 TFDS_TEXTS = random_texts(60, seed=7)
 
 
-class LittleCorpus(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc]  # TFDS has no types
+class LittleCorpus(tfds.core.GeneratorBasedBuilder):  # TFDS has no types
     """A dataset of this test's own."""
 
     VERSION = tfds.core.Version("1.0.0")

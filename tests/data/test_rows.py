@@ -141,7 +141,9 @@ def test_rows_of_the_standard_library_are_full(tmp_path: Path, length: int) -> N
             self.vocab_size = 512
             self.fingerprint = "stub"
 
-        def encode_batch(self, texts: "list[str]", num_threads: int = -1) -> list[list[int]]:  # type: ignore[override]  # narrower on purpose
+        def encode_batch(
+            self, texts: "list[str]", num_threads: int = -1
+        ) -> list[list[int]]:  # narrower on purpose
             return [[300] * (len(text) // 8) for text in texts]
 
     cache = build_token_cache(open_default("python-stdlib"), Stub(), held_out=0.01, cache_dir=str(tmp_path))

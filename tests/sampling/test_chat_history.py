@@ -78,7 +78,7 @@ def test_an_answer_that_is_left_early_is_kept_as_far_as_it_was_made(gemma: Gemma
     chat = gemma.chat(max_new_tokens=16, temperature=1.0)
     answer = chat.stream("1 and 2")
     piece = next(answer)
-    answer.close()  # type: ignore[attr-defined]  # a generator, which is what a `for` that breaks closes
+    answer.close()  # a generator, which is what a `for` that breaks closes
     assert chat.history[-1] == {"role": "model", "content": piece}
     assert chat.finish_reason is None
     assert chat.send("on") and len(chat.history) == 4

@@ -128,7 +128,7 @@ def terminal_lines(
     log = RunLog(tmp_path, steps, 0)
     log.held_out({"step": steps, "held_out_loss": 2.0, "held_out_bits_per_byte": 1.0})
     log.training({"step": steps - 1, **SHOWN, **more}, 3599)
-    log._progress.refresh()  # type: ignore[union-attr]  # there is one: this is a terminal
+    log._progress.refresh()  # there is one: this is a terminal
     log.close()
     return [line for line in re.split(r"\r|\n|\x1b\[[?0-9]*[a-zA-Z]", screen.getvalue()) if line.strip()]
 
