@@ -31,4 +31,6 @@ def user_path(name: str | os.PathLike[str]) -> "epath.Path":
             fsspec.get_filesystem_class(scheme)
         except ImportError as error:
             raise UserError(f"{name}: {error}, as in pip install 'gemma_jax[data]'.") from error
+        # What other processes and libraries write must be seen: a list of objects is not kept.
+        fsspec.config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
     return epath.Path(name)

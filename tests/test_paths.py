@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from etils import epath
@@ -66,6 +67,19 @@ def test_an_address_that_cannot_be_reached(
         assert main(command) == 2, command
         last = capsys.readouterr().err.strip().splitlines()[-1]
         assert last.startswith("error: ") and address in last, (command, last)
+
+
+def test_what_others_write_into_a_bucket_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """fsspec would keep the list of a folder for ever."""
+
+    class FileSystem(fsspec.AbstractFileSystem):
+        protocol = ("s3", "s3a")
+        cachable = False
+
+    monkeypatch.setattr(fsspec.config, "conf", {})
+    monkeypatch.setattr(fsspec, "get_filesystem_class", lambda scheme: FileSystem)
+    user_path("s3://bucket/a")
+    assert not FileSystem().dircache.use_listings_cache
 
 
 @pytest.fixture

@@ -134,6 +134,8 @@ def export(
     for name, value, known in (("format", form, typing.get_args(Form)), ("dtype", dtype, DTYPES)):
         if value not in known:
             raise UserError(f"{name} is {value!r}, but must be one of {', '.join(known)}.")
+    if "://" in os.fspath(destination):
+        raise UserError(f"{destination} is no directory of this machine; give one, and copy it from there.")
     if form == "run" and dtype == "float16":
         raise UserError("a run keeps float32 or bfloat16; give one of these as dtype.")
     size = sum(

@@ -1,8 +1,8 @@
 """Checkpoints of a run: parameters, optimizer state, position in the data, and the config.
 
-On disk, under RUN/checkpoints, a folder for each step, written under a temporary name and renamed when
-whole: orbax's `params` and `opt_state` hold arrays by their dotted names, run/data.json the record, which
-also tells what all the rest must be. A folder that turned out to be damaged is kept as STEP.damaged.
+Under RUN/checkpoints, a folder for each step (`folders` tells how it becomes whole): orbax's `params` and
+`opt_state` hold arrays by their dotted names, run/data.json the record, which also tells what all the rest
+must be. A folder that turned out to be damaged is kept as STEP.damaged.
 """
 
 import contextlib
@@ -22,6 +22,8 @@ import numpy as np
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from gemma_jax.checkpoint import folders
+from gemma_jax.checkpoint.folders import STEPS_FOLDER, saved_steps
 from gemma_jax.checkpoint.lock import LOCK_FILE, RunLock
 from gemma_jax.checkpoint.record import (
     RECORD_FILE,
@@ -34,33 +36,28 @@ from gemma_jax.checkpoint.record import (
     run_record,
     write_record,
 )
+from gemma_jax.checkpoint.s3 import orbax_context
 from gemma_jax.config import CheckpointConfig
 from gemma_jax.errors import UserError
 from gemma_jax.paths import user_path
 from gemma_jax.sharding import Arrays, named_arrays, with_arrays
 from gemma_jax.startup import any_process, wait_for_all
 
-__all__ = ["CheckpointStore", "DamagedCheckpoint", "load_arrays", "run_record", "saved_steps", "step_folder"]
+__all__ = [
+    "STEPS_FOLDER",
+    "CheckpointStore",
+    "DamagedCheckpoint",
+    "load_arrays",
+    "run_record",
+    "saved_steps",
+    "step_folder",
+]
 
 Tree = TypeVar("Tree")
 Result = TypeVar("Result")
 
-STEPS_FOLDER = "checkpoints"
-UNFINISHED = ".unfinished"  # after the step, in the name of a folder that is being written
-
 # orbax's threads log the traceback of a full disk once for each file; `CheckpointStore.wait` raises it too.
 logging.getLogger("absl").addFilter(lambda record: "_SignalingThread.run() raised" not in str(record.msg))
-
-
-def saved_steps(run_dir: epath.PathLike) -> list[int]:
-    """Steps that have a checkpoint, whole or damaged, ascending."""
-    names = [child.name for child in _children(epath.Path(run_dir) / STEPS_FOLDER)]
-    return sorted(int(name) for name in names if name.isdecimal() and str(int(name)) == name)
-
-
-def _children(folder: epath.Path) -> list[epath.Path]:
-    # A bucket has no empty folders: one that was just made is not there.
-    return list(folder.iterdir()) if folder.exists() else []
 
 
 def kept_steps(losses: dict[int, float | None], config: CheckpointConfig) -> set[int]:
@@ -107,7 +104,7 @@ class CheckpointStore:
                 self._lock = RunLock(self._run_dir)
                 if overwrite:
                     self._clear()
-                self._remove_unfinished()
+                folders.remove_unfinished(self.folder)
         except OSError as error:
             raise UserError(f"cannot write into {run_dir}: {error}; give another --run_dir.") from error
         wait_for_all("the run directory is in order")
@@ -131,7 +128,7 @@ class CheckpointStore:
     def _clear(self) -> None:
         if self.folder.exists():
             self.folder.rmtree()  # first: without them, what a kill leaves is no run
-        for child in _children(self._run_dir):
+        for child in folders.children(self._run_dir):
             if child.name == LOCK_FILE:
                 continue
             if child.is_dir():
@@ -139,11 +136,6 @@ class CheckpointStore:
             else:
                 child.unlink()
         self.folder.mkdir()
-
-    def _remove_unfinished(self) -> None:
-        for child in _children(self.folder):
-            if UNFINISHED in child.name:
-                child.rmtree()
 
     def _loss(self, step: int) -> float | None:
         try:
@@ -188,9 +180,13 @@ class CheckpointStore:
             # orbax now compares paths between the processes by a collective of its own, and two programs with
             # collectives that run at once have been seen to mix them up (gloo, on CPU).
             jax.block_until_ready(prints)
-        unfinished = self.folder / f"{step}{UNFINISHED}"
+        folder = self.folder / str(step)
+        unfinished = folders.written_to(folder)
         try:
-            response = ocp.save_checkpointables_async(unfinished, arrays)
+            if self._first:
+                folders.begin(folder)
+            with orbax_context(unfinished):
+                response = ocp.save_checkpointables_async(unfinished, arrays)
         except OSError as error:
             raise self._not_written(error) from error
 
@@ -198,7 +194,7 @@ class CheckpointStore:
             response.result()
             if self._first:
                 write_record(unfinished, record, jax.device_get(prints))
-                unfinished.rename(self.folder / str(step))
+                folders.finish(folder)
             self._losses[step] = held_out_loss
             self._remove_old()
 
@@ -207,7 +203,7 @@ class CheckpointStore:
     def _remove_old(self) -> None:
         for step in self._losses.keys() - kept_steps(self._losses, self._config):
             if self._first:
-                (self.folder / str(step)).rmtree()
+                folders.remove(self.folder / str(step))
             del self._losses[step]
 
     def steps(self) -> list[int]:
@@ -227,7 +223,7 @@ class CheckpointStore:
         """
         for later in reversed([saved for saved in self.steps() if saved > step]):
             if self._first:
-                (self.folder / str(later)).rmtree()
+                folders.remove(self.folder / str(later))
             del self._losses[later]
         wait_for_all("later checkpoints are removed")
 
@@ -263,11 +259,11 @@ class CheckpointStore:
         del self._losses[step]
         if not self._first:
             return
-        names = {child.name for child in _children(self.folder)}
+        names = {child.name for child in folders.children(self.folder)}
         number = 1
         while (name := f"{step}.damaged" + (f"-{number}" if number > 1 else "")) in names:
             number += 1
-        (self.folder / str(step)).rename(self.folder / name)
+        folders.rename(self.folder / str(step), self.folder / name)
         told = f"the checkpoint of step {step} is damaged ({reason}): it is kept as {self.folder / name}"
         print(f"{told}, and the run goes on from step {instead}", file=sys.stderr, flush=True)
 
@@ -286,9 +282,9 @@ class CheckpointStore:
             # tensorstore's errors are ValueError, and their message begins with a status.
             if isinstance(error, ValueError) and not re.match("[A-Z_]+: ", str(error)):
                 raise
-            if self._first:
+            if self._first and not folders.in_bucket(self.folder):  # on a disk it takes room that is short
                 with contextlib.suppress(OSError):  # another thread may still be writing there
-                    self._remove_unfinished()
+                    folders.remove_unfinished(self.folder)
             raise self._not_written(error) from error
 
     def _not_written(self, error: Exception) -> UserError:
@@ -344,7 +340,8 @@ def load_arrays(step_folder: epath.PathLike, abstract: dict[str, Any], record: R
         for part, arrays in wanted.items()
     }
     _together(step_folder, lambda: check_files(epath.Path(step_folder), record, wanted.keys()))
-    loaded = _together(step_folder, lambda: ocp.load_checkpointables(_absolute(step_folder), saved))
+    with orbax_context(step_folder):
+        loaded = _together(step_folder, lambda: ocp.load_checkpointables(_absolute(step_folder), saved))
     for part, prints in jax.device_get(fingerprints(loaded)).items():
         for name, value in prints.items():
             if value != record.arrays[part][name].fingerprint:

@@ -71,11 +71,6 @@ def validate(config: PretrainConfig) -> None:
     model, data, optimizer = config.model, config.data, config.optimizer
     validate_model(model)
     _require_at_least(config, "", {"steps": 1})
-    _require(
-        not config.run_dir.startswith("s3://"),
-        f"run_dir is {config.run_dir}, but orbax writes checkpoints to disks and gs:// only; "
-        "mount the bucket, or give another run_dir.",
-    )
     _validate_seed(config.seed)
     _require_at_least(data, "data.", {"sequence_length": 1, "batch_size": 1, "held_out": 0.0})
     _require_at_least(

@@ -203,6 +203,9 @@ def test_an_interruption_leaves_nothing_and_what_is_there_is_never_overwritten(
     (tmp_path / "mine").write_text("precious")
     with pytest.raises(UserError, match="is there already"):
         gemma.save_pretrained(tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)  # where a folder of that name was made
+    with pytest.raises(UserError, match="^s3://bucket/a is no directory of this machine"):
+        gemma.save_pretrained("s3://bucket/a")
     with pytest.raises(UserError, match="is there already"):
         gemma.save_pretrained(tmp_path)
     (tmp_path / "empty").mkdir()

@@ -1,0 +1,113 @@
+"""A run whose directory is on S3, as moto plays it: `pip install 'moto[server]' s3fs`."""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from etils import epath
+from etils.epath import backend
+
+from gemma_jax.checkpoint.record import run_record
+from gemma_jax.checkpoint.store import saved_steps
+from gemma_jax.cli import main
+from gemma_jax.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.slow
+
+WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
+SETTINGS: dict[str, Any] = {
+    "tokenizer.path": "s3://bucket/small.model",
+    "data.sources": "s3://bucket/corpus/*.txt",
+    "data.cache_dir": "s3://bucket/cache",
+    "data.sequence_length": 32,
+    "data.batch_size": 4,
+    "model.num_layers": 2,
+    "model.embed_dim": 32,
+    "model.hidden_dim": 64,
+    "model.num_heads": 2,
+    "model.num_kv_heads": 1,
+    "model.head_dim": 16,
+    "model.vocab_size": 430,
+    "mesh.cpu_devices": 2,
+    "checkpoint.every": 2,
+    "checkpoint.keep_last": 2,
+    "checkpoint.keep_best": 1,
+    "evaluation.every": 2,
+    "evaluation.rows": 2,
+    "data.held_out": 0.2,
+    "logging.every": 1,
+}
+
+
+@pytest.fixture
+def bucket() -> Iterator[epath.Path]:
+    moto = pytest.importorskip("moto.server", reason="moto[server] is not installed")
+    s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed")
+    with pytest.MonkeyPatch.context() as patch:
+        server = moto.ThreadedMotoServer(port=0, verbose=False)
+        server.start()
+        host, port = server.get_host_and_port()
+        for name, value in {
+            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_REGION": "us-east-1",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }.items():
+            patch.setenv(name, value)
+        s3fs.S3FileSystem.clear_instance_cache()
+        backend._FileSystemSpecBackend._get_filesystem.cache_clear()
+        path = epath.Path("s3://bucket")
+        path.mkdir()
+        yield path
+        server.stop()
+
+
+def train(run: str, steps: int, *more: str) -> int:
+    settings = [part for name, value in SETTINGS.items() for part in (f"--{name}", str(value))]
+    return main(
+        ["pretrain", "demo", "--run_dir", f"s3://bucket/runs/{run}", *settings, "--steps", str(steps), *more]
+    )
+
+
+def test_a_run_on_s3_is_trained_resumed_forked_sampled_replayed_and_deleted(
+    bucket: epath.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    texts = [" ".join(rng.choice(WORDS, 60)) for _ in range(40)]
+    for number, text in enumerate(texts):
+        (bucket / "corpus" / f"{number}.txt").write_text(text)
+    Tokenizer.train(texts, 430, "s3://bucket/small.model")
+    run, steps = bucket / "runs" / "a", bucket / "runs" / "a" / "checkpoints"
+    assert train("a", 8) == 0
+    assert saved_steps(run) == [6, 8] and {path.name for path in steps.iterdir()} == {"6", "8"}
+    before = run_record(steps / "8")
+    (steps / "8" / "params" / "manifest.ocdbt").unlink()
+    (steps / "7" / "params" / "manifest.ocdbt").write_text("")  # what a kill leaves
+    (steps / "7.unfinished").write_text("")
+    assert train("a", 8) == 0
+    said = capsys.readouterr().err
+    damage = (
+        r"step 8 is damaged \(params/manifest\.ocdbt is missing\): it is kept as s3://bucket/\S+/8\.damaged"
+    )
+    assert re.search(damage, said)
+    assert "resuming s3://bucket/runs/a at step 6 of 8" in said
+    assert {path.name for path in steps.iterdir()} == {"6", "8", "8.damaged"}
+    assert run_record(steps / "8").arrays == before.arrays  # which are the fingerprints too
+    assert train("fork", 10, "--fork_from", f"{steps}/8", "--optimizer.learning_rate", "1e-3") == 0
+    assert train("fork", 2, "--existing_run", "overwrite") == 0
+    assert saved_steps(bucket / "runs" / "fork") == [2]
+    capsys.readouterr()
+    for checkpoint in (f"{run}", f"{steps}/6"):
+        assert main(["sample", checkpoint, "--prompt", "alpha", "--max_new_tokens", "4"]) == 0
+        assert capsys.readouterr().out.startswith("alpha")
+        assert main(["inspect", checkpoint]) == 0
+        assert "blocks.attention.q" in capsys.readouterr().out
+    assert main(["replay", str(run), "7", "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out.splitlines()[0])
+    assert summary["loss"] == pytest.approx(summary["logged"]["loss"], rel=1e-6)
+    assert main(["runs", "s3://bucket/runs"]) == 0
+    assert capsys.readouterr().out.count("8/8") == 1
