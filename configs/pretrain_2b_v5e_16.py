@@ -13,10 +13,10 @@ from gemma_jax.config import (
 )
 
 # gemma plan pretrain_2b_v5e_16 --topology v5e-16
-#   8.31 GiB a chip; 1.229 s a step,
-#   1.003 of it without Pallas kernels;
-#   modelled utilisation 57.0%;
-#   1.99e+10 tokens in 2.2 days, 830 chip-hours
+#   8.20 GiB a chip; 1.208 s a step,
+#   0.982 of it without Pallas kernels;
+#   modelled utilisation 58.0%;
+#   1.99e+10 tokens in 2.1 days, 816 chip-hours
 #   (libtpu 0.0.42.1, jax 0.10.2)
 # XLA would make loops of permutes of the gathers; see docs/sharding.md.
 NO_WINDOWED_EINSUM = ("xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000",)
@@ -27,7 +27,7 @@ config = PretrainConfig(
     tokenizer=TokenizerConfig(path="tokenizer.model"),
     data=DataConfig(sources=("corpus/*.jsonl",), sequence_length=8192, batch_size=16),
     optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=2000),
-    compute=ComputeConfig(remat="projections", loss_vocab_block=9000, tpu_options=NO_WINDOWED_EINSUM),
+    compute=ComputeConfig(remat="projections", loss_vocab_block=10240, tpu_options=NO_WINDOWED_EINSUM),
     mesh=MeshConfig(fsdp=16),
     checkpoint=CheckpointConfig(every=1000),
     evaluation=EvaluationConfig(every=1000),

@@ -62,13 +62,31 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     types = (AxisType.Auto,) * len(shape)
     slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"})
     if slices <= 1:  # other devices can stand for several slices in tests
-        return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+        mesh = jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+        return Mesh(_row_major(mesh.devices), MESH_AXES, axis_types=types)
     if config.slice != slices:
         raise UserError(
             f"mesh.slice is {config.slice}, but the devices are on {slices} slices; set it to that."
         )
-    ordered = create_hybrid_device_mesh((1, *shape[1:]), (slices, 1, 1, 1), devices)
-    return Mesh(ordered, MESH_AXES, axis_types=types)
+    ordered = create_hybrid_device_mesh(
+        (1, *shape[1:]), (slices, 1, 1, 1), devices, allow_split_physical_axes=True
+    )
+    return Mesh(_row_major(ordered), MESH_AXES, axis_types=types)
+
+
+def _row_major(devices: np.ndarray) -> np.ndarray:
+    """The devices of a mesh, those of TPUs along the fsdp axis in the order of their coordinates.
+
+    jax may put them in a ring that winds through the torus; weights.fsdp goes along its dimensions.
+    """
+    if devices.flat[0].platform != "tpu":
+        return devices
+    fsdp = MESH_AXES.index("fsdp")
+    devices = devices.copy()
+    lines = np.moveaxis(devices, fsdp, -1)
+    for line in np.ndindex(lines.shape[:-1]):
+        lines[line] = sorted(lines[line], key=lambda device: (device.coords, device.core_on_chip))
+    return devices
 
 
 def _cpu_devices(count: int) -> list[jax.Device]:

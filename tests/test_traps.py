@@ -104,7 +104,7 @@ def settings_of_all_rows(config: PretrainConfig, mesh: Mesh) -> LossSettings:
 
 NUMERICAL = {
     "1 erf gelu": (
-        in_place_of("gelu", lambda x: jax.nn.gelu(x, approximate=False), layers),
+        in_place_of("gated_gelu", lambda gate, up: jax.nn.gelu(gate, approximate=False) * up, layers),
         parity.check_layers,
     ),
     "2 norm without 1 + scale": (

@@ -15,9 +15,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from gemma_jax.config import TransformerConfig
-from gemma_jax.model.ops import Integers, gelu, rms_norm, rope
+from gemma_jax.model.ops import Integers, gated_gelu, rms_norm, rope
 from gemma_jax.sharding import constrain
-from gemma_jax.weights import product
+from gemma_jax.weights import weight_product
 
 # attention(q, k, v) -> output; the caller knows the mask, the cache and the kernel
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -43,7 +43,9 @@ def zeros(shape: tuple[int, ...], axes: tuple[str, ...], dtype: jax.typing.DType
 class Attention(nnx.Module):
     """Multi-head, grouped or multi-query attention with rotary positions."""
 
-    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs, dtype: jax.typing.DTypeLike) -> None:
+    def __init__(
+        self, config: TransformerConfig, mesh: Mesh, rngs: nnx.Rngs, dtype: jax.typing.DTypeLike
+    ) -> None:
         layers, D, H = config.num_layers, config.embed_dim, config.head_dim
         N, K = config.num_heads, config.num_kv_heads
         inward = ("layers", "embed", "heads", "head_dim")
@@ -53,31 +55,35 @@ class Attention(nnx.Module):
         self.v = weight(rngs, (layers, D, K, H), inward_kv, D, dtype)
         self.o = weight(rngs, (layers, N, H, D), ("layers", "heads", "head_dim", "embed"), N * H, dtype)
         self.config = config
+        self.mesh = mesh
 
     def __call__(self, x: jax.Array, positions: Integers, attend: Attend) -> jax.Array:
         """[B, L, D], [B, L] -> [B, L, D]."""
         config = self.config
-        q = rope(product(x, self.q[...]), positions, config.rope_base) * config.head_dim**-0.5
-        k = rope(product(x, self.k[...]), positions, config.rope_base)
-        v = product(x, self.v[...])
+        q = rope(weight_product(x, self.q, self.mesh), positions, config.rope_base) * config.head_dim**-0.5
+        k = rope(weight_product(x, self.k, self.mesh), positions, config.rope_base)
+        v = weight_product(x, self.v, self.mesh)
         q, k, v = checkpoint_name(q, "query"), checkpoint_name(k, "key"), checkpoint_name(v, "value")
-        return product(attend(q, k, v), self.o[...], contract=2)
+        return weight_product(attend(q, k, v), self.o, self.mesh, contract=2)
 
 
 class FeedForward(nnx.Module):
     """GeGLU: gelu(x gate) * (x up), then down (Shazeer, 2020)."""
 
-    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs, dtype: jax.typing.DTypeLike) -> None:
+    def __init__(
+        self, config: TransformerConfig, mesh: Mesh, rngs: nnx.Rngs, dtype: jax.typing.DTypeLike
+    ) -> None:
         layers, D, F = config.num_layers, config.embed_dim, config.hidden_dim
         self.gate = weight(rngs, (layers, D, F), ("layers", "embed", "mlp"), D, dtype)
         self.up = weight(rngs, (layers, D, F), ("layers", "embed", "mlp"), D, dtype)
         self.down = weight(rngs, (layers, F, D), ("layers", "mlp", "embed"), F, dtype)
+        self.mesh = mesh
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, L, D] -> [B, L, D]."""
-        gate = checkpoint_name(product(x, self.gate[...]), "gate")
-        up = checkpoint_name(product(x, self.up[...]), "up")
-        return product(gelu(gate) * up, self.down[...])
+        gate = checkpoint_name(weight_product(x, self.gate, self.mesh), "gate")
+        up = checkpoint_name(weight_product(x, self.up, self.mesh), "up")
+        return weight_product(gated_gelu(gate, up), self.down, self.mesh)
 
 
 class Block(nnx.Module):
@@ -88,9 +94,9 @@ class Block(nnx.Module):
     ) -> None:
         norm = ((config.num_layers, config.embed_dim), ("layers", "embed"))
         self.attention_norm = zeros(*norm, dtype)
-        self.attention = Attention(config, rngs, dtype)
+        self.attention = Attention(config, mesh, rngs, dtype)
         self.feed_forward_norm = zeros(*norm, dtype)
-        self.feed_forward = FeedForward(config, rngs, dtype)
+        self.feed_forward = FeedForward(config, mesh, rngs, dtype)
         self.epsilon = config.norm_epsilon
         self.mesh = mesh
 

@@ -3,6 +3,8 @@
 Shape legend: B batch, L length, D embed, N heads, H head dim.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,9 +59,47 @@ def rope(x: jax.Array, positions: Integers, base: float) -> jax.Array:
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
-def gelu(x: jax.Array) -> jax.Array:
-    """The tanh approximation of GELU, which Gemma was trained with (huggingface/transformers #29729)."""
-    return jax.nn.gelu(x, approximate=True)
+@jax.custom_vjp
+def gated_gelu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """gelu(gate) * up with the tanh approximation of GELU, which Gemma was trained with
+    (huggingface/transformers #29729), computed in at least float32.
+
+    (1 + tanh(u)) / 2 is sigmoid(2 u). With the gradient written out the TPU compiler needs a tenth less time
+    for a whole feed-forward layer (docs/log.md).
+
+    Args:
+      gate, up: [..., F].
+
+    Returns:
+      [..., F] in their dtype.
+    """
+    wide = gate.astype(_at_least_float32(gate.dtype))
+    return (wide * _sigmoid_and_slope(wide)[0] * up.astype(wide.dtype)).astype(gate.dtype)
+
+
+def _sigmoid_and_slope(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What gelu multiplies x by, sigmoid(s x + c x^3), and the derivative of the exponent."""
+    slope = 2 * math.sqrt(2 / math.pi)
+    cubic = slope * 0.044715 * jnp.square(x)
+    return jax.nn.sigmoid(x * (slope + cubic)), slope + 3 * cubic
+
+
+def _gated_gelu_forward(gate: jax.Array, up: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return gated_gelu(gate, up), (gate, up)
+
+
+def _gated_gelu_backward(saved: tuple[jax.Array, jax.Array], d_out: jax.Array) -> tuple[jax.Array, jax.Array]:
+    gate, up = saved
+    wide = gate.astype(_at_least_float32(gate.dtype))
+    d_wide = d_out.astype(wide.dtype)
+    sigmoid, slope = _sigmoid_and_slope(wide)
+    d_up = d_wide * (wide * sigmoid)
+    d_gate = d_wide * up.astype(wide.dtype) * (sigmoid + sigmoid * (1 - sigmoid) * (wide * slope))
+    # Both at once, in the product before: else each of the four products after computes them again.
+    return jax.lax.optimization_barrier((d_gate.astype(gate.dtype), d_up.astype(up.dtype)))
+
+
+gated_gelu.defvjp(_gated_gelu_forward, _gated_gelu_backward)
 
 
 def embed(table: jax.Array, tokens: Integers, dtype: jax.typing.DTypeLike) -> jax.Array:

@@ -50,9 +50,10 @@ def collectives(module: Module, mesh_shape: Mapping[str, int]) -> list[Collectiv
         if executed.instruction.opcode == "recv":
             found += _between_slices(executed, mesh_shape, module)
         for instruction, scatters in _inside(module, executed.instruction):
-            # The compiler lays a collective over several fusions, with a copy of it in each: they are one.
-            channel = instruction.attribute("channel_id")
-            key = (executed.computation.name, channel or instruction.name)
+            # The compiler lays a collective over several fusions, a chain with a copy of it in each: they are
+            # one. (channel_id does not tell: all collectives of a shard_map can have the same.)
+            chain = re.search(r'chain_id="(\d+)"', instruction.attributes)
+            key = (executed.computation.name, chain[0] if chain else instruction.name)
             if key in seen:
                 continue
             seen.add(key)

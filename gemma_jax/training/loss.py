@@ -26,6 +26,7 @@ from jax.sharding import PartitionSpec as P
 from gemma_jax.model import mask_padding_rows
 from gemma_jax.model.ops import Integers
 from gemma_jax.sharding import RULES, constrain, partition_spec
+from gemma_jax.weights import fsdp
 from gemma_jax.weights.product import precision, product
 
 # Of logits, in nats. exp overflows float32 at 88 and gives 0 at -88, which is nothing beside the largest
@@ -162,15 +163,14 @@ def _log_partition(largest: jax.Array, summed: jax.Array) -> jax.Array:
     return over_all + jnp.log(lax.psum(summed * jnp.exp(largest - over_all), "tensor"))
 
 
-def _gathered(shard: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+def _gathered(shard: jax.Array, dtype: jax.typing.DTypeLike, mesh: Mesh) -> jax.Array:
     """[v, D] of this device's part [v, D / fsdp]; what travels has the dtype of the activations."""
-    return lax.all_gather(shard.astype(dtype), "fsdp", axis=1, tiled=True)
+    return fsdp.gather(shard.astype(dtype), 1, fsdp.stages(mesh))
 
 
-def _scattered(d_table: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """The inverse for a gradient: its sum over all devices, of which each keeps its part."""
-    summed = lax.psum_scatter(d_table.astype(dtype), "fsdp", scatter_dimension=1, tiled=True)
-    return lax.psum(summed, ("slice", "data"))
+def _d_columns(d_logits: jax.Array, h: jax.Array, mesh: Mesh) -> jax.Array:
+    """[D / fsdp, v]: this device's part of the sum over devices of the gradient of rows of the embedding."""
+    return fsdp.scatter_sum(_d_table(d_logits, h).T.astype(h.dtype), 0, fsdp.stages(mesh))
 
 
 def _d_table(d_logits: jax.Array, h: jax.Array) -> jax.Array:
@@ -189,7 +189,7 @@ def _by_positions(
     h: jax.Array, shard: jax.Array, targets: jax.Array, weights: jax.Array, block: int, settings: LossSettings
 ) -> tuple[Sums, Gradients]:
     """Loss and gradients of this device's positions, `block` of them at a time."""
-    table = _gathered(shard, h.dtype)
+    table = _gathered(shard, h.dtype, settings.mesh)
     first = lax.axis_index("tensor") * table.shape[0]
     wide = jnp.promote_types(h.dtype, jnp.float32)
     Carry = tuple[jax.Array, jax.Array, jax.Array]
@@ -209,7 +209,10 @@ def _by_positions(
     zero = jnp.zeros((), wide)
     blocks = tuple(_blocks(x[None], block)[:, 0] for x in (h, targets, weights))
     (total, reported, d_table), d_h = lax.scan(body, (zero, zero, jnp.zeros(table.shape, wide)), blocks)
-    return (total, reported), (_whole(d_h[:, None], len(h))[0], _scattered(d_table, h.dtype))
+    return (total, reported), (
+        _whole(d_h[:, None], len(h))[0],
+        fsdp.scatter_sum(d_table.astype(h.dtype), 1, fsdp.stages(settings.mesh)),
+    )
 
 
 def _by_vocabulary(
@@ -222,7 +225,7 @@ def _by_vocabulary(
     Partition = tuple[jax.Array, jax.Array, jax.Array]
 
     def logits_of(rows: tuple[jax.Array, jax.Array]) -> _Block:
-        return _Block.of(h, _gathered(rows[0], h.dtype), rows[1], settings.vocab_size)
+        return _Block.of(h, _gathered(rows[0], h.dtype, settings.mesh), rows[1], settings.vocab_size)
 
     def partition(shift: jax.Array) -> Partition:
         """Largest logit, sum of exp(logit - shift), and the target's logit."""
@@ -256,13 +259,14 @@ def _by_vocabulary(
     sums = _sums(log_partition, of_targets, weights, settings.z_loss)
 
     def gradients(d_h: jax.Array, rows: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        table = _gathered(rows[0], h.dtype)
+        table = _gathered(rows[0], h.dtype, settings.mesh)
         logits = _Block.of(h, table, rows[1], settings.vocab_size)
         d_logits = logits.gradient(log_partition, targets, weights, settings.z_loss).astype(h.dtype)
-        return d_h + product(d_logits, table, dtype=wide), _scattered(_d_table(d_logits, h), h.dtype)
+        return d_h + product(d_logits, table, dtype=wide), _d_columns(d_logits, h, settings.mesh)
 
     d_h, d_blocks = lax.scan(gradients, jnp.zeros(h.shape, wide), (blocks, firsts))
-    return sums, (lax.psum(d_h, "tensor").astype(h.dtype), d_blocks.reshape(shard.shape))
+    d_shard = d_blocks.transpose(0, 2, 1).reshape(shard.shape)
+    return sums, (lax.psum(d_h, "tensor").astype(h.dtype), d_shard)
 
 
 def _forward(

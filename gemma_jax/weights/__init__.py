@@ -4,6 +4,6 @@ Layers never look inside a weight. Quantised weights and low-rank pairs will be 
 and only `product` will know of them.
 """
 
-from gemma_jax.weights.product import product
+from gemma_jax.weights.product import GATHERED, product, weight_product
 
-__all__ = ["product"]
+__all__ = ["GATHERED", "product", "weight_product"]

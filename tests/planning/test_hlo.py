@@ -68,13 +68,26 @@ def found(kind: str) -> list[Collective]:
 
 
 def test_a_collective_that_lies_over_several_fusions_is_counted_once() -> None:
-    """Start, middle and done each hold a copy of it, with one channel."""
+    """Start, middle and done each hold a copy of it, of one chain."""
     first, second = found("all-gather")
     assert first.arrays == ("bf16[256,32]",) and first.count == 18 and first.axis == "fsdp x tensor"
     assert first.bytes == 18 * 2 * 256 * 32 * 3 / 4
     assert first.op_name == "jit(step)/jvp()/while/body/dot_general"
     assert second.arrays == ("f32[8,64]",)  # of a start, the result and not the operand
     assert second.axis == "slice x fsdp" and second.bytes == 4 * 8 * 64 * 3 / 4
+
+
+def test_collectives_of_one_shard_map_are_told_apart() -> None:
+    """They can have the same channel."""
+    gather = "all-gather(%x), channel_id=1, replica_groups=[1,8]<=[8], dimensions={0}"
+    text = (
+        "ENTRY %main (x: f32[8]) -> f32[64] {\n"
+        "  %x = f32[8]{0} parameter(0)\n"
+        f"  %one = f32[64]{{0}} {gather}\n"
+        f"  ROOT %two = f32[64]{{0}} {gather}\n"
+        "}\n"
+    )
+    assert len(collectives(parse(text), MESH)) == 2
 
 
 def test_a_sum_of_which_each_device_keeps_a_part_is_a_reduce_scatter() -> None:
