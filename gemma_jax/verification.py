@@ -21,7 +21,7 @@ from gemma_jax.config import ComputeConfig, TransformerConfig
 from gemma_jax.errors import UserError
 from gemma_jax.model import abstract_transformer
 from gemma_jax.model.attention import self_attend
-from gemma_jax.model.ops import embed, rms_norm
+from gemma_jax.model.ops import rms_norm
 
 BLOCK = 2**24  # numbers looked at together: in float64 they take 128 MB
 
@@ -133,7 +133,7 @@ def layer_outputs(
         model = nnx.merge(graphdef, params)
         positions = position + jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         segments = jnp.ones_like(tokens)
-        x = embed(model.embedding[...], tokens, model.dtype)
+        x = model.embed(tokens)
         found = {"embeddings": x}
         block, stacked = nnx.split(model.blocks)
         for layer in range(config.num_layers):

@@ -100,18 +100,3 @@ def _gated_gelu_backward(saved: tuple[jax.Array, jax.Array], d_out: jax.Array) -
 
 
 gated_gelu.defvjp(_gated_gelu_forward, _gated_gelu_backward)
-
-
-def embed(table: jax.Array, tokens: Integers, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Rows of the embedding table times sqrt(D), the factor rounded to the activation dtype.
-
-    Args:
-      table: [V, D].
-      tokens: [B, L] integers.
-      dtype: of the result.
-
-    Returns:
-      [B, L, D].
-    """
-    factor = jnp.asarray(table.shape[1] ** 0.5, dtype)
-    return jnp.take(table, tokens, axis=0).astype(dtype) * factor

@@ -19,10 +19,10 @@ from gemma_jax.errors import UserError
 from gemma_jax.model.attention import attend, attention_mask, self_attend
 from gemma_jax.model.cache import KVCache
 from gemma_jax.model.layers import RESIDUAL, Block, weight, zeros
-from gemma_jax.model.ops import Integers, embed, rms_norm
+from gemma_jax.model.ops import Integers, rms_norm
 from gemma_jax.model.remat import rematerialized
 from gemma_jax.sharding import constrain, platform, shardings
-from gemma_jax.weights import product
+from gemma_jax.weights import look_up, product
 
 
 def compute_dtype(compute: ComputeConfig, mesh: Mesh) -> jnp.dtype:
@@ -74,7 +74,7 @@ class Transformer(nnx.Module):
         body = rematerialized(
             body, self.compute.remat, looped=self.compute.scan_unroll < self.config.num_layers
         )
-        x, _ = lax.scan(body, self._embed(tokens), stacked, unroll=self.compute.scan_unroll)
+        x, _ = lax.scan(body, self.embed(tokens), stacked, unroll=self.compute.scan_unroll)
         return self._normed(x)
 
     def extend(
@@ -116,7 +116,7 @@ class Transformer(nnx.Module):
             x = nnx.merge(graphdef, state)(x, positions, remember_and_attend)
             return (x, keys, values), None
 
-        carry = (self._embed(tokens), cache.keys, cache.values)
+        carry = (self.embed(tokens), cache.keys, cache.values)
         if layers is None:
             numbers = jnp.arange(self.config.num_layers)
             carry, _ = lax.scan(body, carry, (numbers, stacked), unroll=self.compute.scan_unroll)
@@ -132,8 +132,10 @@ class Transformer(nnx.Module):
         logits = product(hidden, self.embedding[...].T, dtype=wide)
         return mask_padding_rows(logits, self.config.vocab_size)
 
-    def _embed(self, tokens: Integers) -> jax.Array:
-        return constrain(embed(self.embedding[...], tokens, self.dtype), RESIDUAL, self.mesh)
+    def embed(self, tokens: Integers) -> jax.Array:
+        """[B, L] -> [B, L, D]: rows of the table times sqrt(D), which is rounded to their dtype."""
+        rows = look_up(self.embedding[...], tokens, self.dtype, self.mesh)
+        return constrain(rows * jnp.asarray(self.config.embed_dim**0.5, self.dtype), RESIDUAL, self.mesh)
 
     def _normed(self, x: jax.Array) -> jax.Array:
         return rms_norm(x, self.final_norm[...], self.config.norm_epsilon)
