@@ -91,6 +91,8 @@ def origin(collective: Collective, params: Sequence[Parameter]) -> Origin:
     shapes = [_shape(array) for array in collective.arrays]
     places = _own(collective.source)[:3]
     matches = [p for p in params if any(_same(shape, p) for shape in shapes)]
+    if not matches and "/gemma_jax/weights/" in collective.source:
+        matches = [p for p in params if any(_stage_of(shape, p) for shape in shapes)]
     # Of several parameters of one shape, those that the code there names, then those whose axes lie so.
     for fits in (
         lambda p: p.name.split(".")[-1] in _named_at(places),
@@ -143,17 +145,23 @@ def _same(shape: tuple[int, ...], parameter: Parameter) -> bool:
     return False
 
 
+def _stage_of(shape: tuple[int, ...], parameter: Parameter) -> bool:
+    """Whether an array can be a part of a parameter on its way along one dimension of the torus."""
+    parts, rest = divmod(math.prod(parameter.shape), math.prod(shape))
+    return rest == 0 and parts in (2**n for n in range(1, 9))
+
+
 def _named_at(places: Sequence[str]) -> set[str]:
-    """Parameters that are read on these lines of the package, as `self.gate[...]`."""
+    """Parameters that are read on these lines of the package: `self.gate[...]` or `self.gate, self.mesh`."""
     package = PurePath(__file__).parents[1]
     lines = [
         linecache.getline(str(package / file), int(line)) for file, line in (p.split(":") for p in places)
     ]
-    return {name for line in lines for name in re.findall(r"\.(\w+)\[\.\.\.\]", line)}
+    return {name for line in lines for name in re.findall(r"\.(\w+)(?:\[\.\.\.\]|, self\.mesh)", line)}
 
 
 def _own(source: str) -> list[str]:
-    """Places in this package, without the one product that all layers call."""
+    """Places in this package, without what all layers call."""
     package = str(PurePath(__file__).parents[1]) + "/"
     places = [place.removeprefix(package) for place in source.split(" < ") if place.startswith(package)]
-    return [place for place in places if not place.startswith("weights/product.py")] or places
+    return [place for place in places if not place.startswith("weights/")] or places

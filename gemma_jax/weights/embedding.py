@@ -21,7 +21,7 @@ def look_up(
 
     Args:
       table: [V, D], lying as its logical axes say.
-      tokens: [B, L] integers.
+      tokens: [B, L] integers below V; a table in parts does not look whether they are.
       dtype: of the result, and of what is sent.
       mesh: that both lie on.
 
@@ -34,11 +34,16 @@ def look_up(
 
     def of_device(part: jax.Array, own: jax.Array) -> jax.Array:
         all_rows = lax.all_gather(own, fsdp.AXIS, tiled=True)
-        index = all_rows - lax.axis_index("tensor") * len(part)
-        here = (index >= 0) & (index < len(part))
-        columns = jnp.take(part, jnp.where(here, index, 0), axis=0)
-        columns = lax.psum(jnp.where(here[..., None], columns, 0).astype(dtype), "tensor")
-        return lax.all_to_all(columns, fsdp.AXIS, split_axis=0, concat_axis=2, tiled=True)
+        if mesh.shape["tensor"] == 1:
+            columns = jnp.take(part, all_rows, axis=0, mode="clip").astype(dtype)
+        else:
+            index = all_rows - lax.axis_index("tensor") * len(part)
+            here = (index >= 0) & (index < len(part))
+            found = jnp.take(part, index, axis=0, mode="clip")
+            columns = lax.psum(jnp.where(here[..., None], found, 0).astype(dtype), "tensor")
+        # With the length last: a part of D may be 8 wide, where a row of a TPU's tile is 128.
+        columns = columns.swapaxes(1, 2)
+        return lax.all_to_all(columns, fsdp.AXIS, split_axis=0, concat_axis=1, tiled=True).swapaxes(1, 2)
 
     lies = partition_spec(("vocab", "embed"), table.shape, mesh, "embedding")
     out = partition_spec(

@@ -74,11 +74,22 @@ def test_logical_axis_work_and_place() -> None:
 
 def test_the_source_line_names_the_parameter() -> None:
     lines = Path(layers.__file__).read_text(encoding="utf-8").splitlines()
-    line = next(number for number, text in enumerate(lines, 1) if "self.q[...]" in text)
+    line = next(number for number, text in enumerate(lines, 1) if "self.q, self.mesh" in text)
     product = layers.__file__.replace("model/layers.py", "weights/product.py")
     why = origin(collective("bf16[2048,2048]", source=f"{product}:3 < {layers.__file__}:{line}"), of_2b())
     assert why.parameters == ("blocks.attention.q",)
     assert why.source == f"model/layers.py:{line}"
+
+
+def test_parts_on_their_way_through_the_torus_belong_to_a_parameter_too() -> None:
+    """Where the collective is one of fsdp.gather; elsewhere the same shape is one of activations."""
+    lines = Path(layers.__file__).read_text(encoding="utf-8").splitlines()
+    line = next(number for number, text in enumerate(lines, 1) if "self.down, self.mesh" in text)
+    fsdp = layers.__file__.replace("model/layers.py", "weights/fsdp.py")
+    part = "bf16[128,16384]"
+    why = origin(collective(part, source=f"{fsdp}:40 < {layers.__file__}:{line}"), of_2b())
+    assert why.parameters == ("blocks.feed_forward.down",)
+    assert origin(collective(part, source=f"{layers.__file__}:{line}"), of_2b()).parameters == ()
 
 
 def test_traffic_over_fsdp_alone_is_compared() -> None:
