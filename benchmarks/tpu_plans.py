@@ -7,6 +7,7 @@ It needs the TPU compiler (`pip install 'gemma_jax[tpu]'`) and no TPU.
 """
 
 import argparse
+import collections
 import dataclasses
 import json
 import sys
@@ -193,7 +194,10 @@ def details(case: Case, plan: dict[str, Any]) -> list[str]:
         f"{part} {size * per_chip / GIB:.2f}" for part, size in plan["memory_bytes"].items() if size
     )
     run, figures = plan["run"], plan["estimate"]
-    kernels = sorted({f"{k['name']} x {k['count']}" for k in plan["kernels"]})
+    counts = collections.Counter()
+    for kernel in plan["kernels"]:
+        counts[kernel["name"]] += kernel["count"]
+    kernels = [f"{name} x {count}" for name, count in sorted(counts.items())]
     text += [
         f"GiB a chip: {parts}. Pallas kernels: {', '.join(kernels) or 'none'}; "
         f"{figures['kernel_seconds']:.3f} s.",

@@ -77,16 +77,16 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 def _row_major(devices: np.ndarray) -> np.ndarray:
     """The devices of a mesh, those of TPUs along the fsdp axis in the order of their coordinates.
 
-    jax may put them in a ring that winds through the torus; weights.fsdp goes along its dimensions.
+    jax may put them in a ring that winds through the torus; weights.fsdp goes along its dimensions. What lies
+    beside each other on the tensor axis moves together.
     """
     if devices.flat[0].platform != "tpu":
         return devices
-    fsdp = MESH_AXES.index("fsdp")
-    devices = devices.copy()
-    lines = np.moveaxis(devices, fsdp, -1)
-    for line in np.ndindex(lines.shape[:-1]):
-        lines[line] = sorted(lines[line], key=lambda device: (device.coords, device.core_on_chip))
-    return devices
+    ordered = devices.copy()
+    for block in np.ndindex(devices.shape[:2]):  # of slice and data: [fsdp, tensor]
+        places = [(device.coords, device.core_on_chip) for device in devices[block][:, 0]]
+        ordered[block] = devices[block][sorted(range(len(places)), key=places.__getitem__)]
+    return ordered
 
 
 def _cpu_devices(count: int) -> list[jax.Device]:

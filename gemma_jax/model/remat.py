@@ -5,8 +5,6 @@ from typing import Any
 
 import jax
 
-from gemma_jax.weights import GATHERED
-
 # Values of a block that have a name (`checkpoint_name` in layers.py and attention.py), by policy. What is not
 # kept is computed again from what is. The input of a block is always kept.
 KEPT: dict[str, tuple[str, ...]] = {
@@ -27,8 +25,8 @@ def rematerialized(block: Callable[..., Any], policy: str, looped: bool) -> Call
         computed again with the first time, and keep it after all.
     """
     if policy == "none":
-        keep = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
-    elif policy == "offload":
+        return block
+    if policy == "offload":
         keep = jax.checkpoint_policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[],
             names_which_can_be_offloaded=list(KEPT["projections"]),

@@ -91,7 +91,9 @@ def origin(collective: Collective, params: Sequence[Parameter]) -> Origin:
     shapes = [_shape(array) for array in collective.arrays]
     places = _own(collective.source)[:3]
     matches = [p for p in params if any(_same(shape, p) for shape in shapes)]
-    if not matches and "/gemma_jax/weights/" in collective.source:
+    # (Of a gather under a product the place told is that of the product.)
+    staged = re.search(r"/weights/(fsdp|product)\.py:", collective.source)
+    if not matches and staged and collective.axis == "fsdp":
         matches = [p for p in params if any(_stage_of(shape, p) for shape in shapes)]
     # Of several parameters of one shape, those that the code there names, then those whose axes lie so.
     for fits in (

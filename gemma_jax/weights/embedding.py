@@ -22,7 +22,7 @@ def look_up(
     Args:
       table: [V, D], lying as its logical axes say.
       tokens: [B, L] integers below V; a table in parts does not look whether they are.
-      dtype: of the result, and of what is sent.
+      dtype: of the result, and of the activations that are sent; the table's gradient is summed in its own.
       mesh: that both lie on.
 
     Returns:

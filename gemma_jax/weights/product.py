@@ -7,14 +7,11 @@ from collections.abc import Sequence
 import jax
 from flax import nnx
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from gemma_jax.sharding import RULES, Axes, logical_axes, partition_spec
 from gemma_jax.weights import fsdp
-
-GATHERED = "gathered"  # a whole weight, for a policy of jax.checkpoint: never to be kept
 
 
 def precision(dtype: jax.typing.DTypeLike) -> lax.Precision:
@@ -64,7 +61,8 @@ def weight_product(x: jax.Array, weight: nnx.Variable[jax.Array], mesh: Mesh, co
       [B, L, *O] in x's dtype.
     """
     array = weight[...].astype(x.dtype)
-    if mesh.shape[fsdp.AXIS] == 1:
+    # A single row is on all devices; then the partitioner may rather send activations than weights.
+    if mesh.shape[fsdp.AXIS] == 1 or len(x) == 1:
         return product(x, array, contract)
     return _sharded_product(x, array, logical_axes(weight)[-array.ndim :], mesh, contract)
 
@@ -86,28 +84,29 @@ def _specs(axes: Axes, shape: Sequence[int], mesh: Mesh) -> tuple[int, P, list[s
 def _gathered(weight: jax.Array, axes: Axes, mesh: Mesh) -> jax.Array:
     split, spec, rest = _specs(axes, weight.shape, mesh)
     gather = functools.partial(fsdp.gather, dimension=split, sizes=fsdp.stages(mesh))
-    whole = jax.shard_map(gather, mesh=mesh, in_specs=spec, out_specs=P(*rest), check_vma=False)(weight)
-    return checkpoint_name(whole, GATHERED)
+    return jax.shard_map(gather, mesh=mesh, in_specs=spec, out_specs=P(*rest), check_vma=False)(weight)
 
 
 def _forward(
     x: jax.Array, weight: jax.Array, axes: Axes, mesh: Mesh, contract: int
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    whole = _gathered(weight, axes, mesh)
-    return product(x, whole, contract), (x, whole)
+    # Not the whole weight: whoever keeps everything for the backward pass would keep the whole model. Where
+    # the forward pass is computed again, the compiler sees that it and the backward pass gather the same.
+    return product(x, _gathered(weight, axes, mesh), contract), (x, weight)
 
 
 def _backward(
     axes: Axes, mesh: Mesh, contract: int, saved: tuple[jax.Array, jax.Array], d_out: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    x, whole = saved
+    x, weight = saved
+    whole = _gathered(weight, axes, mesh)
     (d_x,) = jax.linear_transpose(lambda x: product(x, whole, contract), x)(d_out)
     split, spec, rest = _specs(axes, whole.shape, mesh)
 
     def of_device(x: jax.Array, d_out: jax.Array) -> jax.Array:
         shape = (*x.shape[x.ndim - contract :], *d_out.shape[x.ndim - contract :])
-        weight = jax.ShapeDtypeStruct(shape, x.dtype)
-        (d_weight,) = jax.linear_transpose(lambda weight: product(x, weight, contract), weight)(d_out)
+        local = jax.ShapeDtypeStruct(shape, x.dtype)
+        (d_weight,) = jax.linear_transpose(lambda weight: product(x, weight, contract), local)(d_out)
         return fsdp.scatter_sum(d_weight, split, fsdp.stages(mesh))
 
     def rows(entries: list[str | None]) -> P:

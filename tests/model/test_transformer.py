@@ -192,6 +192,21 @@ def test_each_policy_keeps_less_than_the_one_before() -> None:
     assert memory == sorted(memory, reverse=True) and len(set(memory)) == len(memory), memory
 
 
+@pytest.mark.parametrize("policy", ["none", "products"])
+def test_no_whole_weight_is_kept_for_the_backward_pass(policy: str) -> None:
+    mesh, compute, tokens = cpu_mesh(8), ComputeConfig(remat=policy), np.zeros((8, 64), np.int32)
+    graphdef, _ = abstract_transformer(TINY, compute, mesh)
+    params = init_params(TINY, compute, mesh, 0)
+    stacked = {array.shape for name, array in named_arrays(params).items() if name.count(".") == 2}
+
+    def kept(params: nnx.State):
+        loss = lambda p: jnp.sum(nnx.merge(graphdef, p)(tokens, *simple_rows(tokens)))  # noqa: E731
+        return jax.vjp(loss, params)[1]
+
+    weights = [array for array in jax.tree.leaves(jax.jit(kept)(params)) if array.shape in stacked]
+    assert weights and not [array.shape for array in weights if array.is_fully_replicated]
+
+
 def test_rows_that_pad_the_vocabulary_are_never_predicted() -> None:
     config = replace(TINY, {"vocab_size": 500})
     assert config.vocab_rows == 512
