@@ -16,8 +16,7 @@ def look_up(
     """The row of each token.
 
     Each device looks up its own columns for the rows of the whole fsdp group, then they change places. The
-    partitioner does the same within a slice, but between slices it gathers the gradient of activations, a
-    hundred times what the gradient of the table is.
+    partitioner does the same within a slice, but between slices it gathers the gradient of all activations.
 
     Args:
       table: [V, D], lying as its logical axes say.

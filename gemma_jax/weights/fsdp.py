@@ -1,9 +1,9 @@
 """Fully sharded data parallelism: a weight is gathered to be used, its gradient summed where its parts lie.
 
 Left to itself XLA sums a gradient over a whole slice of TPUs as an all-reduce, of which each device then
-throws most away: twice the traffic. The TPU compiler scatters a sum along one dimension of the torus, and
-only along the first dimension of an array. So what is here goes over one dimension of the torus after the
-other; after the first there is little left to send.
+throws most away: twice the traffic. The TPU compiler scatters a sum along one dimension of the torus, and not
+into narrow parts of the last dimension of an array (docs/log.md). So what is here goes over one dimension of
+the torus after the other, with the parts first; after the first stage there is little left to send.
 """
 
 import math
