@@ -150,7 +150,7 @@ def _open_index(shard: CachedShard, split: Split, sequence_length: int) -> _Open
             if kinds_fit and end == [len(index.pieces)]:
                 return index
         lengths = shard.lengths(split)
-        if lengths.sum() != shard.sizes[split].tokens or lengths.min() < 1:
+        if lengths.sum() != shard.sizes[split].tokens or np.min(lengths) < 1:
             raise _damaged(shard)
         built = packing.build_row_index(lengths, sequence_length)
         save_array(pieces_path, built.pieces)

@@ -332,9 +332,9 @@ def _checked_ids(
         ids = ids[1:]
     if len(ids) and ids[-1] == tokenizer.eos_id:
         ids = ids[:-1]
-    if len(ids) and ids.max() >= tokenizer.vocab_size:
+    if len(ids) and np.max(ids) >= tokenizer.vocab_size:
         raise UserError(
-            f"{source.place(shard, document.number)} holds token id {ids.max()}, outside the vocabulary of "
+            f"{source.place(shard, document.number)} holds token id {np.max(ids)}, outside the vocabulary of "
             f"{tokenizer.vocab_size}; give its own tokenizer and width (uint16 or uint32)."
         )
     for name, control in (("pad", tokenizer.pad_id), ("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id)):
