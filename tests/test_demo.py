@@ -27,7 +27,10 @@ STARTS = [
 
 
 def is_python_so_far(text: str) -> bool:
-    """Whether tokenize takes it, but for what the cut at the end leaves open."""
+    """Whether tokenize takes it, but for what the cut at the end leaves open.
+
+    From Python 3.12 on it refuses a string left open in a line: about 75 of 100 samples pass there, else 96.
+    """
     try:
         list(tokenize.generate_tokens(io.StringIO(text).readline))
     except tokenize.TokenError as error:
@@ -48,11 +51,12 @@ def test_demo_learns_python(tmp_path: Path) -> None:
     assert (run / "loss.png").stat().st_size > 10_000
 
     prompts = [part for start in STARTS for part in ("--prompt", start)]
-    settings = ["--temperature", "0.7", "--top_p", "0.9", "--max_new_tokens", "96", "--json"]
+    settings = ["--temperature", "0.7", "--top_p", "0.9", "--max_new_tokens", "96"]
+    settings += ["--samples", "10", "--json"]  # with one of each prompt, luck decides
     command = [sys.executable, "sample.py", str(run), *prompts, *settings]
     output = subprocess.run(command, cwd=ROOT, check=True, timeout=600, capture_output=True, text=True).stdout
     texts = [line["prompt"] + line["text"] for line in map(json.loads, output.splitlines())]
-    assert len(texts) == 10
+    assert len(texts) == 100
     # The last line may be cut anywhere.
     good = sum(is_python_so_far(text.rpartition("\n")[0] + "\n") for text in texts)
-    assert good >= 6, texts
+    assert good >= 60, texts
