@@ -53,7 +53,8 @@ def scatter_sum(whole: jax.Array, dimension: int, sizes: tuple[int, ...]) -> jax
     """Inside a `shard_map`: this device's part along `dimension` of the sum over the devices of a batch."""
     whole = jnp.moveaxis(whole, dimension, 0)
     rows, rest = whole.reshape(len(whole), -1), whole.shape[1:]
-    for groups in _groups(sizes):
-        rows = lax.psum_scatter(rows, AXIS, tiled=True, axis_index_groups=groups)
+    for size, groups in zip(sizes, _groups(sizes), strict=True):
+        rows = rows.reshape(size, -1, rows.shape[-1])
+        rows = lax.psum_scatter(rows, AXIS, axis_index_groups=groups)
     rows = lax.psum(rows, [axis for axis in RULES["batch"] if axis != AXIS])
     return jnp.moveaxis(rows.reshape(-1, *rest), 0, dimension)

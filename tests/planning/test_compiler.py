@@ -78,6 +78,7 @@ def test_devices_of_slices_that_are_not_here(name: str, slices: int, devices: in
     ("v5e-16", {"slice": 2, "tensor": 2}, (2, 4)),
     ("v5e-256", {}, (16, 16)),
     ("v5e-256", {"tensor": 4}, (4, 16)),
+    ("v5p-128", {"tensor": 4}, (4, 4)),
     ("v5p-128", {}, (4, 4, 4)),
     ("tpu7x-8", {}, (2, 2, 2)),  # two devices a chip
 ])  # fmt: skip
@@ -90,6 +91,9 @@ def test_the_fsdp_axis_follows_the_torus(name: str, mesh: dict[str, int], sizes:
         for axis in range(len(sizes)):  # along one stage one coordinate changes
             moved = np.diff(np.moveaxis(places, axis, 0), axis=0).reshape(-1, 4)
             assert ((moved != 0).sum(axis=-1) == 1).all() or sizes == (1,)
+    for line in made.devices.reshape(-1, made.shape["tensor"]):  # neighbours on the tensor axis have a link
+        places = np.array([(*device.coords, device.core_on_chip) for device in line])
+        assert (np.abs(np.diff(places, axis=0)).sum(axis=-1) == 1).all()
 
 
 @pytest.fixture(scope="module")
@@ -132,11 +136,14 @@ def test_traffic_of_the_real_step(plan: Plan) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("tpu_compiler")
-def test_over_two_dimensions_of_the_torus_gradients_are_still_scattered(cache: PlanCache) -> None:
+@pytest.mark.parametrize("topology", ["v5e-16", "v6e-16"])
+def test_over_two_dimensions_of_the_torus_gradients_are_still_scattered(
+    topology: str, cache: PlanCache
+) -> None:
     """Left to the compiler they would be all-reduces there, of twice the bytes."""
     changes = {"data.batch_size": 16, "model.embed_dim": 2048, "compute.loss_vocab_block": 8192}
     config = replace(SHALLOW, {**changes, "compute.tpu_options": NO_WINDOWED_EINSUM})
-    plan = Planner(parse_topology("v5e-16"), cache).plan(config)
+    plan = Planner(parse_topology(topology), cache).plan(config)
     assert plan.analysis is not None and plan.fsdp is not None
     summed = dict.fromkeys(("all-reduce", "reduce-scatter"), 0.0)
     for collective in plan.analysis.collectives:
