@@ -98,14 +98,18 @@ def tokens(batch: int, length: int) -> np.ndarray:
 
 
 def in_turn(programs: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each round of each program, after one round to warm up."""
+    """Seconds of each round of each program: of the second of two calls.
+
+    A program that frees its memory after each call finds it again at once when it is called again, and at the
+    cost of seconds when another has run meanwhile (docs/log.md): nobody trains like that.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in programs}
-    for number in range(rounds + 1):
+    for _ in range(rounds):
         for name, program in programs.items():
+            program()
             start = time.perf_counter()
             program()
-            if number:
-                seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(time.perf_counter() - start)
     return seconds
 
 

@@ -170,7 +170,8 @@ def _gathered(shard: jax.Array, dtype: jax.typing.DTypeLike, mesh: Mesh) -> jax.
 
 def _d_columns(d_logits: jax.Array, h: jax.Array, mesh: Mesh) -> jax.Array:
     """[D / fsdp, v]: this device's part of the sum over devices of the gradient of rows of the embedding."""
-    return fsdp.scatter_sum(_d_table(d_logits, h).T.astype(h.dtype), 0, fsdp.stages(mesh))
+    turned = _d_table(d_logits, h).T.astype(h.dtype)
+    return fsdp.scatter_sum(turned, 0, fsdp.stages(mesh), by_parts=True)
 
 
 def _d_table(d_logits: jax.Array, h: jax.Array) -> jax.Array:
