@@ -28,7 +28,7 @@ config = PretrainConfig(
     data=DataConfig(sources=("corpus/*.jsonl",), sequence_length=8192, batch_size=256),
     optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=2000),
     compute=ComputeConfig(
-        remat="products", scan_unroll=18, loss_vocab_block=10240, tpu_options=NO_WINDOWED_EINSUM
+        remat="products", scan_unroll=18, loss_vocab_block=16000, tpu_options=NO_WINDOWED_EINSUM
     ),
     mesh=MeshConfig(fsdp=256),
     checkpoint=CheckpointConfig(every=1000),

@@ -32,6 +32,7 @@ from gemma_jax.weights.product import precision, product
 # Of logits, in nats. exp overflows float32 at 88 and gives 0 at -88, which is nothing beside the largest
 # logit of a block, at -SHIFT.
 SHIFT = 20.0
+SHIFT_ROWS = 1024  # of the vocabulary: where that logit is looked for
 LARGEST_EXPONENT = 80.0
 
 
@@ -170,8 +171,7 @@ def _gathered(shard: jax.Array, dtype: jax.typing.DTypeLike, mesh: Mesh) -> jax.
 
 def _d_columns(d_logits: jax.Array, h: jax.Array, mesh: Mesh) -> jax.Array:
     """[D / fsdp, v]: this device's part of the sum over devices of the gradient of rows of the embedding."""
-    turned = _d_table(d_logits, h).T.astype(h.dtype)
-    return fsdp.scatter_sum(turned, 0, fsdp.stages(mesh), by_parts=True)
+    return fsdp.scatter_sum(_d_table(d_logits, h).T.astype(h.dtype), 0, fsdp.stages(mesh))
 
 
 def _d_table(d_logits: jax.Array, h: jax.Array) -> jax.Array:
@@ -243,7 +243,7 @@ def _by_vocabulary(
         return lax.pmax(largest, "tensor"), *lax.psum((summed, of_targets), "tensor")
 
     # With a shift that is known before the product, the compiler takes the sum within the product, and these
-    # logits never reach memory: a tenth of the loss's time on TPU. The largest logit of one block is near
+    # logits never reach memory: a tenth of the loss's time on TPU. The largest logit of some rows is near
     # enough; where it is not, the true largest is known after one round, and a second one takes it. All
     # devices must turn alike, since they gather together.
     State = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
@@ -254,7 +254,8 @@ def _by_vocabulary(
         overflows = lax.pmax(jnp.max(largest - shift), settings.mesh.axis_names) > LARGEST_EXPONENT
         return overflows, jnp.where(overflows, largest, shift), shift + jnp.log(summed), of_targets
 
-    shift = lax.pmax(jnp.max(logits_of((blocks[0], firsts[0])).logits, axis=-1), "tensor") + SHIFT
+    some = logits_of((blocks[0, :SHIFT_ROWS], firsts[0])).logits
+    shift = lax.pmax(jnp.max(some, axis=-1), "tensor") + SHIFT
     start = (jnp.asarray(True), shift, shift, shift)
     _, _, log_partition, of_targets = lax.while_loop(lambda state: state[0], attempt, start)
     sums = _sums(log_partition, of_targets, weights, settings.z_loss)

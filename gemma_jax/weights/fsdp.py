@@ -49,23 +49,13 @@ def gather(part: jax.Array, dimension: int, sizes: tuple[int, ...]) -> jax.Array
     return jnp.moveaxis(rows.reshape(-1, *rest), 0, dimension)
 
 
-def scatter_sum(
-    whole: jax.Array, dimension: int, sizes: tuple[int, ...], *, by_parts: bool = False
-) -> jax.Array:
-    """Inside a `shard_map`: this device's part along `dimension` of the sum over the devices of a batch.
-
-    Args:
-      whole: what to sum.
-      dimension: of `whole`, along which the parts lie.
-      sizes: of `stages`.
-      by_parts: send [parts, rows, columns] and not [rows, columns]. The compiler scatters the one wherever it
-        lies with its rows last, as on v6e a product that is turned; of the other it then sums the whole.
-    """
+def scatter_sum(whole: jax.Array, dimension: int, sizes: tuple[int, ...]) -> jax.Array:
+    """Inside a `shard_map`: this device's part along `dimension` of the sum over the devices of a batch."""
     whole = jnp.moveaxis(whole, dimension, 0)
     rows, rest = whole.reshape(len(whole), -1), whole.shape[1:]
     for size, groups in zip(sizes, _groups(sizes), strict=True):
-        if by_parts:
-            rows = rows.reshape(size, -1, rows.shape[-1])
-        rows = lax.psum_scatter(rows, AXIS, tiled=not by_parts, axis_index_groups=groups)
+        # A matrix that lies with its rows last, or whose parts are no whole tiles, would be summed whole.
+        rows = rows.reshape(size, -1, rows.shape[-1])
+        rows = lax.psum_scatter(rows, AXIS, axis_index_groups=groups)
     rows = lax.psum(rows, [axis for axis in RULES["batch"] if axis != AXIS])
     return jnp.moveaxis(rows.reshape(-1, *rest), 0, dimension)
