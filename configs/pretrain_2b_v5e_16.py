@@ -13,10 +13,10 @@ from gemma_jax.config import (
 )
 
 # gemma plan pretrain_2b_v5e_16 --topology v5e-16
-#   7.28 GiB a chip; 1.146 s a step,
-#   0.920 of it without Pallas kernels;
-#   modelled utilisation 61.1%;
-#   1.99e+10 tokens in 2.0 days, 774 chip-hours
+#   7.08 GiB a chip; 1.153 s a step,
+#   0.926 of it without Pallas kernels;
+#   modelled utilisation 60.8%;
+#   1.99e+10 tokens in 2.0 days, 779 chip-hours
 #   (libtpu 0.0.42.1, jax 0.10.2)
 # XLA would make loops of permutes of the gathers; see docs/sharding.md.
 NO_WINDOWED_EINSUM = ("xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000",)

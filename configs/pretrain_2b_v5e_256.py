@@ -13,10 +13,10 @@ from gemma_jax.config import (
 )
 
 # gemma plan pretrain_2b_v5e_256 --topology v5e-256
-#   12.88 GiB a chip; 1.020 s a step,
-#   0.794 of it without Pallas kernels;
-#   modelled utilisation 68.7%;
-#   3e+12 tokens in 16.9 days, 103,698 chip-hours
+#   12.94 GiB a chip; 1.023 s a step,
+#   0.797 of it without Pallas kernels;
+#   modelled utilisation 68.5%;
+#   3e+12 tokens in 16.9 days, 104,054 chip-hours
 #   (libtpu 0.0.42.1, jax 0.10.2)
 # XLA would make loops of permutes of the gathers; see docs/sharding.md.
 NO_WINDOWED_EINSUM = ("xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000",)

@@ -13,10 +13,10 @@ from gemma_jax.config import (
 )
 
 # gemma plan pretrain_2b_v5e_8 --topology v5e-8
-#   12.51 GiB a chip; 9.623 s a step,
-#   7.814 of it without Pallas kernels;
-#   modelled utilisation 58.2%;
-#   9.96e+09 tokens in 2.1 days, 406 chip-hours
+#   12.30 GiB a chip; 9.681 s a step,
+#   7.873 of it without Pallas kernels;
+#   modelled utilisation 57.9%;
+#   9.96e+09 tokens in 2.1 days, 409 chip-hours
 #   (libtpu 0.0.42.1, jax 0.10.2)
 # XLA would make loops of permutes of the gathers; see docs/sharding.md.
 NO_WINDOWED_EINSUM = ("xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000",)

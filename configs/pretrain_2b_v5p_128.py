@@ -13,7 +13,11 @@ from gemma_jax.config import (
 )
 
 # gemma plan pretrain_2b_v5p_128 --topology v5p-128
-#   (not planned yet: python benchmarks/tpu_plans.py writes it here)
+#   48.88 GiB a chip; 1.918 s a step,
+#   1.530 of it without Pallas kernels;
+#   modelled utilisation 62.7%;
+#   9.98e+11 tokens in 10.6 days, 16,233 chip-hours
+#   (libtpu 0.0.42.1, jax 0.10.2)
 # XLA would make loops of permutes of the gathers; see docs/sharding.md.
 NO_WINDOWED_EINSUM = ("xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000",)
 

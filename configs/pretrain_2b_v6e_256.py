@@ -13,10 +13,10 @@ from gemma_jax.config import (
 )
 
 # gemma plan pretrain_2b_v6e_256 --topology v6e-256
-#   13.09 GiB a chip; 0.246 s a step,
-#   0.197 of it without Pallas kernels;
-#   modelled utilisation 61.2%;
-#   3e+12 tokens in 4.1 days, 24,965 chip-hours
+#   13.00 GiB a chip; 0.247 s a step,
+#   0.198 of it without Pallas kernels;
+#   modelled utilisation 60.9%;
+#   3e+12 tokens in 4.1 days, 25,102 chip-hours
 #   (libtpu 0.0.42.1, jax 0.10.2; uncalibrated)
 # XLA would make loops of permutes of the gathers; see docs/sharding.md.
 NO_WINDOWED_EINSUM = ("xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000",)

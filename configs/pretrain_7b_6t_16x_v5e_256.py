@@ -13,7 +13,11 @@ from gemma_jax.config import (
 )
 
 # gemma plan pretrain_7b_6t_16x_v5e_256 --topology v5e-256 --slices 16
-#   (not planned yet: python benchmarks/tpu_plans.py writes it here)
+#   10.32 GiB a chip; 4.045 s a step,
+#   3.342 of it without Pallas kernels;
+#   modelled utilisation 58.4%;
+#   6.01e+12 tokens in 8.4 days, 823,906 chip-hours
+#   (libtpu 0.0.42.1, jax 0.10.2)
 # XLA would make loops of permutes of the gathers; see docs/sharding.md.
 NO_WINDOWED_EINSUM = ("xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000",)
 
