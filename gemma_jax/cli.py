@@ -1,6 +1,8 @@
 """The `gemma` command."""
 
 import importlib
+import os
+import select
 import signal
 import sys
 from collections.abc import Sequence
@@ -43,7 +45,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "gemma", commands: 
 
 
 def run_command(name: str, arguments: Sequence[str], prog: str) -> int:
-    """Run one command and give its exit status: 130 after Ctrl-C, where the command has no way of its own.
+    """Run one command and give its exit status.
+
+    130 after Ctrl-C, where the command has no way of its own; 141 when nobody reads on, as in `| head`.
 
     Args:
       name: of the command.
@@ -52,11 +56,26 @@ def run_command(name: str, arguments: Sequence[str], prog: str) -> int:
     """
     try:
         # A command imports what it needs only after its config has been read: mistakes are told at once.
-        return importlib.import_module(f"gemma_jax.commands.{name}").run(arguments, prog)
+        status: int = importlib.import_module(f"gemma_jax.commands.{name}").run(arguments, prog)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        # Python would write what is left of the output when it ends, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except UserError as error:
         return _tell(str(error))
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+
+
+def _nobody_reads() -> bool:
+    """Whether the reader of the standard output is gone, which a pipe tells as an error."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return bool(poll.poll(0))
 
 
 def _tell(mistake: str) -> int:

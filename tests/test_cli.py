@@ -1,6 +1,10 @@
 """The `gemma` command itself: which commands there are, and how mistakes and bugs end."""
 
 import importlib
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -60,3 +64,35 @@ def test_a_bug_keeps_its_traceback(
     fails(UserError("two\nlines"))
     assert main(["pretrain"]) == 2
     assert capsys.readouterr().err == "error: two lines\n"
+
+
+def test_a_reader_that_has_gone_ends_the_command_quietly() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    program = """
+import sys
+from gemma_jax import cli
+
+class Command:
+    def run(*_):
+        print("text")
+        return 0
+
+cli.importlib.import_module = lambda _: Command
+sys.exit(cli.run_command("sample", [], "gemma sample"))
+"""
+    command = [sys.executable, "-c", program]
+    run = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False, timeout=120)
+    os.close(writer)
+    assert (run.returncode, run.stderr) == (128 + signal.SIGPIPE, "")
+
+
+def test_another_broken_pipe_is_not_taken_for_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Command:
+        @staticmethod
+        def run(*_: object) -> int:
+            raise BrokenPipeError("of a worker")
+
+    monkeypatch.setattr(cli.importlib, "import_module", lambda _: Command)
+    with pytest.raises(BrokenPipeError, match="of a worker"):
+        cli.run_command("inspect", [], "gemma inspect")
