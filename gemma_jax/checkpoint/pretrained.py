@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -19,6 +18,7 @@ from gemma_jax.checkpoint.huggingface import HuggingFaceDirectory
 from gemma_jax.checkpoint.layout import Weights
 from gemma_jax.checkpoint.placement import place
 from gemma_jax.checkpoint.published_config import CONFIG_FILE, LARGEST_FILE, read_config
+from gemma_jax.checkpoint.record import run_record
 from gemma_jax.checkpoint.terms import has_notice, has_published_shape
 from gemma_jax.config import (
     ComputeConfig,
@@ -29,8 +29,7 @@ from gemma_jax.config import (
     validate_model,
 )
 from gemma_jax.errors import UserError
-from gemma_jax.model import abstract_transformer, init_params
-from gemma_jax.sharding import shardings
+from gemma_jax.model import init_params
 from gemma_jax.tokenizer import Tokenizer
 
 RANDOM = "random:"
@@ -189,24 +188,15 @@ def _published(name: str, folder: Path) -> Checkpoint:
 
 
 def _run(name: str) -> Checkpoint:
-    from gemma_jax.checkpoint import store  # late: orbax costs a second
+    from gemma_jax.checkpoint.restore import load_params, step_folder  # late: orbax costs a second
 
-    folder, run_dir = store.step_folder(name)
-    record = store.run_record(folder)
+    folder, run_dir = step_folder(name)
+    record = run_record(folder)
     experiment = from_record(record.config, str(folder))
     if not isinstance(experiment, PretrainConfig):
         raise UserError(f"{folder} is no training checkpoint: its config is a {type(experiment).__name__}.")
     config = experiment.model
     validate_model(config)
-
-    def params(compute: ComputeConfig, mesh: Mesh) -> nnx.State:
-        _, abstract = abstract_transformer(config, compute, mesh)
-        placed = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            abstract,
-            shardings(abstract, mesh),
-        )
-        return store.load_arrays(folder, {"params": placed}, record)["params"]
 
     tokenizer = run_dir / TOKENIZER_FILE
     return Checkpoint(
@@ -216,5 +206,5 @@ def _run(name: str) -> Checkpoint:
         record.arrays["params"]["embedding"].dtype,
         str(tokenizer) if tokenizer.exists() else "",
         has_notice(run_dir),
-        params,
+        lambda compute, mesh: load_params(folder, record, config, compute, mesh),
     )

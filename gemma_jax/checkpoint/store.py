@@ -12,7 +12,6 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -26,35 +25,22 @@ from gemma_jax.checkpoint import folders
 from gemma_jax.checkpoint.folders import STEPS_FOLDER, saved_steps
 from gemma_jax.checkpoint.lock import LOCK_FILE, RunLock
 from gemma_jax.checkpoint.record import (
-    RECORD_FILE,
     ArrayRecord,
     DamagedCheckpoint,
     RunRecord,
-    check_files,
     fingerprints,
     first_line,
     run_record,
     write_record,
 )
+from gemma_jax.checkpoint.restore import absolute, in_all_processes, load_arrays
 from gemma_jax.checkpoint.s3 import orbax_context
 from gemma_jax.config import CheckpointConfig
 from gemma_jax.errors import UserError
-from gemma_jax.paths import user_path
-from gemma_jax.sharding import Arrays, named_arrays, with_arrays
-from gemma_jax.startup import any_process, wait_for_all
-
-__all__ = [
-    "STEPS_FOLDER",
-    "CheckpointStore",
-    "DamagedCheckpoint",
-    "load_arrays",
-    "run_record",
-    "saved_steps",
-    "step_folder",
-]
+from gemma_jax.sharding import named_arrays
+from gemma_jax.startup import wait_for_all
 
 Tree = TypeVar("Tree")
-Result = TypeVar("Result")
 
 # orbax's threads log the traceback of a full disk once for each file; `CheckpointStore.wait` raises it too.
 logging.getLogger("absl").addFilter(lambda record: "_SignalingThread.run() raised" not in str(record.msg))
@@ -78,7 +64,7 @@ def kept_steps(losses: dict[int, float | None], config: CheckpointConfig) -> set
 
 
 class CheckpointStore:
-    """The checkpoints of the run that this process trains. To read those of any run, use `load_arrays`.
+    """The checkpoints of the run that this process trains. `restore.py` reads those of any run.
 
     One at a time: it holds the run's lock, and removes what a killed process left unfinished. In a job of
     several processes each has a store and calls the same methods in the same order: all write and read their
@@ -94,7 +80,7 @@ class CheckpointStore:
         Raises:
           UserError: another process trains there, or the directory cannot be written.
         """
-        self._run_dir, self._config = _absolute(run_dir), config
+        self._run_dir, self._config = absolute(run_dir), config
         self.folder = self._run_dir / STEPS_FOLDER
         self._first = jax.process_index() == 0
         self._lock: RunLock | None = None
@@ -240,7 +226,7 @@ class CheckpointStore:
         for step in reversed(saved_steps(self._run_dir)):
             folder = self.folder / str(step)
             try:
-                record = _together(folder, functools.partial(run_record, folder))
+                record = in_all_processes(folder, functools.partial(run_record, folder))
                 loaded = load_arrays(folder, {"params": params, "opt_state": opt_state}, record)
             except DamagedCheckpoint as error:
                 damaged.append((step, error.reason))
@@ -307,105 +293,3 @@ class CheckpointStore:
             self._writer.shutdown()
             if self._lock is not None:
                 self._lock.release()
-
-
-def _absolute(path: epath.PathLike) -> epath.Path:
-    """As orbax wants paths; a bucket address is absolute already."""
-    return epath.Path(path if "://" in os.fspath(path) else os.path.abspath(path))
-
-
-def load_arrays(step_folder: epath.PathLike, abstract: dict[str, Any], record: RunRecord) -> dict[str, Any]:
-    """Trees of arrays from a checkpoint, each array placed and cast as its abstract one says.
-
-    Args:
-      step_folder: the checkpoint of one step.
-      abstract: `params` and perhaps `opt_state`: trees of jax.ShapeDtypeStruct with shardings.
-      record: of this checkpoint.
-
-    Raises:
-      DamagedCheckpoint: an array is missing or is not what was saved; it is named where that is known.
-      UserError: the checkpoint belongs to another model.
-    """
-    wanted = {part: named_arrays(tree) for part, tree in abstract.items()}
-    for part, arrays in wanted.items():
-        _compare(arrays, record.arrays[part], step_folder)
-    # As they were saved, and cast only after the fingerprints have been compared.
-    saved = {
-        part: {
-            name: jax.ShapeDtypeStruct(
-                x.shape, jax.dtypes.canonicalize_dtype(record.arrays[part][name].dtype), sharding=x.sharding
-            )
-            for name, x in arrays.items()
-        }
-        for part, arrays in wanted.items()
-    }
-    _together(step_folder, lambda: check_files(epath.Path(step_folder), record, wanted.keys()))
-    with orbax_context(step_folder):
-        loaded = _together(step_folder, lambda: ocp.load_checkpointables(_absolute(step_folder), saved))
-    for part, prints in jax.device_get(fingerprints(loaded)).items():
-        for name, value in prints.items():
-            if value != record.arrays[part][name].fingerprint:
-                raise DamagedCheckpoint(step_folder, f"{part}.{name} has changed")
-    for part, arrays in wanted.items():
-        for name, x in arrays.items():
-            loaded[part][name] = loaded[part][name].astype(x.dtype)
-    return {part: with_arrays(tree, loaded[part]) for part, tree in abstract.items()}
-
-
-def _together(step_folder: epath.PathLike, read: Callable[[], Result]) -> Result:
-    """What `read` gives, or an error in all processes if it fails in one: none waits for another in vain.
-
-    Raises:
-      DamagedCheckpoint: it failed.
-    """
-    problem = ""
-    try:
-        result = read()
-    except DamagedCheckpoint as error:
-        problem = error.reason
-    except (OSError, ValueError, KeyError) as error:
-        problem = first_line(error)
-    if any_process(bool(problem)):
-        raise DamagedCheckpoint(step_folder, problem or "another process could not read it")
-    return result
-
-
-def _compare(wanted: Arrays, saved: dict[str, ArrayRecord], origin: epath.PathLike) -> None:
-    for name in sorted(wanted.keys() | saved.keys()):
-        if name not in saved or name not in wanted:
-            where = "is missing from" if name not in saved else "is not part of the model but is in"
-            raise UserError(
-                f"{name} {where} the checkpoint {origin}; it belongs to another model or optimizer."
-            )
-        if tuple(wanted[name].shape) != saved[name].shape:
-            raise UserError(
-                f"{name} has shape {saved[name].shape} in the checkpoint {origin}, but "
-                f"{tuple(wanted[name].shape)} in the model; it belongs to another model."
-            )
-        if jax.dtypes.canonicalize_dtype(saved[name].dtype) != saved[name].dtype:
-            raise UserError(
-                f"{name} is {saved[name].dtype} in the checkpoint {origin}; set JAX_ENABLE_X64=1 to read it."
-            )
-
-
-def step_folder(checkpoint: epath.PathLike) -> tuple[epath.Path, epath.Path]:
-    """The folder of the step that a path means, and the run directory that it belongs to.
-
-    Args:
-      checkpoint: a run directory (its newest step is meant) or the folder of one step.
-
-    Raises:
-      UserError: nothing there, or nothing saved there yet.
-    """
-    path = user_path(checkpoint)
-    if not path.exists():
-        raise UserError(
-            f"there is no checkpoint {checkpoint!s}; give the directory of a run or of published weights, "
-            "a name on the Hub, or random:PRESET."
-        )
-    if (path / RECORD_FILE).exists():
-        return path, path.parent.parent
-    steps = saved_steps(path)
-    if not steps:
-        raise UserError(f"{checkpoint!s} holds no checkpoint; train there first, or give another directory.")
-    return path / STEPS_FOLDER / str(steps[-1]), path

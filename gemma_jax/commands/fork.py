@@ -28,7 +28,8 @@ def resolve_fork(config: PretrainConfig, run_dir: "epath.Path") -> PretrainConfi
       UserError: no checkpoint there, one of this very run, one whose steps are done, or one of a run that
         differs in what a fork keeps.
     """
-    from gemma_jax.checkpoint.store import run_record, step_folder
+    from gemma_jax.checkpoint.record import run_record
+    from gemma_jax.checkpoint.restore import step_folder
 
     folder, source = step_folder(config.fork_from)
     # Also where it lies deeper: to overwrite the directory would delete it.
@@ -65,7 +66,8 @@ def start_fork(
     Raises:
       UserError: the checkpoint is damaged or belongs to another model; the new one cannot be written.
     """
-    from gemma_jax.checkpoint.store import load_arrays, run_record
+    from gemma_jax.checkpoint.record import run_record
+    from gemma_jax.checkpoint.restore import load_arrays
 
     record = run_record(config.fork_from)
     wanted = {"params": abstract.params, "opt_state": abstract.opt_state}

@@ -72,9 +72,9 @@ def _config(name: str) -> PretrainConfig:
     record = folder / "run" / "data.json"
     # os.path asks without raising where a name is too long.
     if record.exists() if "://" in name else os.path.isfile(record):
-        from gemma_jax.checkpoint import store
+        from gemma_jax.checkpoint.record import run_record
 
-        config = from_record(store.run_record(folder).config, name)
+        config = from_record(run_record(folder).config, name)
         if not isinstance(config, PretrainConfig):
             raise UserError(f"{name} holds a {type(config).__name__}, which has no model.")
         return config

@@ -95,7 +95,8 @@ def pretrain(config: PretrainConfig) -> int:
 def _train(config: PretrainConfig, run_dir: "epath.Path", started: float) -> int:
     import jax
 
-    from gemma_jax.checkpoint.store import CheckpointStore, saved_steps
+    from gemma_jax.checkpoint.folders import saved_steps
+    from gemma_jax.checkpoint.store import CheckpointStore
     from gemma_jax.sharding import local_rows, make_mesh
     from gemma_jax.training.goodput import Goodput
     from gemma_jax.training.interruption import JobStopSignals, StopSignals
@@ -234,7 +235,7 @@ def _as_existing(run_dir: "epath.Path", config: PretrainConfig) -> PretrainConfi
                     "give another --run_dir, or --existing_run overwrite to delete that run."
                 )
     if config.fork_from:
-        from gemma_jax.checkpoint.store import saved_steps
+        from gemma_jax.checkpoint.folders import saved_steps
 
         if not resuming or not saved_steps(run_dir):
             return resolve_fork(config, run_dir)
@@ -257,7 +258,7 @@ def _tokenizer_of_job(config: PretrainConfig, run_dir: "epath.Path") -> "Tokeniz
 
 def _tokenizer(config: PretrainConfig, run_dir: "epath.Path") -> "Tokenizer":
     """The tokenizer of the run so far, the one that the config names, or one trained on the corpus."""
-    from gemma_jax.checkpoint.store import step_folder
+    from gemma_jax.checkpoint.restore import step_folder
     from gemma_jax.data.documents import open_source, sample_texts
     from gemma_jax.tokenizer import Tokenizer
 

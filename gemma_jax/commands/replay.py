@@ -119,13 +119,14 @@ def replay_step(
 
 def _history(config: PretrainConfig, run_dir: "epath.Path") -> "Stability":
     """The gaps in the data of a run, as its newest whole checkpoint has them."""
-    from gemma_jax.checkpoint import store
+    from gemma_jax.checkpoint.folders import STEPS_FOLDER, saved_steps
+    from gemma_jax.checkpoint.record import DamagedCheckpoint, run_record
     from gemma_jax.training.stability import Stability
 
-    for saved in reversed(store.saved_steps(run_dir)):
+    for saved in reversed(saved_steps(run_dir)):
         try:
-            record = store.run_record(run_dir / store.STEPS_FOLDER / str(saved))
-        except store.DamagedCheckpoint:  # told when its parameters are wanted
+            record = run_record(run_dir / STEPS_FOLDER / str(saved))
+        except DamagedCheckpoint:  # told when its parameters are wanted
             continue
         return Stability.from_record(config.stability, record.history)
     return Stability(config.stability)
@@ -162,29 +163,22 @@ def _parameters_before(
     config: PretrainConfig, run_dir: "epath.Path", mesh: "Mesh", step: int
 ) -> "tuple[nnx.State, int]":
     """The newest parameters that a run still has from before a step, and after how many steps they were."""
-    import jax
     from etils import epath
 
-    from gemma_jax.checkpoint import store
-    from gemma_jax.model import abstract_transformer, init_params
-    from gemma_jax.sharding import shardings
+    from gemma_jax.checkpoint.folders import STEPS_FOLDER, saved_steps
+    from gemma_jax.checkpoint.record import DamagedCheckpoint, run_record
+    from gemma_jax.checkpoint.restore import load_params
+    from gemma_jax.model import init_params
 
-    _, abstract = abstract_transformer(config.model, config.compute, mesh)
-    placed = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        abstract,
-        shardings(abstract, mesh),
-    )
-    saved = [(number, run_dir / store.STEPS_FOLDER / str(number)) for number in store.saved_steps(run_dir)]
+    saved = [(number, run_dir / STEPS_FOLDER / str(number)) for number in saved_steps(run_dir)]
     if config.fork_from:
         saved.insert(0, (forked_after(config), epath.Path(config.fork_from)))
     for number, folder in reversed(saved):
         if number < step:
             try:
-                return store.load_arrays(folder, {"params": placed}, store.run_record(folder))[
-                    "params"
-                ], number
-            except store.DamagedCheckpoint as error:
+                record = run_record(folder)
+                return load_params(folder, record, config.model, config.compute, mesh), number
+            except DamagedCheckpoint as error:
                 print(f"{error} An older one is used here", file=sys.stderr)
     if config.fork_from:
         raise UserError(

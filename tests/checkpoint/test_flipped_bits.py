@@ -8,7 +8,8 @@ import pytest
 
 from gemma_jax.checkpoint import record as record_module
 from gemma_jax.checkpoint.record import DamagedCheckpoint, run_record
-from gemma_jax.checkpoint.store import CheckpointStore, load_arrays
+from gemma_jax.checkpoint.restore import load_arrays
+from gemma_jax.checkpoint.store import CheckpointStore
 from gemma_jax.training.state import TrainState
 from tests.checkpoint.states import CONFIG_AS_JSON, KEEP_ALL, bits, save
 

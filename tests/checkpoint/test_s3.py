@@ -12,9 +12,11 @@ from etils import epath
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from gemma_jax.checkpoint import store as store_module
+from gemma_jax.checkpoint.folders import saved_steps
 from gemma_jax.checkpoint.record import DamagedCheckpoint, run_record
+from gemma_jax.checkpoint.restore import load_arrays
 from gemma_jax.checkpoint.s3 import FUNCTION, MANGLED, orbax_context
-from gemma_jax.checkpoint.store import CheckpointStore, load_arrays, saved_steps
+from gemma_jax.checkpoint.store import CheckpointStore
 from gemma_jax.config import CheckpointConfig
 from gemma_jax.errors import UserError
 from gemma_jax.testing import cpu_mesh

@@ -18,8 +18,10 @@ import pytest
 
 from gemma_jax import Gemma
 from gemma_jax.checkpoint import store as store_module
+from gemma_jax.checkpoint.folders import saved_steps
 from gemma_jax.checkpoint.record import DamagedCheckpoint, check_files, fingerprints, run_record
-from gemma_jax.checkpoint.store import CheckpointStore, load_arrays, saved_steps, step_folder
+from gemma_jax.checkpoint.restore import load_arrays, step_folder
+from gemma_jax.checkpoint.store import CheckpointStore
 from gemma_jax.config import CheckpointConfig, ComputeConfig, MeshConfig
 from gemma_jax.errors import UserError
 from gemma_jax.testing import cpu_mesh

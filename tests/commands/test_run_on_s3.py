@@ -10,8 +10,8 @@ import pytest
 from etils import epath
 from etils.epath import backend
 
+from gemma_jax.checkpoint.folders import saved_steps
 from gemma_jax.checkpoint.record import run_record
-from gemma_jax.checkpoint.store import saved_steps
 from gemma_jax.cli import main
 from gemma_jax.tokenizer import Tokenizer
 

@@ -1,0 +1,154 @@
+"""Reading a checkpoint that a run saved: this process's own run or any other."""
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+from etils import epath
+from flax import nnx
+from jax.sharding import Mesh
+from orbax.checkpoint import v1 as ocp
+
+from gemma_jax.checkpoint.folders import STEPS_FOLDER, saved_steps
+from gemma_jax.checkpoint.record import (
+    RECORD_FILE,
+    ArrayRecord,
+    DamagedCheckpoint,
+    RunRecord,
+    check_files,
+    fingerprints,
+    first_line,
+)
+from gemma_jax.checkpoint.s3 import orbax_context
+from gemma_jax.config import ComputeConfig, TransformerConfig
+from gemma_jax.errors import UserError
+from gemma_jax.model import abstract_transformer
+from gemma_jax.paths import user_path
+from gemma_jax.sharding import Arrays, named_arrays, shardings, with_arrays
+from gemma_jax.startup import any_process
+
+Result = TypeVar("Result")
+
+
+def step_folder(checkpoint: epath.PathLike) -> tuple[epath.Path, epath.Path]:
+    """The folder of the step that a path means, and the run directory that it belongs to.
+
+    Args:
+      checkpoint: a run directory (its newest step is meant) or the folder of one step.
+
+    Raises:
+      UserError: nothing there, or nothing saved there yet.
+    """
+    path = user_path(checkpoint)
+    if not path.exists():
+        raise UserError(
+            f"there is no checkpoint {checkpoint!s}; give the directory of a run or of published weights, "
+            "a name on the Hub, or random:PRESET."
+        )
+    if (path / RECORD_FILE).exists():
+        return path, path.parent.parent
+    steps = saved_steps(path)
+    if not steps:
+        raise UserError(f"{checkpoint!s} holds no checkpoint; train there first, or give another directory.")
+    return path / STEPS_FOLDER / str(steps[-1]), path
+
+
+def load_params(
+    step_folder: epath.PathLike,
+    record: RunRecord,
+    config: TransformerConfig,
+    compute: ComputeConfig,
+    mesh: Mesh,
+) -> nnx.State:
+    """The parameters of a checkpoint on a mesh, in compute.param_dtype.
+
+    Raises:
+      DamagedCheckpoint, UserError: as `load_arrays` does.
+    """
+    _, abstract = abstract_transformer(config, compute, mesh)
+    placed = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        abstract,
+        shardings(abstract, mesh),
+    )
+    return load_arrays(step_folder, {"params": placed}, record)["params"]
+
+
+def load_arrays(step_folder: epath.PathLike, abstract: dict[str, Any], record: RunRecord) -> dict[str, Any]:
+    """Trees of arrays from a checkpoint, each array placed and cast as its abstract one says.
+
+    Args:
+      step_folder: the checkpoint of one step.
+      abstract: `params` and perhaps `opt_state`: trees of jax.ShapeDtypeStruct with shardings.
+      record: of this checkpoint.
+
+    Raises:
+      DamagedCheckpoint: an array is missing or is not what was saved; it is named where that is known.
+      UserError: the checkpoint belongs to another model.
+    """
+    wanted = {part: named_arrays(tree) for part, tree in abstract.items()}
+    for part, arrays in wanted.items():
+        _compare(arrays, record.arrays[part], step_folder)
+    # As they were saved, and cast only after the fingerprints have been compared.
+    saved = {
+        part: {
+            name: jax.ShapeDtypeStruct(
+                x.shape, jax.dtypes.canonicalize_dtype(record.arrays[part][name].dtype), sharding=x.sharding
+            )
+            for name, x in arrays.items()
+        }
+        for part, arrays in wanted.items()
+    }
+    in_all_processes(step_folder, lambda: check_files(epath.Path(step_folder), record, wanted.keys()))
+    with orbax_context(step_folder):
+        loaded = in_all_processes(step_folder, lambda: ocp.load_checkpointables(absolute(step_folder), saved))
+    for part, prints in jax.device_get(fingerprints(loaded)).items():
+        for name, value in prints.items():
+            if value != record.arrays[part][name].fingerprint:
+                raise DamagedCheckpoint(step_folder, f"{part}.{name} has changed")
+    for part, arrays in wanted.items():
+        for name, x in arrays.items():
+            loaded[part][name] = loaded[part][name].astype(x.dtype)
+    return {part: with_arrays(tree, loaded[part]) for part, tree in abstract.items()}
+
+
+def in_all_processes(step_folder: epath.PathLike, read: Callable[[], Result]) -> Result:
+    """What `read` gives, or an error in all processes if it fails in one: none waits for another in vain.
+
+    Raises:
+      DamagedCheckpoint: it failed.
+    """
+    problem = ""
+    try:
+        result = read()
+    except DamagedCheckpoint as error:
+        problem = error.reason
+    except (OSError, ValueError, KeyError) as error:
+        problem = first_line(error)
+    if any_process(bool(problem)):
+        raise DamagedCheckpoint(step_folder, problem or "another process could not read it")
+    return result
+
+
+def _compare(wanted: Arrays, saved: dict[str, ArrayRecord], origin: epath.PathLike) -> None:
+    for name in sorted(wanted.keys() | saved.keys()):
+        if name not in saved or name not in wanted:
+            where = "is missing from" if name not in saved else "is not part of the model but is in"
+            raise UserError(
+                f"{name} {where} the checkpoint {origin}; it belongs to another model or optimizer."
+            )
+        if tuple(wanted[name].shape) != saved[name].shape:
+            raise UserError(
+                f"{name} has shape {saved[name].shape} in the checkpoint {origin}, but "
+                f"{tuple(wanted[name].shape)} in the model; it belongs to another model."
+            )
+        if jax.dtypes.canonicalize_dtype(saved[name].dtype) != saved[name].dtype:
+            raise UserError(
+                f"{name} is {saved[name].dtype} in the checkpoint {origin}; set JAX_ENABLE_X64=1 to read it."
+            )
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+    """As orbax wants paths; a bucket address is absolute already."""
+    return epath.Path(path if "://" in os.fspath(path) else os.path.abspath(path))
