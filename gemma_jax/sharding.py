@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from flax import nnx
-from jax.experimental.mesh_utils import create_hybrid_device_mesh
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -61,16 +61,17 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     shape = mesh_shape(config, len(devices))
     types = (AxisType.Auto,) * len(shape)
     slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"})
+    # An axis of two may have to share a dimension of the torus with another: those of v5p-128 are 4 x 4 x 4.
     if slices <= 1:  # other devices can stand for several slices in tests
-        mesh = jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
-        return Mesh(_row_major(mesh.devices), MESH_AXES, axis_types=types)
-    if config.slice != slices:
+        ordered = create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    elif config.slice != slices:
         raise UserError(
             f"mesh.slice is {config.slice}, but the devices are on {slices} slices; set it to that."
         )
-    ordered = create_hybrid_device_mesh(
-        (1, *shape[1:]), (slices, 1, 1, 1), devices, allow_split_physical_axes=True
-    )
+    else:
+        ordered = create_hybrid_device_mesh(
+            (1, *shape[1:]), (slices, 1, 1, 1), devices, allow_split_physical_axes=True
+        )
     return Mesh(_row_major(ordered), MESH_AXES, axis_types=types)
 
 

@@ -80,6 +80,7 @@ def test_devices_of_slices_that_are_not_here(name: str, slices: int, devices: in
     ("v5e-256", {"tensor": 4}, (4, 16)),
     ("v5p-128", {"tensor": 4}, (4, 4)),
     ("v5p-128", {}, (4, 4, 4)),
+    ("v5p-128", {"tensor": 2}, (2, 4, 4)),  # jax.make_mesh refuses it: no dimension has two
     ("tpu7x-8", {}, (2, 2, 2)),  # two devices a chip
 ])  # fmt: skip
 def test_the_fsdp_axis_follows_the_torus(name: str, mesh: dict[str, int], sizes: tuple[int, ...]) -> None:
