@@ -27,7 +27,9 @@ config = PretrainConfig(
     tokenizer=TokenizerConfig(path="tokenizer.model"),
     data=DataConfig(sources=("corpus/*.jsonl",), sequence_length=8192, batch_size=256),
     optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=2000),
-    compute=ComputeConfig(remat="attention", loss_vocab_block=10240, tpu_options=NO_WINDOWED_EINSUM),
+    compute=ComputeConfig(
+        remat="attention", scan_unroll=28, loss_vocab_block=10240, tpu_options=NO_WINDOWED_EINSUM
+    ),
     mesh=MeshConfig(fsdp=256),
     checkpoint=CheckpointConfig(every=1000),
     evaluation=EvaluationConfig(every=1000),

@@ -77,6 +77,10 @@ class Planner:
         if entry is None:
             entry = self._compile(program, options, dict(mesh.shape), dump_hlo)
             self._cache.put(key, entry)
+        available = self.topology.generation.hbm_gib * 2**30 * self.topology.chips // len(self.devices)
+        needed = sum(entry.analysis.memory.values()) if entry.analysis else 0
+        if needed > available:  # the compiler does not refuse every such program (docs/log.md)
+            entry = Entry(None, needed, available)
         if entry.analysis is None:
             return Plan(self.topology, len(self.devices), dict(mesh.shape), program, entry, None, None)
         if self._clock is None:

@@ -1,13 +1,13 @@
 """The pure functions, beside the same by jax."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_jax.model.ops import gated_gelu
+from gemma_jax.model.ops import gated_gelu, unfused
 
 
 @pytest.fixture(autouse=True)
@@ -34,3 +34,19 @@ def test_in_bfloat16_only_the_result_is_rounded() -> None:
     gate = jnp.linspace(-4, 4, 999).astype(jnp.bfloat16)
     exact = gated_gelu(gate.astype(jnp.float64), jnp.ones_like(gate, jnp.float64))
     np.testing.assert_array_equal(gated_gelu(gate, jnp.ones_like(gate)), exact.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_what_is_kept_apart_and_its_gradient_are_as_they_were(remat: bool) -> None:
+    x, cotangent = jnp.linspace(-2, 2, 12).reshape(3, 4), jnp.arange(12.0).reshape(3, 4)
+
+    def layers(x: jax.Array, keep: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        def layer(x: jax.Array, _: None) -> tuple[jax.Array, None]:
+            return x + jnp.tanh(keep(jnp.sin(x))), None
+
+        return jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, length=3)[0]
+
+    wanted, wanted_pull = jax.vjp(lambda x: layers(x, lambda y: y), x)
+    found, pull = jax.vjp(lambda x: layers(x, unfused), x)
+    np.testing.assert_allclose(found, wanted, rtol=1e-14)
+    np.testing.assert_allclose(pull(cotangent)[0], wanted_pull(cotangent)[0], rtol=1e-14)
