@@ -13,10 +13,10 @@ from gemma_jax.config import (
 )
 
 # gemma plan pretrain_7b_6t_16x_v5e_256 --topology v5e-256 --slices 16
-#   10.32 GiB a chip; 4.045 s a step,
-#   3.342 of it without Pallas kernels;
-#   modelled utilisation 58.4%;
-#   6.01e+12 tokens in 8.4 days, 823,906 chip-hours
+#   10.79 GiB a chip; 3.885 s a step,
+#   3.182 of it without Pallas kernels;
+#   modelled utilisation 60.9%;
+#   6.01e+12 tokens in 8.0 days, 791,254 chip-hours
 #   (libtpu 0.0.42.1, jax 0.10.2)
 # XLA would make loops of permutes of the gathers; see docs/sharding.md.
 NO_WINDOWED_EINSUM = ("xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000",)

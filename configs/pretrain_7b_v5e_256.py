@@ -13,10 +13,10 @@ from gemma_jax.config import (
 )
 
 # gemma plan pretrain_7b_v5e_256 --topology v5e-256
-#   10.01 GiB a chip; 4.061 s a step,
-#   3.357 of it without Pallas kernels;
-#   modelled utilisation 58.2%;
-#   9.98e+11 tokens in 22.4 days, 137,445 chip-hours
+#   10.79 GiB a chip; 3.868 s a step,
+#   3.165 of it without Pallas kernels;
+#   modelled utilisation 61.1%;
+#   9.98e+11 tokens in 21.3 days, 130,921 chip-hours
 #   (libtpu 0.0.42.1, jax 0.10.2)
 # XLA would make loops of permutes of the gathers; see docs/sharding.md.
 NO_WINDOWED_EINSUM = ("xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000",)

@@ -13,10 +13,10 @@ from gemma_jax.config import (
 )
 
 # gemma plan pretrain_7b_v5p_128 --topology v5p-128
-#   56.10 GiB a chip; 7.114 s a step,
-#   5.907 of it without Pallas kernels;
-#   modelled utilisation 57.1%;
-#   9.98e+11 tokens in 39.2 days, 60,199 chip-hours
+#   56.10 GiB a chip; 7.125 s a step,
+#   5.918 of it without Pallas kernels;
+#   modelled utilisation 57.0%;
+#   9.98e+11 tokens in 39.3 days, 60,295 chip-hours
 #   (libtpu 0.0.42.1, jax 0.10.2)
 # XLA would make loops of permutes of the gathers; see docs/sharding.md.
 NO_WINDOWED_EINSUM = ("xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000",)

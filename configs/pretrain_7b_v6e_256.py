@@ -13,10 +13,10 @@ from gemma_jax.config import (
 )
 
 # gemma plan pretrain_7b_v6e_256 --topology v6e-256
-#   14.75 GiB a chip; 0.935 s a step,
-#   0.784 of it without Pallas kernels;
-#   modelled utilisation 54.3%;
-#   3e+12 tokens in 15.5 days, 95,094 chip-hours
+#   13.92 GiB a chip; 0.863 s a step,
+#   0.712 of it without Pallas kernels;
+#   modelled utilisation 58.8%;
+#   3e+12 tokens in 14.3 days, 87,776 chip-hours
 #   (libtpu 0.0.42.1, jax 0.10.2; uncalibrated)
 # XLA would make loops of permutes of the gathers; see docs/sharding.md.
 NO_WINDOWED_EINSUM = ("xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000",)
