@@ -98,7 +98,8 @@ class Stability:
         The deviation is taken from the median absolute one, which a few high losses do not change (of a
         normal distribution it is 0.6745 standard deviations).
         """
-        if not self._config.spike_threshold or len(self._losses) < self._losses.maxlen:  # type: ignore[operator]  # it is set
+        wanted = self._config.spike_window + self._config.spike_steps
+        if not self._config.spike_threshold or len(self._losses) < wanted:
             return False
         losses = list(self._losses)
         before, latest = losses[: self._config.spike_window], losses[self._config.spike_window :]
