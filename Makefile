@@ -28,7 +28,7 @@ test-slow: $(INSTALLED) $(COMPILER)
 # In an environment of its own: nothing else needs transformers and torch.
 parity: .venv-parity/installed
 	GEMMA_JAX_PARITY=1 .venv-parity/bin/python -m pytest tests/test_parity.py tests/commands/test_verify.py \
-	  tests/checkpoint/test_transformers.py
+	  tests/pretrained/test_transformers.py
 
 .venv-parity/installed: $(INSTALLED) constraints/parity.txt
 	@test -x .venv-parity/bin/python || $(BIN)/python -m venv .venv-parity

@@ -39,9 +39,9 @@ def generate(folder: Path, preset: str, form: str) -> None:
     """Write the directory: bfloat16, as Google published it."""
     import ml_dtypes
 
-    from gemma_jax.checkpoint.export import export
-    from gemma_jax.checkpoint.layout import parameter_shapes
     from gemma_jax.config import PRESETS
+    from gemma_jax.pretrained.export import export
+    from gemma_jax.pretrained.layout import parameter_shapes
 
     config = PRESETS[preset]
     weights = RandomWeights(parameter_shapes(config), np.dtype(ml_dtypes.bfloat16))
@@ -59,9 +59,9 @@ def measure(folder: Path, devices: int, dtype: str) -> dict[str, object]:
     """Load in this process."""
     import jax
 
-    from gemma_jax.checkpoint.layout import parameter_shapes
-    from gemma_jax.checkpoint.pretrained import open_checkpoint
     from gemma_jax.config import ComputeConfig, MeshConfig
+    from gemma_jax.pretrained.checkpoint import open_checkpoint
+    from gemma_jax.pretrained.layout import parameter_shapes
     from gemma_jax.sharding import make_mesh
 
     mesh = make_mesh(MeshConfig(cpu_devices=devices))

@@ -12,8 +12,6 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from gemma_jax.checkpoint.end_tokens import END_OF_TURN, EOS
-from gemma_jax.checkpoint.pretrained import open_checkpoint
 from gemma_jax.config import (
     ComputeConfig,
     MeshConfig,
@@ -25,6 +23,8 @@ from gemma_jax.config import (
 from gemma_jax.data.chat import Message
 from gemma_jax.errors import UserError
 from gemma_jax.model import abstract_transformer
+from gemma_jax.pretrained.checkpoint import open_checkpoint
+from gemma_jax.pretrained.end_tokens import END_OF_TURN, EOS
 from gemma_jax.sampling import Chat, Completion, Generator
 from gemma_jax.sampling.generate import FinishReason
 from gemma_jax.sharding import make_mesh, row_parts
@@ -145,7 +145,7 @@ class Gemma:
         Raises:
           UserError: something is there, the disk is full, or the numbers are not finite in this dtype.
         """
-        from gemma_jax.checkpoint.export import PlacedWeights, export  # late: orbax costs a second
+        from gemma_jax.pretrained.export import PlacedWeights, export  # late: orbax costs a second
 
         export(
             path,

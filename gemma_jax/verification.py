@@ -16,12 +16,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from gemma_jax.checkpoint.layout import Weights, in_order
 from gemma_jax.config import ComputeConfig, TransformerConfig
 from gemma_jax.errors import UserError
 from gemma_jax.model import abstract_transformer
 from gemma_jax.model.attention import self_attend
 from gemma_jax.model.ops import rms_norm
+from gemma_jax.pretrained.layout import Weights, in_order
 
 BLOCK = 2**24  # numbers looked at together: in float64 they take 128 MB
 

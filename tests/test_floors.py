@@ -153,7 +153,7 @@ def test_config_needs_nothing_but_the_standard_library() -> None:
 def test_tensorflow_and_torch_are_imported_nowhere() -> None:
     """But for torch where transformers, which speaks in its tensors, is compared with."""
     beside_transformers = {"gemma_jax/verification.py", "tests/golden/make.py", "tests/test_parity.py"}
-    beside_transformers |= {"tests/checkpoint/test_transformers.py"}
+    beside_transformers |= {"tests/pretrained/test_transformers.py"}
     for file, source in EVERYTHING.items():
         for line, name in imported_names(source, file):
             package = name.split(".")[0]

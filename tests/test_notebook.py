@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gemma_jax.tokenizer import Tokenizer
-from tests.checkpoint import published
+from tests.pretrained import published
 
 NOTEBOOK = json.loads((Path(__file__).parents[1] / "notebooks" / "sample.ipynb").read_text(encoding="utf-8"))
 

@@ -17,17 +17,17 @@ import pytest
 from flax import nnx
 
 from gemma_jax import Gemma, verification
-from gemma_jax.checkpoint.huggingface import tensor_name, to_stored
 from gemma_jax.config import ComputeConfig, MeshConfig, OptimizerConfig, PretrainConfig
 from gemma_jax.data.packing import Batch
 from gemma_jax.model import ops
+from gemma_jax.pretrained.huggingface import tensor_name, to_stored
 from gemma_jax.sharding import named_arrays
 from gemma_jax.testing import cpu_mesh, relative_difference
 from gemma_jax.training.optimizer import make_optimizer
 from gemma_jax.training.state import TrainState
 from gemma_jax.training.step import loss_and_gradients, make_train_step
-from tests.checkpoint import published
 from tests.golden import make
+from tests.pretrained import published
 
 LIVE = bool(os.environ.get("GEMMA_JAX_PARITY"))
 FLOAT32 = ComputeConfig()

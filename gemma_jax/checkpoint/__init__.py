@@ -1,1 +1,1 @@
-"""Checkpoints on disk."""
+"""The checkpoints of runs: written while training goes on, whole or absent, checked when they are read."""

@@ -31,7 +31,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
     validate_chat(config)
 
     from gemma_jax.api import Gemma
-    from gemma_jax.checkpoint.pretrained import require_tokenizer
+    from gemma_jax.pretrained.checkpoint import require_tokenizer
 
     require_tokenizer(checkpoint)
     gemma = Gemma.from_pretrained(

@@ -16,8 +16,8 @@ def run(arguments: Sequence[str], prog: str) -> int:
     source, destination = names
     config = parse(ConvertConfig(), arguments[2:], f"{prog} SOURCE DESTINATION")
 
-    from gemma_jax.checkpoint.export import PlacedWeights, export
-    from gemma_jax.checkpoint.pretrained import open_checkpoint
+    from gemma_jax.pretrained.checkpoint import open_checkpoint
+    from gemma_jax.pretrained.export import PlacedWeights, export
     from gemma_jax.sharding import make_mesh
 
     found = open_checkpoint(source)

@@ -79,7 +79,7 @@ def _config(name: str) -> PretrainConfig:
             raise UserError(f"{name} holds a {type(config).__name__}, which has no model.")
         return config
     if os.path.isdir(folder):
-        from gemma_jax.checkpoint.pretrained import is_published, open_checkpoint
+        from gemma_jax.pretrained.checkpoint import is_published, open_checkpoint
 
         if is_published(folder):
             return PretrainConfig(model=open_checkpoint(name).config)

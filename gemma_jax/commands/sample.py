@@ -24,7 +24,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
         raise UserError(f"there is nothing to continue; add --prompt TEXT (see `{prog} --help`).")
 
     from gemma_jax.api import Gemma
-    from gemma_jax.checkpoint.pretrained import require_tokenizer
+    from gemma_jax.pretrained.checkpoint import require_tokenizer
 
     require_tokenizer(checkpoint)
     gemma = Gemma.from_pretrained(

@@ -12,8 +12,8 @@ from gemma_jax.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
 
-    from gemma_jax.checkpoint.layout import Weights
-    from gemma_jax.checkpoint.pretrained import Checkpoint
+    from gemma_jax.pretrained.checkpoint import Checkpoint
+    from gemma_jax.pretrained.layout import Weights
     from gemma_jax.verification import Statistics
 
 # Relative L2 difference to transformers that rounding explains, in the dtype of the activations.
@@ -65,7 +65,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
     config = parse(VerifyConfig(), rest, f"{prog} CHECKPOINT")
     validate_verify(config)
 
-    from gemma_jax.checkpoint.pretrained import open_checkpoint
+    from gemma_jax.pretrained.checkpoint import open_checkpoint
 
     report, checked = Report(), ["shapes and dtypes", "finite numbers"]
     try:
@@ -95,7 +95,7 @@ def _weights(found: "Checkpoint", config: VerifyConfig) -> "Weights":
     """As they lie on disk; those of a run are read to the mesh."""
     if found.weights is not None:
         return found.weights
-    from gemma_jax.checkpoint.export import PlacedWeights
+    from gemma_jax.pretrained.export import PlacedWeights
     from gemma_jax.sharding import make_mesh
 
     compute = replace(config.compute, {"param_dtype": found.dtype})
@@ -103,7 +103,7 @@ def _weights(found: "Checkpoint", config: VerifyConfig) -> "Weights":
 
 
 def _show_shape(report: Report, name: str, found: "Checkpoint") -> None:
-    from gemma_jax.checkpoint.end_tokens import END_OF_TURN
+    from gemma_jax.pretrained.end_tokens import END_OF_TURN
 
     report.line("checkpoint", name)
     report.line("shape", _named_shape(found.config))
@@ -144,7 +144,7 @@ def _named_shape(config: TransformerConfig) -> str:
 
 
 def _show_statistics(report: Report, weights: "Weights", config: TransformerConfig) -> None:
-    from gemma_jax.checkpoint.layout import EMBEDDING, FINAL_NORM
+    from gemma_jax.pretrained.layout import EMBEDDING, FINAL_NORM
     from gemma_jax.verification import statistics
 
     layers: dict[int | None, dict[str, Statistics]] = {}
@@ -186,8 +186,8 @@ def _compared(report: Report, found: "Checkpoint", config: VerifyConfig) -> bool
     """Show the differences to transformers; False where they cannot be had."""
     from pathlib import Path
 
-    from gemma_jax.checkpoint.huggingface import HuggingFaceDirectory
     from gemma_jax.model import compute_dtype
+    from gemma_jax.pretrained.huggingface import HuggingFaceDirectory
     from gemma_jax.sharding import make_mesh
     from gemma_jax.verification import layer_outputs, transformers_outputs
 

@@ -10,8 +10,8 @@ import pytest
 from gemma_jax import verification
 from gemma_jax.cli import main
 from gemma_jax.commands import verify
-from tests.checkpoint import published
 from tests.golden import make
+from tests.pretrained import published
 
 HAS_TRANSFORMERS = bool(importlib.util.find_spec("transformers"))
 UP = "model.layers.1.mlp.up_proj.weight"

@@ -16,7 +16,7 @@ FOLDER = Path(__file__).parent
 if __name__ == "__main__":
     sys.path.insert(0, str(FOLDER.parents[1]))
 
-from tests.checkpoint import published  # noqa: E402  # found only now
+from tests.pretrained import published  # noqa: E402  # found only now
 
 # As small as they can be, so that every gradient fits into a file of tens of KB. sqrt(24) is not a bfloat16
 # number, and 24 / 4 (width by heads) is not the head dim.

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from gemma_jax import Gemma
-from gemma_jax.checkpoint import huggingface as huggingface_module
 from gemma_jax.cli import main
 from gemma_jax.config import ComputeConfig, MeshConfig
+from gemma_jax.pretrained import huggingface as huggingface_module
 from gemma_jax.testing import relative_difference, tiny_gemma
 from gemma_jax.tokenizer import Tokenizer
 

@@ -11,12 +11,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from gemma_jax.checkpoint import safetensors as module
-from gemma_jax.checkpoint.huggingface import HuggingFaceDirectory
-from gemma_jax.checkpoint.layout import in_order
-from gemma_jax.checkpoint.safetensors import DTYPES, SafetensorsFile, write_safetensors
 from gemma_jax.errors import UserError
-from tests.checkpoint.published import MULTI_QUERY, random_tensors, safetensors_bytes, write_huggingface
+from gemma_jax.pretrained import safetensors as module
+from gemma_jax.pretrained.huggingface import HuggingFaceDirectory
+from gemma_jax.pretrained.layout import in_order
+from gemma_jax.pretrained.safetensors import DTYPES, SafetensorsFile, write_safetensors
+from tests.pretrained.published import MULTI_QUERY, random_tensors, safetensors_bytes, write_huggingface
 
 Header = dict[str, Any]
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from gemma_jax import Gemma
-from gemma_jax.checkpoint.end_tokens import end_tokens
 from gemma_jax.config import MeshConfig
 from gemma_jax.errors import UserError
-from tests.checkpoint.published import MULTI_QUERY, random_tensors, write_huggingface
+from gemma_jax.pretrained.end_tokens import end_tokens
+from tests.pretrained.published import MULTI_QUERY, random_tensors, write_huggingface
 
 
 @pytest.mark.parametrize(("name", "config", "known", "expected"), [

@@ -12,14 +12,7 @@ from pathlib import Path
 from flax import nnx
 from jax.sharding import Mesh
 
-from gemma_jax.checkpoint.end_tokens import end_tokens
-from gemma_jax.checkpoint.hub import download, is_hub_name
-from gemma_jax.checkpoint.huggingface import HuggingFaceDirectory
-from gemma_jax.checkpoint.layout import Weights
-from gemma_jax.checkpoint.placement import place
-from gemma_jax.checkpoint.published_config import CONFIG_FILE, LARGEST_FILE, read_config
 from gemma_jax.checkpoint.record import run_record
-from gemma_jax.checkpoint.terms import has_notice, has_published_shape
 from gemma_jax.config import (
     ComputeConfig,
     PretrainConfig,
@@ -30,6 +23,13 @@ from gemma_jax.config import (
 )
 from gemma_jax.errors import UserError
 from gemma_jax.model import init_params
+from gemma_jax.pretrained.end_tokens import end_tokens
+from gemma_jax.pretrained.hub import download, is_hub_name
+from gemma_jax.pretrained.huggingface import HuggingFaceDirectory
+from gemma_jax.pretrained.layout import Weights
+from gemma_jax.pretrained.placement import place
+from gemma_jax.pretrained.published_config import CONFIG_FILE, LARGEST_FILE, read_config
+from gemma_jax.pretrained.terms import has_notice, has_published_shape
 from gemma_jax.tokenizer import Tokenizer
 
 RANDOM = "random:"
@@ -65,7 +65,7 @@ class Checkpoint:
         return Tokenizer.load(self.tokenizer_path) if self.tokenizer_path else None
 
     def end_tokens(self, instruction_tuned: bool | None = None) -> tuple[int, ...]:
-        """The ids that end an answer; see `checkpoint.end_tokens`."""
+        """The ids that end an answer; see `pretrained.end_tokens`."""
         return end_tokens(self.name, self.folder, instruction_tuned=instruction_tuned)
 
 
@@ -166,7 +166,7 @@ def _published(name: str, folder: Path) -> Checkpoint:
         huggingface = HuggingFaceDirectory(folder)
         weights, config, dtype = huggingface, huggingface.config, huggingface.dtype
     else:
-        from gemma_jax.checkpoint.flax import FlaxDirectory  # late: orbax costs a second
+        from gemma_jax.pretrained.flax import FlaxDirectory  # late: orbax costs a second
 
         if arrays == folder and not tokenizer.exists():  # the arrays themselves: the rest is beside them
             folder, tokenizer = folder.parent, folder.parent / TOKENIZER_FILE

@@ -9,9 +9,9 @@ import numpy as np
 import orbax.checkpoint
 import pytest
 
-from gemma_jax.checkpoint.pretrained import open_checkpoint
 from gemma_jax.config import PRESETS, TransformerConfig, replace
 from gemma_jax.errors import UserError
+from gemma_jax.pretrained.checkpoint import open_checkpoint
 
 Arrays = dict[str, np.ndarray]
 TWO_B = TransformerConfig(
@@ -143,7 +143,7 @@ def test_each_fault_is_named(tmp_path: Path, change: Callable[[Arrays], Arrays],
 
 
 def test_a_checkpoint_of_the_other_size_contradicts_the_config_beside_it(tmp_path: Path) -> None:
-    from gemma_jax.checkpoint.published_config import write_config
+    from gemma_jax.pretrained.published_config import write_config
 
     folder = save(tmp_path / "2b", published(SEVEN_B), "flat")
     write_config(tmp_path, TWO_B, "bfloat16")

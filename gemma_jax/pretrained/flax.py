@@ -17,10 +17,10 @@ import numpy as np
 from orbax import checkpoint as orbax
 from orbax.checkpoint import v1 as ocp
 
-from gemma_jax.checkpoint.layout import EMBEDDING, FINAL_NORM, Weights, parameter_shapes
 from gemma_jax.checkpoint.record import first_line
 from gemma_jax.config import TransformerConfig, validate_model
 from gemma_jax.errors import UserError
+from gemma_jax.pretrained.layout import EMBEDDING, FINAL_NORM, Weights, parameter_shapes
 
 PUBLISHED_ROWS = 256_128  # of which 128 pad a vocabulary of 256,000
 DTYPES = ("float32", "bfloat16", "float16")
@@ -189,7 +189,7 @@ class FlaxDirectory:
         return self._last[1]
 
     def get(self, parameter: str, layer: int | None) -> np.ndarray:
-        """See `gemma_jax.checkpoint.layout.Weights`."""
+        """See `gemma_jax.pretrained.layout.Weights`."""
         if parameter == EMBEDDING:
             return self._read(_TABLE)[: self.config.vocab_size]
         if parameter == FINAL_NORM:
@@ -199,7 +199,7 @@ class FlaxDirectory:
         return _turned(parameter, array if index is None else array[index])
 
     def where(self, parameter: str, layer: int | None) -> str:
-        """See `gemma_jax.checkpoint.layout.Weights`."""
+        """See `gemma_jax.pretrained.layout.Weights`."""
         outer = {EMBEDDING: _TABLE, FINAL_NORM: _LAST_NORM}
         name = outer[parameter] if layer is None else f"layer_{layer}/{self._holder[parameter][0]}"
         return f"{name} in {self.folder}"

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from gemma_jax.checkpoint import hub as hub_module
-from gemma_jax.checkpoint.hub import is_hub_name
-from gemma_jax.checkpoint.pretrained import open_checkpoint
 from gemma_jax.errors import UserError
-from tests.checkpoint.published import MULTI_QUERY, random_tensors, write_huggingface
+from gemma_jax.pretrained import hub as hub_module
+from gemma_jax.pretrained.checkpoint import open_checkpoint
+from gemma_jax.pretrained.hub import is_hub_name
+from tests.pretrained.published import MULTI_QUERY, random_tensors, write_huggingface
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -102,7 +102,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def download(name: str, cache: Path, endpoint: str, **environment: str) -> tuple[Path | None, str]:
     """The directory, or the sentence that the user gets; and what the client showed."""
     program = (
-        "import sys; from gemma_jax.errors import UserError; from gemma_jax.checkpoint import hub\n"
+        "import sys; from gemma_jax.errors import UserError; from gemma_jax.pretrained import hub\n"
         "hub.SECONDS = 2\n"
         "try: print(hub.download(sys.argv[1]))\n"
         "except UserError as error: print('told:', error)\n"
@@ -192,7 +192,7 @@ def test_names_of_a_hub_are_told_from_paths(tmp_path: Path, monkeypatch: pytest.
 
 def test_weights_of_google_are_under_its_terms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_huggingface(tmp_path, MULTI_QUERY, random_tensors(MULTI_QUERY))
-    monkeypatch.setattr("gemma_jax.checkpoint.pretrained.download", lambda name: folder)
+    monkeypatch.setattr("gemma_jax.pretrained.checkpoint.download", lambda name: folder)
     assert open_checkpoint("google/gemma-2b").terms_source == "google/gemma-2b"
     assert open_checkpoint("somebody/from-scratch").terms_source == ""
     assert open_checkpoint(folder).terms_source == ""

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from gemma_jax import Gemma
-from gemma_jax.checkpoint.pretrained import open_checkpoint
-from gemma_jax.checkpoint.safetensors import SafetensorsFile
 from gemma_jax.config import ComputeConfig, MeshConfig
 from gemma_jax.errors import UserError
+from gemma_jax.pretrained.checkpoint import open_checkpoint
+from gemma_jax.pretrained.safetensors import SafetensorsFile
 from gemma_jax.sharding import named_arrays
 from gemma_jax.testing import cpu_mesh
-from tests.checkpoint.published import (
+from tests.pretrained.published import (
     MULTI_HEAD,
     MULTI_QUERY,
     Tensors,

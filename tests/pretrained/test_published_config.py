@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from gemma_jax.checkpoint.published_config import read_config, write_config
 from gemma_jax.config import PRESETS, replace
 from gemma_jax.errors import UserError
+from gemma_jax.pretrained.published_config import read_config, write_config
 
 # As google/gemma-2b has it since February 2024, read from descriptions of it.
 GEMMA_2B = {

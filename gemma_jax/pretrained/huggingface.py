@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from gemma_jax.checkpoint.layout import EMBEDDING, FINAL_NORM, Weights, in_order, parameter_shapes
-from gemma_jax.checkpoint.published_config import CONFIG_FILE, read_config, read_json
-from gemma_jax.checkpoint.safetensors import SafetensorsFile, write_safetensors
 from gemma_jax.config import TransformerConfig
 from gemma_jax.errors import UserError
+from gemma_jax.pretrained.layout import EMBEDDING, FINAL_NORM, Weights, in_order, parameter_shapes
+from gemma_jax.pretrained.published_config import CONFIG_FILE, read_config, read_json
+from gemma_jax.pretrained.safetensors import SafetensorsFile, write_safetensors
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -172,13 +172,13 @@ class HuggingFaceDirectory:
         return self._files[name][name]
 
     def get(self, parameter: str, layer: int | None) -> np.ndarray:
-        """See `gemma_jax.checkpoint.layout.Weights`."""
+        """See `gemma_jax.pretrained.layout.Weights`."""
         name = tensor_name(parameter, layer)
         self._files[name].check(name)
         return from_stored(parameter, self._tensor(name), self._shapes[parameter])
 
     def where(self, parameter: str, layer: int | None) -> str:
-        """See `gemma_jax.checkpoint.layout.Weights`."""
+        """See `gemma_jax.pretrained.layout.Weights`."""
         name = tensor_name(parameter, layer)
         return f"{name} in {self._files[name].path}"
 

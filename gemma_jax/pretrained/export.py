@@ -16,15 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gemma_jax.checkpoint.flax import write_flax
-from gemma_jax.checkpoint.huggingface import DTYPES, write_huggingface
-from gemma_jax.checkpoint.layout import EMBEDDING, Weights, parameter_shapes
 from gemma_jax.checkpoint.lock import LOCK_FILE
-from gemma_jax.checkpoint.placement import place
-from gemma_jax.checkpoint.pretrained import TOKENIZER_FILE
-from gemma_jax.checkpoint.published_config import CONFIG_FILE, write_config, write_generation_config
 from gemma_jax.checkpoint.store import CheckpointStore
-from gemma_jax.checkpoint.terms import write_notice
 from gemma_jax.config import (
     ComputeConfig,
     MeshConfig,
@@ -35,6 +28,13 @@ from gemma_jax.config import (
     to_json,
 )
 from gemma_jax.errors import UserError
+from gemma_jax.pretrained.checkpoint import TOKENIZER_FILE
+from gemma_jax.pretrained.flax import write_flax
+from gemma_jax.pretrained.huggingface import DTYPES, write_huggingface
+from gemma_jax.pretrained.layout import EMBEDDING, Weights, parameter_shapes
+from gemma_jax.pretrained.placement import place
+from gemma_jax.pretrained.published_config import CONFIG_FILE, write_config, write_generation_config
+from gemma_jax.pretrained.terms import write_notice
 from gemma_jax.sharding import make_mesh, named_arrays
 from gemma_jax.tokenizer import Tokenizer
 
@@ -66,14 +66,14 @@ class PlacedWeights:
             raise UserError("the weights lie on several processes; load and write them in a single one.")
 
     def get(self, parameter: str, layer: int | None) -> np.ndarray:
-        """See `gemma_jax.checkpoint.layout.Weights`."""
+        """See `gemma_jax.pretrained.layout.Weights`."""
         x = self._arrays[parameter]
         if parameter == EMBEDDING:
             x = x[: self._vocab_size]
         return np.asarray(x if layer is None else x[layer])
 
     def where(self, parameter: str, layer: int | None) -> str:
-        """See `gemma_jax.checkpoint.layout.Weights`."""
+        """See `gemma_jax.pretrained.layout.Weights`."""
         return parameter if layer is None else f"{parameter} of layer {layer}"
 
 
@@ -84,7 +84,7 @@ class CastWeights:
         self._weights, self._dtype = weights, np.dtype(jnp.dtype(dtype))
 
     def get(self, parameter: str, layer: int | None) -> np.ndarray:
-        """As `gemma_jax.checkpoint.layout.Weights`.
+        """As `gemma_jax.pretrained.layout.Weights`.
 
         Raises:
           UserError: a number is NaN, infinity, or too large for the dtype.
@@ -101,7 +101,7 @@ class CastWeights:
         return cast
 
     def where(self, parameter: str, layer: int | None) -> str:
-        """See `gemma_jax.checkpoint.layout.Weights`."""
+        """See `gemma_jax.pretrained.layout.Weights`."""
         return self._weights.where(parameter, layer)
 
 

@@ -7,8 +7,8 @@ so in one place: generation_config.json lists the token in newer ones only, and 
 import re
 from pathlib import Path
 
-from gemma_jax.checkpoint.published_config import GENERATION_FILE, read_json
 from gemma_jax.errors import UserError
+from gemma_jax.pretrained.published_config import GENERATION_FILE, read_json
 from gemma_jax.tokenizer import Tokenizer
 
 EOS = Tokenizer.eos_id

@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 
 from gemma_jax import Gemma
-from gemma_jax.checkpoint import export as export_module
-from gemma_jax.checkpoint import huggingface as huggingface_module
-from gemma_jax.checkpoint.flax import tensor_shapes
-from gemma_jax.checkpoint.huggingface import stored_shape
-from gemma_jax.checkpoint.layout import Weights, in_order, parameter_shapes
-from gemma_jax.checkpoint.pretrained import open_checkpoint
 from gemma_jax.cli import main
 from gemma_jax.config import PRESETS, ComputeConfig, MeshConfig, TransformerConfig
 from gemma_jax.errors import UserError
+from gemma_jax.pretrained import export as export_module
+from gemma_jax.pretrained import huggingface as huggingface_module
+from gemma_jax.pretrained.checkpoint import open_checkpoint
+from gemma_jax.pretrained.flax import tensor_shapes
+from gemma_jax.pretrained.huggingface import stored_shape
+from gemma_jax.pretrained.layout import Weights, in_order, parameter_shapes
 from gemma_jax.sharding import named_arrays
 from gemma_jax.testing import cpu_mesh, tiny_gemma
 from gemma_jax.tokenizer import Tokenizer
-from tests.checkpoint.published import MULTI_HEAD, MULTI_QUERY, TYPES, random_tensors, write_huggingface
+from tests.pretrained.published import MULTI_HEAD, MULTI_QUERY, TYPES, random_tensors, write_huggingface
 
 ONE = MeshConfig(cpu_devices=1)
 

@@ -10,10 +10,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gemma_jax.checkpoint.layout import Weights, in_order, parameter_shapes
 from gemma_jax.config import ComputeConfig, TransformerConfig
 from gemma_jax.errors import UserError
 from gemma_jax.model import abstract_transformer
+from gemma_jax.pretrained.layout import Weights, in_order, parameter_shapes
 from gemma_jax.sharding import named_arrays, shardings, with_arrays
 
 
