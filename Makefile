@@ -42,6 +42,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
 
 # Made again when the dependencies change; the constraints are those of the environment's own Python.
 $(INSTALLED): setup.py constraints/py311.txt constraints/py312.txt

@@ -34,7 +34,7 @@ setup(
         # No code needs anything for these two yet.
         "eval": [],
         "serve": [],
-        "test": ["hypothesis", "mypy", "pytest", "ruff", "zstandard"],
+        "test": ["hypothesis", "import-linter", "mypy", "pytest", "ruff", "zstandard"],
     },
     entry_points={"console_scripts": ["gemma = gemma_jax.cli:main"]},
 )
