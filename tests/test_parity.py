@@ -21,7 +21,7 @@ from gemma_jax.config import ComputeConfig, MeshConfig, OptimizerConfig, Pretrai
 from gemma_jax.data.packing import Batch
 from gemma_jax.model import ops
 from gemma_jax.pretrained.huggingface import tensor_name, to_stored
-from gemma_jax.sharding import named_arrays
+from gemma_jax.sharding import named_arrays, with_arrays
 from gemma_jax.testing import cpu_mesh, relative_difference
 from gemma_jax.training.optimizer import make_optimizer
 from gemma_jax.training.state import TrainState
@@ -86,20 +86,20 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return live_case(*rest, folder) if kind == "live" else golden_case(request.param, folder)
 
 
-def check_layers(case: Case) -> None:
+def test_every_layer_is_within_1e_4(case: Case) -> None:
     ours = case.layers()
     assert len(ours) > 4
     for name, value in ours.items():
         np.testing.assert_allclose(value, case.values[name], atol=1e-4, rtol=0, err_msg=name)
 
 
-def check_far_positions(case: Case) -> None:
+def test_far_positions(case: Case) -> None:
     """Where bfloat16 could not tell one position from the next."""
     ours = case.layers(position=make.FAR)
     assert relative_difference(ours["logits"], case.values["far_logits"]) < 1e-5
 
 
-def check_bfloat16(case: Case) -> None:
+def test_bfloat16_is_as_exact_as_the_reference(case: Case) -> None:
     """As near to exact as the reference itself is, at far positions; rounded where it rounds."""
     ours, values = case.layers(BFLOAT16, make.FAR), case.values
     np.testing.assert_array_equal(ours["embeddings"], values["bfloat16_embeddings"])
@@ -107,7 +107,7 @@ def check_bfloat16(case: Case) -> None:
     assert relative_difference(ours["logits"], values["rounded_logits"]) <= own_error
 
 
-def check_norm_in_bfloat16(case: Case) -> None:
+def test_norm_in_bfloat16(case: Case) -> None:
     """The first norm, from the same numbers: bit for bit, but for a sum of squares in another order."""
     gemma = case.gemma(BFLOAT16)
     x = jnp.asarray(case.values["bfloat16_embeddings"], jnp.bfloat16)
@@ -137,7 +137,7 @@ def training_parts(case: Case) -> tuple[PretrainConfig, nnx.State, Batch]:
     return config, gemma.params, batch
 
 
-def check_training(case: Case) -> None:
+def test_loss_gradients_and_steps_of_adamw(case: Case) -> None:
     config, params, batch = training_parts(case)
     mesh = cpu_mesh(1)
     loss, gradients = jax.jit(loss_and_gradients(config, mesh))(params, batch)
@@ -164,7 +164,7 @@ def check_training(case: Case) -> None:
     np.testing.assert_allclose(losses, case.values["losses"], rtol=1e-5)
 
 
-def check_greedy(case: Case) -> None:
+def test_greedy_from_a_batch_and_from_single_prompts(case: Case) -> None:
     gemma = case.gemma()
     expected = [row[: np.argmax(row == 1)] if 1 in row else row for row in case.values["greedy"]]
     as_batch = gemma.generate(make.PROMPTS, max_new_tokens=make.NEW)
@@ -174,28 +174,17 @@ def check_greedy(case: Case) -> None:
         assert in_batch.finish_reason == ("stop" if len(wanted) < make.NEW else "length")
 
 
-def test_every_layer_is_within_1e_4(case: Case) -> None:
-    check_layers(case)
-
-
-def test_far_positions(case: Case) -> None:
-    check_far_positions(case)
-
-
-def test_bfloat16_is_as_exact_as_the_reference(case: Case) -> None:
-    check_bfloat16(case)
-
-
-def test_norm_in_bfloat16(case: Case) -> None:
-    check_norm_in_bfloat16(case)
-
-
-def test_loss_gradients_and_steps_of_adamw(case: Case) -> None:
-    check_training(case)
-
-
-def test_greedy_from_a_batch_and_from_single_prompts(case: Case) -> None:
-    check_greedy(case)
+def test_padding_rows_are_never_sampled(case: Case) -> None:
+    """With rows that would win every time: the published Flax form has 128 of them."""
+    gemma = case.gemma()
+    arrays = named_arrays(gemma.params)
+    vocab_size = gemma.config.vocab_size
+    assert arrays["embedding"].shape[0] > vocab_size
+    arrays["embedding"] = arrays["embedding"].at[vocab_size:].set(10 * arrays["embedding"][30])
+    padded = Gemma(gemma.config, with_arrays(gemma.params, arrays), None, gemma.mesh, gemma.compute)
+    for temperature in (0.0, 5.0):
+        for generation in padded.generate(make.PROMPTS, max_new_tokens=make.NEW, temperature=temperature):
+            assert max(generation.token_ids, default=0) < vocab_size
 
 
 def test_the_layers_one_by_one_are_those_of_the_model(case: Case) -> None:
