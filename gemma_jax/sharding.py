@@ -210,6 +210,15 @@ def shardings(tree: Tree, mesh: Mesh) -> Tree:
     return jax.tree_util.tree_map_with_path(of_variable, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
+def with_shardings(tree: Tree, mesh: Mesh) -> Tree:
+    """Abstract arrays with the shardings that `shardings` finds for a tree of abstract or real values."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        shardings(tree, mesh),
+    )
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Of arrays [B, ...] whose rows are split over the mesh."""
     return NamedSharding(mesh, P(RULES["batch"]))

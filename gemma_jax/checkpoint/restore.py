@@ -23,9 +23,10 @@ from gemma_jax.checkpoint.record import (
 from gemma_jax.checkpoint.s3 import orbax_context
 from gemma_jax.config import ComputeConfig, TransformerConfig
 from gemma_jax.errors import UserError
+from gemma_jax.memory import require_memory
 from gemma_jax.model import abstract_transformer
 from gemma_jax.paths import user_path
-from gemma_jax.sharding import Arrays, named_arrays, shardings, with_arrays
+from gemma_jax.sharding import Arrays, named_arrays, with_arrays, with_shardings
 from gemma_jax.startup import any_process
 
 Result = TypeVar("Result")
@@ -67,11 +68,8 @@ def load_params(
       DamagedCheckpoint, UserError: as `load_arrays` does.
     """
     _, abstract = abstract_transformer(config, compute, mesh)
-    placed = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        abstract,
-        shardings(abstract, mesh),
-    )
+    placed = with_shardings(abstract, mesh)
+    require_memory(placed, "the model")
     return load_arrays(step_folder, {"params": placed}, record)["params"]
 
 

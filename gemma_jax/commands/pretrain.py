@@ -97,6 +97,7 @@ def _train(config: PretrainConfig, run_dir: "epath.Path", started: float) -> int
 
     from gemma_jax.checkpoint.folders import saved_steps
     from gemma_jax.checkpoint.store import CheckpointStore
+    from gemma_jax.memory import require_memory
     from gemma_jax.sharding import local_rows, make_mesh
     from gemma_jax.training.goodput import Goodput
     from gemma_jax.training.interruption import JobStopSignals, StopSignals
@@ -111,7 +112,8 @@ def _train(config: PretrainConfig, run_dir: "epath.Path", started: float) -> int
     check_sinks(config.logging)
     mesh = make_mesh(config.mesh)
     validate_on_devices(config, mesh.size)
-    abstract = abstract_train_state(config, mesh)  # a mesh that divides no parameter is told here
+    abstract = abstract_train_state(config, mesh)  # raises where the mesh divides no parameter
+    require_memory(abstract, "the state of this run")
     tokenizer = _tokenizer_of_job(config, run_dir)
     dataset = _dataset(config, tokenizer)
     if config.existing_run == "resume" and saved_steps(run_dir):

@@ -18,6 +18,9 @@ from gemma_jax.errors import UserError
 
 MESH_AXES = ("slice", "data", "fsdp", "tensor")
 TOO_LARGE = 2**31  # for any number here: on devices, integers have 32 bits
+MOST_PARAMETERS = 10**13  # more than any machine holds; a larger model is a slip of the pen
+MOST_ROWS = 10**6  # of a batch
+MOST_CPU_DEVICES = 1024  # jax needs more than a second to make more
 LARGEST_SEED = 2**32 - 1  # jax.random.key drops higher bits without a word
 
 
@@ -49,6 +52,14 @@ def validate_model(model: TransformerConfig) -> None:
     )
     _require(
         model.head_dim % 2 == 0, f"model.head_dim is {model.head_dim}, but rotary positions need it even."
+    )
+    attention = 2 * model.head_dim * (model.num_heads + model.num_kv_heads)
+    parameters = model.embed_dim * (model.vocab_rows + model.num_layers * (attention + 3 * model.hidden_dim))
+    _require(
+        parameters <= MOST_PARAMETERS,
+        f"a model of num_layers {model.num_layers}, embed_dim {model.embed_dim}, hidden_dim "
+        f"{model.hidden_dim} and vocab_size {model.vocab_size} has {parameters:.1e} parameters, but at most "
+        f"{MOST_PARAMETERS:.0e} are supported; make one of them smaller.",
     )
 
 
@@ -114,6 +125,11 @@ def validate(config: PretrainConfig) -> None:
         data.batch_size % optimizer.accumulation_steps == 0,
         f"data.batch_size is {data.batch_size}, which optimizer.accumulation_steps, "
         f"{optimizer.accumulation_steps}, does not divide.",
+    )
+    _require(
+        data.batch_size <= MOST_ROWS and data.batch_size * data.sequence_length < TOO_LARGE,
+        f"data.batch_size is {data.batch_size} rows of {data.sequence_length} tokens, but a batch has at "
+        f"most {MOST_ROWS} rows and fewer than {TOO_LARGE} tokens.",
     )
     _require(len(data.sources) > 0, "data.sources is empty; name a corpus, such as python-stdlib.")
     _require(
@@ -228,7 +244,10 @@ def validate_mesh(mesh: MeshConfig) -> None:
     _require(
         len(free) <= 1, f"mesh.{' and mesh.'.join(free)} are both -1; only one axis can take what is left."
     )
-    _require(mesh.cpu_devices >= 0, f"mesh.cpu_devices is {mesh.cpu_devices}, but must be 0 or more.")
+    _require(
+        0 <= mesh.cpu_devices <= MOST_CPU_DEVICES,
+        f"mesh.cpu_devices is {mesh.cpu_devices}, but must be from 0 to {MOST_CPU_DEVICES}.",
+    )
     if mesh.cpu_devices:
         mesh_shape(mesh, mesh.cpu_devices)
 

@@ -16,12 +16,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gemma_jax.config import ComputeConfig, TransformerConfig
 from gemma_jax.errors import UserError
+from gemma_jax.memory import require_memory
 from gemma_jax.model.attention import attend, attention_mask, self_attend
 from gemma_jax.model.cache import KVCache
 from gemma_jax.model.layers import RESIDUAL, Block, weight, zeros
 from gemma_jax.model.ops import Integers, rms_norm
 from gemma_jax.model.remat import rematerialized
-from gemma_jax.sharding import constrain, platform, shardings
+from gemma_jax.sharding import constrain, platform, shardings, with_shardings
 from gemma_jax.weights import look_up, product
 
 
@@ -180,6 +181,7 @@ def abstract_transformer(
 def init_params(config: TransformerConfig, compute: ComputeConfig, mesh: Mesh, seed: int) -> nnx.State:
     """Random parameters, each made in place on the mesh: no device or host ever holds the whole model."""
     _, abstract = abstract_transformer(config, compute, mesh)
+    require_memory(with_shardings(abstract, mesh), "the model")
 
     def init(key: jax.Array) -> nnx.State:
         return nnx.state(Transformer(config, compute, mesh, nnx.Rngs(key)), nnx.Param)

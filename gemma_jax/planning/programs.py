@@ -15,7 +15,7 @@ from gemma_jax.model import abstract_transformer
 from gemma_jax.model.cache import KEYS_AXES
 from gemma_jax.planning.traffic import Parameter, parameters
 from gemma_jax.sampling.generate import Generator
-from gemma_jax.sharding import batch_sharding, partition_spec, shardings
+from gemma_jax.sharding import batch_sharding, partition_spec, with_shardings
 from gemma_jax.training.hardware import training_flops_a_token
 from gemma_jax.training.state import abstract_train_state
 from gemma_jax.training.step import make_train_step
@@ -94,7 +94,7 @@ def _pretrain(config: PretrainConfig, mesh: Mesh) -> Program:
 
 def _sampling(mode: Mode, config: PretrainConfig, mesh: Mesh, new_tokens: int) -> Program:
     _, abstract = abstract_transformer(config.model, config.compute, mesh)
-    params = _placed(abstract, shardings(abstract, mesh))
+    params = with_shardings(abstract, mesh)
     generator = Generator(config.model, config.compute, mesh, params)
     rows, length = config.data.batch_size, config.data.sequence_length
     by_row = batch_sharding(mesh)

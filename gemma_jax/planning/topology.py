@@ -1,6 +1,7 @@
 """TPU slices by the names that people use, and what is published of their chips."""
 
 import dataclasses
+import math
 import re
 
 from gemma_jax.errors import UserError
@@ -33,6 +34,7 @@ GENERATIONS = {
     "v6e": Generation("v6e", 2, 1, False, 32, 256, None, 400e9, 100e9 / 8),
     "tpu7x": Generation("tpu7x", 3, 2, True, 192, 9216, None, 600e9, 100e9 / 8),
 }
+MOST_SLICES = 256
 OTHER_NAMES = {"v5litepod": "v5e", "v7x": "tpu7x"}
 
 
@@ -47,10 +49,7 @@ class Topology:
     @property
     def chips(self) -> int:
         """Chips of all slices."""
-        product = self.slices
-        for size in self.layout:
-            product *= size
-        return product
+        return self.slices * math.prod(self.layout)
 
     @property
     def compiler_name(self) -> str:
@@ -74,23 +73,24 @@ def parse_topology(name: str, slices: int = 1) -> Topology:
     Raises:
       UserError: no such generation, or no slice of that size.
     """
-    match = re.fullmatch(r"([a-z0-9]+)[-:](\d+(?:x\d+)*)", name.strip().lower())
+    match = re.fullmatch(r"([a-z0-9]+)[-:](\d{1,18}(?:x\d{1,18})*)", name.strip().lower())
     generation = GENERATIONS.get(OTHER_NAMES.get(match[1], match[1])) if match else None
     if match is None or generation is None:
         raise UserError(
             f"topology {name!r} is not known; give a generation ({', '.join(GENERATIONS)}) and a size, "
             "such as v5e-256 or v5p-4x4x8."
         )
-    if slices < 1:
-        raise UserError(f"slices is {slices}, but must be at least 1.")
-    numbers = tuple(int(number) for number in match[2].split("x"))
-    layout = numbers if len(numbers) > 1 else _layout(generation, numbers[0], name)
-    chips = Topology(generation, layout, 1).chips
-    if len(layout) != generation.dimensions or not 0 < chips <= generation.most_chips:
+    if not 1 <= slices <= MOST_SLICES:
+        raise UserError(f"slices is {slices}, but must be from 1 to {MOST_SLICES}.")
+    numbers = [int(number) for number in match[2].split("x")]
+    per_chip = generation.cores_a_chip if generation.named_by_cores and len(numbers) == 1 else 1
+    dimensions = generation.dimensions if len(numbers) == 1 else len(numbers)
+    if dimensions != generation.dimensions or not 0 < math.prod(numbers) <= generation.most_chips * per_chip:
         raise UserError(
             f"topology {name!r} does not exist: a slice of {generation.name} has {generation.dimensions} "
             f"dimensions and at most {generation.most_chips} chips."
         )
+    layout = tuple(numbers) if len(numbers) > 1 else _layout(generation, numbers[0], name)
     return Topology(generation, layout, slices)
 
 
@@ -98,7 +98,7 @@ def _layout(generation: Generation, number: int, name: str) -> tuple[int, ...]:
     """The most cubic layout of a slice that is called by a number."""
     per_chip = generation.cores_a_chip if generation.named_by_cores else 1
     chips, rest = divmod(number, per_chip)
-    if rest or not chips:
+    if rest:
         raise UserError(
             f"topology {name!r} does not exist: {generation.name} is named by its TensorCores, "
             f"{per_chip} a chip."

@@ -12,9 +12,10 @@ from jax.sharding import PartitionSpec as P
 
 from gemma_jax.config import ComputeConfig, TransformerConfig
 from gemma_jax.errors import UserError
+from gemma_jax.memory import require_memory
 from gemma_jax.model import abstract_transformer
 from gemma_jax.pretrained.layout import Weights, in_order, parameter_shapes
-from gemma_jax.sharding import named_arrays, shardings, with_arrays
+from gemma_jax.sharding import named_arrays, shardings, with_arrays, with_shardings
 
 
 def place(weights: Weights, config: TransformerConfig, compute: ComputeConfig, mesh: Mesh) -> nnx.State:
@@ -28,6 +29,7 @@ def place(weights: Weights, config: TransformerConfig, compute: ComputeConfig, m
       UserError: an array holds NaN or infinity, or a mesh axis does not divide a parameter.
     """
     _, abstract = abstract_transformer(config, compute, mesh)
+    require_memory(with_shardings(abstract, mesh), "the model")
     arrays, placed, shapes = named_arrays(abstract), named_arrays(shardings(abstract, mesh)), {}
     for name, shape in parameter_shapes(config).items():
         # With the padding rows of the embedding, which the weights do not have.

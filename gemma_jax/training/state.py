@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from gemma_jax.config import PretrainConfig
 from gemma_jax.model import Transformer
-from gemma_jax.sharding import shardings
+from gemma_jax.sharding import with_shardings
 from gemma_jax.training.optimizer import make_optimizer
 
 
@@ -38,11 +38,7 @@ def abstract_train_state(config: PretrainConfig, mesh: Mesh) -> TrainState:
       UserError: the mesh does not divide a parameter.
     """
     abstract = jax.eval_shape(lambda key: _create(config, mesh, key), jax.random.key(0))
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        abstract,
-        shardings(abstract, mesh),
-    )
+    return with_shardings(abstract, mesh)
 
 
 def create_train_state(config: PretrainConfig, mesh: Mesh) -> TrainState:

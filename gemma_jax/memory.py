@@ -1,0 +1,60 @@
+"""Whether arrays fit into memory, checked before any of them is allocated."""
+
+import contextlib
+import math
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from gemma_jax.errors import UserError
+
+# Limits that a container has, under version 2 and version 1 of Linux control groups.
+_CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def require_memory(tree: Any, name: str) -> None:
+    """Check that the devices of this process have the memory that a tree of arrays needs.
+
+    Devices that are not in this machine are not checked.
+
+    Args:
+      tree: of abstract arrays with shardings.
+      name: of what the tree holds, for the message.
+
+    Raises:
+      UserError: a device has less memory, or this machine has less than all its CPU devices need.
+    """
+    needed: Counter[jax.Device] = Counter()
+    for leaf in jax.tree.leaves(tree):
+        size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        needed.update(dict.fromkeys(leaf.sharding.addressable_devices, size))
+    on_cpu = sum(size for device, size in needed.items() if device.platform == "cpu")
+    if on_cpu > (available := machine_memory()):
+        raise UserError(
+            f"{name} needs {_gib(on_cpu)}, but this machine has {_gib(available)} of memory; choose a "
+            "smaller model, a narrower compute.param_dtype, or a machine with more memory."
+        )
+    for device, size in needed.items():
+        limit = (device.memory_stats() or {}).get("bytes_limit") if device.platform != "cpu" else None
+        if limit is not None and size > limit:
+            raise UserError(
+                f"{name} needs {_gib(size)} on each device, but a {device.device_kind} has {_gib(limit)}; "
+                "split it over more devices (mesh.fsdp, mesh.tensor), or choose a smaller model or a "
+                "narrower compute.param_dtype."
+            )
+
+
+def machine_memory() -> int:
+    """Bytes of memory that this machine has, or the container that this process is in."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in _CONTAINER_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # no such limit; version 2 then says "max"
+            limits.append(int(Path(path).read_text()))
+    return min(limits)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:,.1f} GiB"
