@@ -45,7 +45,7 @@ PRETRAIN: list[tuple[dict[str, Any], str]] = [
     ({"model.num_layers": 10**6}, "num_layers 1000000"),
     ({"model.embed_dim": 2 * 10**9}, "embed_dim 2000000000"),
     ({"data.batch_size": 10**6 + 1}, "data.batch_size is 1000001 rows"),
-    ({"data.batch_size": 524_288, "data.sequence_length": 8192}, "data.batch_size is 524288 rows of 8192 tokens"),
+    ({"data.batch_size": 2**19, "data.sequence_length": 2**13}, "524288 rows of 8192 tokens"),
     ({"mesh.cpu_devices": 100_000}, "mesh.cpu_devices is 100000"),
     ({"model.head_dim": 255}, "model.head_dim is 255"),
     ({"data.sequence_length": 0}, "data.sequence_length is 0"),

@@ -189,7 +189,7 @@ def test_a_tied_head_and_old_buffers_may_be_there(tmp_path: Path) -> None:
 
 
 def test_a_config_of_another_size_contradicts_the_tensors(tmp_path: Path) -> None:
-    write_huggingface(tmp_path, MULTI_QUERY | {"num_hidden_layers": 10**9}, random_tensors(MULTI_QUERY))
+    write_huggingface(tmp_path, MULTI_QUERY | {"num_hidden_layers": 10**8}, random_tensors(MULTI_QUERY))
     with pytest.raises(UserError, match=r"model\.layers\.2\.input_layernorm\.weight of shape \(32,\), which"):
         open_checkpoint(tmp_path)
     write_huggingface(tmp_path, MULTI_QUERY | {"hidden_size": 48}, random_tensors(MULTI_QUERY))
