@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from gemma_jax.config import PretrainConfig, load, parse, replace, validate
+from gemma_jax.config import PretrainConfig, TrainingConfig, load, parse, replace, validate
 from gemma_jax.config.sections import setting
 from gemma_jax.errors import UserError
 
@@ -104,13 +104,13 @@ def token_count(text: str) -> float:
     return float(match[1]) * 1000 ** " KMBT".index(match[2] or " ")
 
 
-def _tokens_of(config: PretrainConfig) -> float:
+def _tokens_of(config: TrainingConfig) -> float:
     return float(config.steps) * config.data.batch_size * config.data.sequence_length
 
 
 def _sweep(
-    planner: "Planner", config: PretrainConfig, options: PlanOptions
-) -> "list[tuple[PretrainConfig, Plan]]":
+    planner: "Planner", config: TrainingConfig, options: PlanOptions
+) -> "list[tuple[TrainingConfig, Plan]]":
     from gemma_jax.commands.plan_report import summary
     from gemma_jax.planning.sweep import REMAT_POLICIES, ranked, variants
 
@@ -129,7 +129,7 @@ def _sweep(
     )
     if not to_try:
         raise UserError("no combination of the sweep is possible for this model on this topology.")
-    found: list[tuple[PretrainConfig, Plan]] = []
+    found: list[tuple[TrainingConfig, Plan]] = []
     too_large: dict[tuple[object, str], int] = {}
     for number, variant in enumerate(to_try, 1):
         kind = (variant.mesh, variant.compute.remat)

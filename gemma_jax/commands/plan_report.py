@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from gemma_jax.config import PretrainConfig, to_dict
+from gemma_jax.config import TrainingConfig, to_dict
 from gemma_jax.planning.compiler import compiler_version
 from gemma_jax.planning.estimate import ASSUMPTIONS, Budget, budget
 from gemma_jax.planning.planner import Plan
@@ -16,7 +16,7 @@ from gemma_jax.planning.traffic import origin, places_of, work_of
 GIB = 2**30
 
 
-def record(name: str, config: PretrainConfig, plan: Plan, tokens: float, price: float) -> dict[str, Any]:
+def record(name: str, config: TrainingConfig, plan: Plan, tokens: float, price: float) -> dict[str, Any]:
     """A plan as JSON. Memory, bytes and cycles are of one device and one step."""
     analysis, figures, topology = plan.analysis, plan.estimate, plan.topology
     told: dict[str, Any] = {
@@ -51,7 +51,7 @@ def record(name: str, config: PretrainConfig, plan: Plan, tokens: float, price: 
 
 
 def print_plan(
-    name: str, config: PretrainConfig, plan: Plan, mode: str, tokens: float, price: float, explain: bool
+    name: str, config: TrainingConfig, plan: Plan, mode: str, tokens: float, price: float, explain: bool
 ) -> None:
     """A page: does it fit, memory, traffic, time, and what a whole run comes to."""
     console = _console()
@@ -169,7 +169,7 @@ def _costs(plan: Plan) -> Table:
     return table
 
 
-def print_sweep(name: str, found: Sequence[tuple[PretrainConfig, Plan]], tokens: float, price: float) -> None:
+def print_sweep(name: str, found: Sequence[tuple[TrainingConfig, Plan]], tokens: float, price: float) -> None:
     """A line for each plan, best first."""
     console = _console()
     first = found[0][1]
@@ -197,7 +197,7 @@ def print_sweep(name: str, found: Sequence[tuple[PretrainConfig, Plan]], tokens:
     console.print(table)
 
 
-def summary(config: PretrainConfig, plan: Plan) -> str:
+def summary(config: TrainingConfig, plan: Plan) -> str:
     """A plan of a sweep in a few words."""
     settings = f"{_mesh(plan)}, remat {config.compute.remat}, batch {config.data.batch_size}"
     if plan.analysis is None or plan.estimate is None:

@@ -6,6 +6,7 @@ from gemma_jax.config.experiments import (
     ConvertConfig,
     PretrainConfig,
     SampleConfig,
+    TrainingConfig,
     VerifyConfig,
 )
 from gemma_jax.config.parameter_groups import parameter_groups, settings_by_parameter
@@ -67,6 +68,7 @@ __all__ = [
     "SamplingConfig",
     "StabilityConfig",
     "TokenizerConfig",
+    "TrainingConfig",
     "TransformerConfig",
     "VerifyConfig",
     "differences",

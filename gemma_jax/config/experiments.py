@@ -22,8 +22,8 @@ from gemma_jax.config.sections import (
 
 
 @dataclasses.dataclass(frozen=True)
-class PretrainConfig:
-    """Train a Gemma from random weights."""
+class TrainingConfig:
+    """What every command that trains is given. Training and planning know no other config."""
 
     run_dir: str = setting("", "Where the run is kept, or a bucket address; empty means runs/NAME of CONFIG.")
     existing_run: Literal["resume", "overwrite"] = setting(
@@ -40,7 +40,6 @@ class PretrainConfig:
         "", "Steps to trace for xprof into RUN/profile: 12, or 10:13 for four steps; empty traces none."
     )
     model: TransformerConfig = field(default_factory=TransformerConfig)
-    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
@@ -50,6 +49,13 @@ class PretrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig(TrainingConfig):
+    """Train a Gemma from random weights."""
+
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
 
 
 @dataclasses.dataclass(frozen=True)

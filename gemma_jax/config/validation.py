@@ -5,7 +5,13 @@ import math
 import re
 from collections.abc import Mapping
 
-from gemma_jax.config.experiments import ChatConfig, PretrainConfig, SampleConfig, VerifyConfig
+from gemma_jax.config.experiments import (
+    ChatConfig,
+    PretrainConfig,
+    SampleConfig,
+    TrainingConfig,
+    VerifyConfig,
+)
 from gemma_jax.config.parameter_groups import parameter_groups
 from gemma_jax.config.sections import (
     ComputeConfig,
@@ -73,7 +79,7 @@ def _validate_compute(compute: ComputeConfig) -> None:
         )
 
 
-def validate(config: PretrainConfig) -> None:
+def validate(config: TrainingConfig) -> None:
     """Check what can be checked without devices or data.
 
     Raises:
@@ -104,7 +110,8 @@ def validate(config: PretrainConfig) -> None:
     )
     _validate_hosts(config.hosts)
     profiled_steps(config.profile)
-    _require_at_least(config.tokenizer, "tokenizer.", {"train_megabytes": 0.001})
+    if isinstance(config, PretrainConfig):
+        _require_at_least(config.tokenizer, "tokenizer.", {"train_megabytes": 0.001})
     for name in ("b1", "b2"):
         value = getattr(optimizer, name)
         _require(value < 1, f"optimizer.{name} is {value}, but must be below 1.")
@@ -115,6 +122,13 @@ def validate(config: PretrainConfig) -> None:
         ("optimizer", "decay_fraction", optimizer.decay_fraction),
     ]:
         _require(0 <= value <= 1, f"{section}.{name} is {value}, but is a share between 0 and 1.")
+    decay = round(optimizer.decay_fraction * config.steps) * (optimizer.schedule == "warmup-stable-decay")
+    _require(
+        optimizer.warmup_steps + decay <= config.steps,
+        f"optimizer.warmup_steps is {optimizer.warmup_steps}"
+        + (f" and optimizer.decay_fraction of {config.steps} steps {decay}" if decay else "")
+        + f", more than all {config.steps} steps; warm up more briefly, or raise steps.",
+    )
     _require(data.held_out < 1, "data.held_out is 1, which leaves nothing to train on.")
     _require(
         data.sequence_length <= model.context_length,
@@ -280,7 +294,7 @@ def mesh_shape(mesh: MeshConfig, device_count: int) -> tuple[int, int, int, int]
     return slices, data, fsdp, tensor
 
 
-def validate_on_devices(config: PretrainConfig, device_count: int) -> None:
+def validate_on_devices(config: TrainingConfig, device_count: int) -> None:
     """Check the batch against the mesh that the config makes of that many devices.
 
     Raises:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-from gemma_jax.config import PretrainConfig, validate_on_devices
+from gemma_jax.config import TrainingConfig, validate_on_devices
 from gemma_jax.planning.analysis import Analysis, analyse
 from gemma_jax.planning.cache import Entry, PlanCache, key_of
 from gemma_jax.planning.clock import inferred_clock
@@ -51,7 +51,7 @@ class Planner:
 
     def plan(
         self,
-        config: PretrainConfig,
+        config: TrainingConfig,
         mode: Mode = "pretrain",
         new_tokens: int = 128,
         dump_hlo: Path | None = None,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from gemma_jax.config import PretrainConfig
+from gemma_jax.config import TrainingConfig
 from gemma_jax.data.packing import Batch
 from gemma_jax.errors import UserError
 from gemma_jax.model import abstract_transformer
@@ -35,7 +35,7 @@ class Program:
     model_flops: float | None  # that the model asks for in one run, of all devices; None where not told
 
 
-def lower(mode: Mode, config: PretrainConfig, mesh: Mesh, new_tokens: int) -> Program:
+def lower(mode: Mode, config: TrainingConfig, mesh: Mesh, new_tokens: int) -> Program:
     """The program of a mode for a mesh whose devices need not be here.
 
     Args:
@@ -71,7 +71,7 @@ def _placed(tree: Any, where: Any) -> Any:
     )
 
 
-def _pretrain(config: PretrainConfig, mesh: Mesh) -> Program:
+def _pretrain(config: TrainingConfig, mesh: Mesh) -> Program:
     state = abstract_train_state(config, mesh)
     shape = (config.data.batch_size, config.data.sequence_length)
     dtypes = ("int32", "int32", "float32", "int32", "int32")  # as Batch declares its arrays
@@ -92,7 +92,7 @@ def _pretrain(config: PretrainConfig, mesh: Mesh) -> Program:
     )
 
 
-def _sampling(mode: Mode, config: PretrainConfig, mesh: Mesh, new_tokens: int) -> Program:
+def _sampling(mode: Mode, config: TrainingConfig, mesh: Mesh, new_tokens: int) -> Program:
     _, abstract = abstract_transformer(config.model, config.compute, mesh)
     params = with_shardings(abstract, mesh)
     generator = Generator(config.model, config.compute, mesh, params)

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import get_args, get_type_hints
 
-from gemma_jax.config import ComputeConfig, PretrainConfig, replace, validate, validate_on_devices
+from gemma_jax.config import ComputeConfig, TrainingConfig, replace, validate, validate_on_devices
 from gemma_jax.errors import UserError
 from gemma_jax.planning.planner import Plan
 
@@ -12,13 +12,13 @@ REMAT_POLICIES: tuple[str, ...] = get_args(get_type_hints(ComputeConfig)["remat"
 
 
 def variants(
-    config: PretrainConfig,
+    config: TrainingConfig,
     devices: int,
     data: Sequence[int],
     tensor: Sequence[int],
     remat: Sequence[str],
     rows: Sequence[int],
-) -> Iterator[PretrainConfig]:
+) -> Iterator[TrainingConfig]:
     """The configs that are possible on so many devices; of each mesh and policy those with fewest rows first.
 
     Args:
@@ -48,10 +48,10 @@ def variants(
         yield variant
 
 
-def ranked(plans: Sequence[tuple[PretrainConfig, Plan]]) -> list[tuple[PretrainConfig, Plan]]:
+def ranked(plans: Sequence[tuple[TrainingConfig, Plan]]) -> list[tuple[TrainingConfig, Plan]]:
     """Those that fit, most tokens a second first, then the others."""
 
-    def order(item: tuple[PretrainConfig, Plan]) -> tuple[bool, float]:
+    def order(item: tuple[TrainingConfig, Plan]) -> tuple[bool, float]:
         figures = item[1].estimate
         return figures is None, -(figures.tokens_per_second if figures else 0.0)
 

@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from gemma_jax.checkpoint.store import CheckpointStore
-from gemma_jax.config import PretrainConfig, to_dict
+from gemma_jax.config import TrainingConfig, to_dict
 from gemma_jax.data.loader import BatchIterator
 from gemma_jax.errors import UserError
 from gemma_jax.sharding import put_batch
@@ -69,7 +69,7 @@ class Clock:
 
 
 def train(
-    config: PretrainConfig,
+    config: TrainingConfig,
     mesh: Mesh,
     state: TrainState,
     train_step: TrainStep,

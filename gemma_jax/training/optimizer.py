@@ -12,22 +12,31 @@ from gemma_jax.sharding import logical_axes, named_arrays, with_arrays
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate at each step of a run of `steps`: linear warm-up, then the named shape."""
-    peak, final = config.learning_rate, config.learning_rate * config.final_fraction
-    warmup = min(config.warmup_steps, steps)
-    after = max(steps - warmup, 1)
+    """Learning rate of each step of a run, from 0: linear warm-up, then the named shape.
+
+    Step i of the warm-up has the share (i + 1) / warmup_steps of the peak, so that step 0 moves; the last
+    step has the final rate.
+    """
+    peak, final, warmup = (
+        config.learning_rate,
+        config.learning_rate * config.final_fraction,
+        config.warmup_steps,
+    )
+    # Intervals between the last step of the peak's rate and the last step of all.
+    fall = max(steps - max(warmup, 1), 1)
     if config.schedule == "cosine":
-        shape = optax.cosine_decay_schedule(peak, after, alpha=config.final_fraction)
+        shape = optax.cosine_decay_schedule(peak, fall, alpha=config.final_fraction)
     elif config.schedule == "linear":
-        shape = optax.linear_schedule(peak, final, after)
+        shape = optax.linear_schedule(peak, final, fall)
     elif config.schedule == "constant":
         shape = optax.constant_schedule(peak)
     else:
-        decay = max(round(config.decay_fraction * steps), 1)
-        shape = optax.linear_schedule(peak, final, decay, transition_begin=max(after - decay, 0))
-    # Step 0 already moves: the rate of step i of the warm-up is (i + 1) / warmup of the peak.
-    rise = optax.linear_schedule(peak / max(warmup, 1), peak, max(warmup - 1, 1))
-    return optax.join_schedules([rise, shape], [warmup])
+        decay = min(max(round(config.decay_fraction * steps), 1), fall)
+        shape = optax.linear_schedule(peak, final, decay, transition_begin=fall - decay)
+    if warmup <= 1:
+        return shape
+    # The shape begins with the last step of the warm-up, which has the peak's rate in both.
+    return optax.join_schedules([optax.linear_schedule(peak / warmup, peak, warmup - 1), shape], [warmup - 1])
 
 
 def decays(params: nnx.State) -> Any:

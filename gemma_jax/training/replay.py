@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from numpy.typing import NDArray
 
-from gemma_jax.config import PretrainConfig
+from gemma_jax.config import TrainingConfig
 from gemma_jax.data.packing import Batch
 from gemma_jax.model import abstract_transformer
 from gemma_jax.sharding import local_rows, logical_axes, parameter_name, put_batch
@@ -28,7 +28,7 @@ class BatchMeasures(NamedTuple):
 
 
 def measure_batch(
-    config: PretrainConfig, mesh: Mesh, params: nnx.State, read: Callable[[list[int]], Batch]
+    config: TrainingConfig, mesh: Mesh, params: nnx.State, read: Callable[[list[int]], Batch]
 ) -> BatchMeasures:
     """Compute the loss and gradient of a batch as a step does, and keep their parts.
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import jax
 from etils import epath
 
-from gemma_jax.config import LoggingConfig, PretrainConfig, to_dict
+from gemma_jax.config import LoggingConfig, TrainingConfig, to_dict
 from gemma_jax.errors import UserError
 
 Entry = dict[str, Any]
@@ -55,7 +55,7 @@ class TensorBoard:
 class WeightsAndBiases:
     """A run of a Weights & Biases project; a resumed run goes on there as the same one."""
 
-    def __init__(self, run_dir: epath.Path, config: PretrainConfig) -> None:
+    def __init__(self, run_dir: epath.Path, config: TrainingConfig) -> None:
         wandb = _module("wandb", "logging.wandb_project")
         id_file = run_dir / WANDB_ID_FILE
         if not id_file.exists():
@@ -87,7 +87,7 @@ def check_sinks(config: LoggingConfig) -> None:
         _module("wandb", "logging.wandb_project")
 
 
-def open_sinks(config: PretrainConfig, run_dir: epath.Path, start: int) -> list[Sink]:
+def open_sinks(config: TrainingConfig, run_dir: epath.Path, start: int) -> list[Sink]:
     """The sinks that a config asks for; none except in the first process of a job.
 
     Raises:

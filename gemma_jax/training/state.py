@@ -8,7 +8,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from gemma_jax.config import PretrainConfig
+from gemma_jax.config import TrainingConfig
 from gemma_jax.model import Transformer
 from gemma_jax.sharding import with_shardings
 from gemma_jax.training.optimizer import make_optimizer
@@ -24,14 +24,14 @@ class TrainState:
     opt_state: optax.OptState
 
 
-def _create(config: PretrainConfig, mesh: Mesh, key: jax.Array) -> TrainState:
+def _create(config: TrainingConfig, mesh: Mesh, key: jax.Array) -> TrainState:
     model = Transformer(config.model, config.compute, mesh, nnx.Rngs(key))
     params = nnx.state(model, nnx.Param)
     optimizer = make_optimizer(config.optimizer, config.steps)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
-def abstract_train_state(config: PretrainConfig, mesh: Mesh) -> TrainState:
+def abstract_train_state(config: TrainingConfig, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of a run's state, without values.
 
     Raises:
@@ -41,7 +41,7 @@ def abstract_train_state(config: PretrainConfig, mesh: Mesh) -> TrainState:
     return with_shardings(abstract, mesh)
 
 
-def create_train_state(config: PretrainConfig, mesh: Mesh) -> TrainState:
+def create_train_state(config: TrainingConfig, mesh: Mesh) -> TrainState:
     """The state before the first step, every array made in its place on the mesh."""
     abstract = abstract_train_state(config, mesh)
     out = jax.tree.map(lambda leaf: leaf.sharding, abstract)

@@ -10,7 +10,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import Mesh
 
-from gemma_jax.config import PretrainConfig
+from gemma_jax.config import TrainingConfig
 from gemma_jax.data.packing import Batch
 from gemma_jax.model import abstract_transformer
 from gemma_jax.sharding import platform
@@ -33,7 +33,7 @@ class StepMetrics(NamedTuple):
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 
 
-def loss_settings(config: PretrainConfig, mesh: Mesh) -> LossSettings:
+def loss_settings(config: TrainingConfig, mesh: Mesh) -> LossSettings:
     """The loss as the config describes it."""
     return LossSettings(
         config.model.vocab_size,
@@ -45,7 +45,7 @@ def loss_settings(config: PretrainConfig, mesh: Mesh) -> LossSettings:
 
 
 def loss_and_gradients(
-    config: PretrainConfig, mesh: Mesh
+    config: TrainingConfig, mesh: Mesh
 ) -> Callable[[nnx.State, Batch], tuple[jax.Array, nnx.State]]:
     """A function of parameters and a batch: mean cross entropy over all weighted targets, and its gradient.
 
@@ -90,7 +90,7 @@ def loss_and_gradients(
     return whole
 
 
-def make_train_step(config: PretrainConfig, mesh: Mesh) -> TrainStep:
+def make_train_step(config: TrainingConfig, mesh: Mesh) -> TrainStep:
     """The compiled step: state and batch [B, L] on the mesh -> new state and metrics.
 
     The state that is passed in is donated: its memory is used again.
@@ -134,7 +134,7 @@ class HeldOutSums(NamedTuple):
     bytes: jax.Array
 
 
-def make_evaluation_step(config: PretrainConfig, mesh: Mesh) -> Callable[..., HeldOutSums]:
+def make_evaluation_step(config: TrainingConfig, mesh: Mesh) -> Callable[..., HeldOutSums]:
     """The compiled held-out loss: (params, batch, bytes of each token id [vocab_size]) -> sums."""
     graphdef, _ = abstract_transformer(config.model, config.compute, mesh)
     settings = loss_settings(config, mesh)
