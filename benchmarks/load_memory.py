@@ -60,6 +60,7 @@ def measure(folder: Path, devices: int, dtype: str) -> dict[str, object]:
     import jax
 
     from gemma_jax.config import ComputeConfig, MeshConfig
+    from gemma_jax.model import ModelSpec
     from gemma_jax.pretrained.checkpoint import open_checkpoint
     from gemma_jax.pretrained.layout import parameter_shapes
     from gemma_jax.sharding import make_mesh
@@ -77,7 +78,8 @@ def measure(folder: Path, devices: int, dtype: str) -> dict[str, object]:
     watcher.start()
     started = time.monotonic()
     found = open_checkpoint(folder)
-    params = jax.block_until_ready(found.params(ComputeConfig(param_dtype=dtype), mesh))
+    spec = ModelSpec(found.config, ComputeConfig(param_dtype=dtype), mesh)
+    params = jax.block_until_ready(found.params(spec))
     seconds = time.monotonic() - started
     done.set()
     watcher.join()

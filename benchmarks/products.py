@@ -15,7 +15,7 @@ from jax import lax
 from train_step import in_turn
 
 from gemma_jax.model.attention import attend, attention_mask, causal_attend
-from gemma_jax.weights import product
+from gemma_jax.weights import matmul
 
 B, L, D, F, N, H = 16, 256, 256, 1024, 4, 64
 EXACT = lax.Precision.HIGHEST
@@ -55,7 +55,7 @@ def main() -> None:
 
     ways = {
         "feed-forward, axes": feed_forward(product_over_axes),
-        "feed-forward, matrices": feed_forward(product),
+        "feed-forward, matrices": feed_forward(matmul),
         "attention, axes": attention(lambda q, k, v: attend_over_axes(q, k, v, mask)),
         "attention, matrices": attention(lambda q, k, v: attend(q, k, v, mask)),
         "attention, matrices in causal blocks": attention(

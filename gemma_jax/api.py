@@ -10,19 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
 
 from gemma_jax.config import (
     ComputeConfig,
     MeshConfig,
     SamplingConfig,
-    TransformerConfig,
     replace,
     validate_sampling,
 )
 from gemma_jax.data.chat import Message
 from gemma_jax.errors import UserError
-from gemma_jax.model import abstract_transformer
+from gemma_jax.model import ModelSpec
 from gemma_jax.pretrained.checkpoint import open_checkpoint
 from gemma_jax.pretrained.end_tokens import END_OF_TURN, EOS
 from gemma_jax.sampling import Chat, Completion, Generator
@@ -52,39 +50,36 @@ class Gemma:
 
     def __init__(
         self,
-        config: TransformerConfig,
+        spec: ModelSpec,
         params: nnx.State,
         tokenizer: Tokenizer | None,
-        mesh: Mesh,
-        compute: ComputeConfig,
         end_tokens: Sequence[int] = (EOS,),
         terms_source: str = "",
     ) -> None:
         """Args:
-        config: shape of the model.
+        spec: of the model.
         params: its parameters, on the mesh.
         tokenizer: None leaves the calls that take token ids.
-        mesh: that the parameters lie on.
-        compute: how to execute.
         end_tokens: ids that end a continuation.
         terms_source: where the weights come from, if they are under the Gemma terms of use.
 
         Raises:
           UserError: the tokenizer has another vocabulary than the model.
         """
+        config = spec.config
         if tokenizer is not None and tokenizer.vocab_size != config.vocab_size:
             raise UserError(
                 f"the tokenizer has {tokenizer.vocab_size} pieces, but the model a vocabulary of "
                 f"{config.vocab_size}; they belong to different models."
             )
-        self.config, self.params, self.mesh, self.compute = config, params, mesh, compute
+        self.spec, self.params = spec, params
+        self.config, self.mesh, self.compute = config, spec.mesh, spec.compute
         self.end_tokens = tuple(end_tokens)
         self._tokenizer, self._terms_source = tokenizer, terms_source
-        self._generator = Generator(config, compute, mesh, params)
-        graphdef, _ = abstract_transformer(config, compute, mesh)
+        self._generator = Generator(spec, params)
 
         def logits(params: nnx.State, tokens: jax.Array) -> jax.Array:
-            model = nnx.merge(graphdef, params)
+            model = spec.merge(params)
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
             hidden = model(tokens, positions, jnp.ones_like(tokens))
             return model.logits(hidden)[..., : config.vocab_size]
@@ -124,8 +119,8 @@ class Gemma:
         keep_programs(compute.compilation_cache)
         tokenizer = found.tokenizer()  # first: what is wrong with it is known at once
         ends = found.end_tokens(instruction_tuned)
-        params = found.params(compute, device_mesh)
-        return cls(found.config, params, tokenizer, device_mesh, compute, ends, found.terms_source)
+        spec = ModelSpec(found.config, compute, device_mesh)
+        return cls(spec, found.params(spec), tokenizer, ends, found.terms_source)
 
     def save_pretrained(
         self,
@@ -150,7 +145,7 @@ class Gemma:
         export(
             path,
             format,
-            PlacedWeights(self.params, self.config),
+            PlacedWeights(self.params, self.spec),
             self.config,
             dtype=dtype or self.compute.param_dtype,
             end_tokens=self.end_tokens,

@@ -162,10 +162,14 @@ def constrain(x: jax.Array, axes: Axes, mesh: Mesh) -> jax.Array:
 
 
 def parameter_name(path: tuple[Any, ...]) -> str:
-    """`blocks.attention.q` from the key path of a leaf in a tree of parameters."""
+    """`blocks.attention.q` from the key path of a leaf in a tree of parameters.
+
+    The array of a dense weight, which is its only one, bears the name of the weight.
+    """
     # An nnx.Variable is a node of its own in the tree, whose child is called `value`.
     keys = [key for key in path if key != jax.tree_util.GetAttrKey("value")]
-    return ".".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in keys)
+    names = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in keys]
+    return ".".join(names).removesuffix(".array")
 
 
 def named_arrays(tree: Any) -> Arrays:
@@ -187,11 +191,21 @@ def logical_axes(variable: nnx.Variable[Any]) -> Axes:
     return tuple(variable.get_metadata("axes"))
 
 
-def shardings(tree: Tree, mesh: Mesh) -> Tree:
+def shardings(tree: Tree, mesh: Mesh, *, copy_other_ranks: bool = False) -> Tree:
     """A sharding for every array in a tree of abstract or real values.
 
     Parameters carry logical axes, and so do the optimizer's moments, which optax makes of them; any
     other array (a step count) is copied to every device.
+
+    Args:
+      tree: of parameters, or of an optimizer's state.
+      mesh: the mesh.
+      copy_other_ranks: copy to every device what has a parameter's axes but another rank, as Adafactor's
+        statistics of rows and columns do, instead of raising an error.
+
+    Raises:
+      UserError: the mesh does not divide a parameter.
+      ValueError: an array's rank is not that of its logical axes.
     """
 
     def of_variable(path: tuple[Any, ...], leaf: Any) -> Any:
@@ -200,8 +214,7 @@ def shardings(tree: Tree, mesh: Mesh) -> Tree:
         axes = logical_axes(leaf)
 
         def of_array(array: Any) -> NamedSharding:
-            # Adafactor keeps statistics of rows and columns under a parameter's name: not of its axes.
-            if len(array.shape) != len(axes):
+            if copy_other_ranks and len(array.shape) != len(axes):
                 return NamedSharding(mesh, P())
             return NamedSharding(mesh, partition_spec(axes, array.shape, mesh, parameter_name(path)))
 
@@ -210,12 +223,12 @@ def shardings(tree: Tree, mesh: Mesh) -> Tree:
     return jax.tree_util.tree_map_with_path(of_variable, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
-def with_shardings(tree: Tree, mesh: Mesh) -> Tree:
+def with_shardings(tree: Tree, mesh: Mesh, *, copy_other_ranks: bool = False) -> Tree:
     """Abstract arrays with the shardings that `shardings` finds for a tree of abstract or real values."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         tree,
-        shardings(tree, mesh),
+        shardings(tree, mesh, copy_other_ranks=copy_other_ranks),
     )
 
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from gemma_jax.api import Gemma
 from gemma_jax.config import PRESETS, ComputeConfig, MeshConfig, TransformerConfig, replace
-from gemma_jax.model import init_params
+from gemma_jax.model import ModelSpec
 from gemma_jax.sharding import make_mesh, parameter_name
 
 
@@ -43,9 +43,8 @@ def tiny_gemma(mesh: Mesh | None = None, seed: int = 0, **changes: Any) -> Gemma
       **changes: fields of TransformerConfig that differ from the preset gemma_tiny.
     """
     config: TransformerConfig = replace(PRESETS["gemma_tiny"], changes)
-    mesh = mesh or cpu_mesh(1)
-    compute = ComputeConfig()
-    return Gemma(config, init_params(config, compute, mesh, seed), None, mesh, compute)
+    spec = ModelSpec(config, ComputeConfig(), mesh or cpu_mesh(1))
+    return Gemma(spec, spec.init(seed), None)
 
 
 def relative_difference(a: Any, b: Any) -> float:

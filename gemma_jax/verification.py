@@ -14,11 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
 
-from gemma_jax.config import ComputeConfig, TransformerConfig
+from gemma_jax.config import TransformerConfig
 from gemma_jax.errors import UserError
-from gemma_jax.model import abstract_transformer
+from gemma_jax.model import ModelSpec
 from gemma_jax.model.attention import self_attend
 from gemma_jax.model.ops import rms_norm
 from gemma_jax.pretrained.layout import Weights, in_order
@@ -109,12 +108,7 @@ def differences(a: Weights, b: Weights, config: TransformerConfig) -> Iterator[D
 
 
 def layer_outputs(
-    config: TransformerConfig,
-    compute: ComputeConfig,
-    mesh: Mesh,
-    params: nnx.State,
-    tokens: np.ndarray,
-    position: int = 0,
+    spec: ModelSpec, params: nnx.State, tokens: np.ndarray, position: int = 0
 ) -> dict[str, np.ndarray]:
     """The residual stream after the embedding and after each layer, the final norm, and the logits.
 
@@ -127,10 +121,10 @@ def layer_outputs(
     Returns:
       `embeddings`, `layer_0` ..., `final_norm` of [B, L, D], and `logits` [B, L, vocab_size]; all float32.
     """
-    graphdef, _ = abstract_transformer(config, compute, mesh)
+    config, mesh = spec.config, spec.mesh
 
     def run(params: nnx.State, tokens: jax.Array) -> dict[str, jax.Array]:
-        model = nnx.merge(graphdef, params)
+        model = spec.merge(params)
         positions = position + jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         segments = jnp.ones_like(tokens)
         x = model.embed(tokens)

@@ -7,7 +7,7 @@ from gemma_jax import Gemma
 from gemma_jax.api import _uncertain
 from gemma_jax.config import PRESETS, ComputeConfig, replace
 from gemma_jax.errors import UserError
-from gemma_jax.model import init_params
+from gemma_jax.model import ModelSpec
 from gemma_jax.testing import cpu_mesh, tiny_gemma
 from gemma_jax.tokenizer import Tokenizer
 
@@ -21,7 +21,8 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> Gemma:
     tokenizer = Tokenizer.train(texts, 410, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
     config = replace(PRESETS["gemma_tiny"], {"vocab_size": 410})
     mesh, compute = cpu_mesh(1), ComputeConfig()
-    return Gemma(config, init_params(config, compute, mesh, 0), tokenizer, mesh, compute)
+    spec = ModelSpec(config, compute, mesh)
+    return Gemma(spec, spec.init(0), tokenizer)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -83,7 +84,7 @@ def test_mistakes_are_told(gemma: Gemma) -> None:
     with pytest.raises(UserError, match="tokenizer.model"):
         tiny_gemma().generate(["text"])
     with pytest.raises(UserError, match="pieces"):
-        Gemma(PRESETS["gemma_tiny"], gemma.params, gemma.tokenizer, gemma.mesh, gemma.compute)
+        Gemma(ModelSpec(PRESETS["gemma_tiny"], gemma.compute, gemma.mesh), gemma.params, gemma.tokenizer)
     assert gemma.generate([]) == []
 
 

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from gemma_jax.config import PRESETS, ComputeConfig, replace
 from gemma_jax.errors import UserError
 from gemma_jax.memory import machine_memory, require_memory
-from gemma_jax.model import init_params
+from gemma_jax.model import ModelSpec
 from gemma_jax.testing import cpu_mesh
 
 
@@ -33,4 +33,4 @@ def test_cpu_devices_share_the_memory_of_the_machine() -> None:
 def test_a_model_that_is_too_large_is_never_made() -> None:
     too_large = replace(PRESETS["gemma_tiny"], {"num_layers": 10**8})
     with pytest.raises(UserError, match="the model needs"):
-        init_params(too_large, ComputeConfig(), cpu_mesh(8), seed=0)
+        ModelSpec(too_large, ComputeConfig(), cpu_mesh(8)).init(0)

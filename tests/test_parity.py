@@ -19,7 +19,7 @@ from flax import nnx
 from gemma_jax import Gemma, verification
 from gemma_jax.config import ComputeConfig, MeshConfig, OptimizerConfig, PretrainConfig
 from gemma_jax.data.packing import Batch
-from gemma_jax.model import ops
+from gemma_jax.model import ModelSpec, ops
 from gemma_jax.pretrained.huggingface import tensor_name, to_stored
 from gemma_jax.sharding import named_arrays, with_arrays
 from gemma_jax.testing import cpu_mesh, relative_difference
@@ -48,7 +48,8 @@ class Case:
     def layers(self, compute: ComputeConfig = FLOAT32, position: int = 0) -> dict[str, np.ndarray]:
         gemma = self.gemma(compute)
         rows = make.tokens(gemma.config.vocab_size)[:, :-1]
-        return verification.layer_outputs(gemma.config, compute, gemma.mesh, gemma.params, rows, position)
+        spec = ModelSpec(gemma.config, compute, gemma.mesh)
+        return verification.layer_outputs(spec, gemma.params, rows, position)
 
 
 def golden_case(name: str, folder: Path) -> Case:
@@ -181,7 +182,7 @@ def test_padding_rows_are_never_sampled(case: Case) -> None:
     vocab_size = gemma.config.vocab_size
     assert arrays["embedding"].shape[0] > vocab_size
     arrays["embedding"] = arrays["embedding"].at[vocab_size:].set(10 * arrays["embedding"][30])
-    padded = Gemma(gemma.config, with_arrays(gemma.params, arrays), None, gemma.mesh, gemma.compute)
+    padded = Gemma(gemma.spec, with_arrays(gemma.params, arrays), None)
     for temperature in (0.0, 5.0):
         for generation in padded.generate(make.PROMPTS, max_new_tokens=make.NEW, temperature=temperature):
             assert max(generation.token_ids, default=0) < vocab_size

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from gemma_jax.config import PRESETS, ComputeConfig, MeshConfig, PretrainConfig, replace
 from gemma_jax.errors import UserError
-from gemma_jax.model import abstract_transformer, init_params
+from gemma_jax.model import ModelSpec
 from gemma_jax.model.layers import RESIDUAL
 from gemma_jax.sharding import (
     RULES,
@@ -124,20 +124,22 @@ def test_parameters_and_the_optimizers_moments_lie_in_the_same_places() -> None:
 def test_shardings_are_those_of_the_arrays_that_are_made() -> None:
     """The same for abstract and for real values; arrays without axes are copied to every device."""
     mesh = cpu_mesh(8, data=2, fsdp=2, tensor=2)
-    _, abstract = abstract_transformer(TINY, ComputeConfig(), mesh)
+    abstract = ModelSpec(TINY, ComputeConfig(), mesh).params
     wanted = named_arrays(shardings(abstract, mesh))
-    params = init_params(TINY, ComputeConfig(), mesh, seed=0)
+    params = ModelSpec(TINY, ComputeConfig(), mesh).init(0)
     assert named_arrays(shardings(params, mesh)) == wanted
     for name, value in named_arrays(params).items():
         assert value.sharding.is_equivalent_to(wanted[name], value.ndim), name
     assert shardings({"count": jnp.zeros(3)}, mesh) == {"count": NamedSharding(mesh, P())}
     # A statistic that an optimizer keeps of a parameter's rows is not of the parameter's axes.
     row = nnx.Param(jnp.zeros(32), axes=("layers", "embed", "mlp"))
-    assert jax.tree.leaves(shardings({"row": row}, mesh)) == [NamedSharding(mesh, P())]
+    with pytest.raises(ValueError, match="row"):
+        shardings({"row": row}, mesh)
+    assert jax.tree.leaves(shardings({"row": row}, mesh, copy_other_ranks=True)) == [NamedSharding(mesh, P())]
 
 
 def test_names_of_arrays_and_back() -> None:
-    params = init_params(TINY, ComputeConfig(), cpu_mesh(1), seed=0)
+    params = ModelSpec(TINY, ComputeConfig(), cpu_mesh(1)).init(0)
     arrays = named_arrays(params)
     assert arrays.keys() == EXPECTED.keys()
     doubled = with_arrays(params, {name: 2 * value for name, value in arrays.items()})
@@ -211,17 +213,12 @@ def test_a_constraint_decides_where_an_activation_lies() -> None:
 def test_the_models_activations_are_split_by_rows() -> None:
     """Tokens come as copies; the hidden states that the blocks hand on are split all the same."""
     mesh = cpu_mesh(8, fsdp=4, tensor=2)
-    graphdef, abstract = abstract_transformer(TINY, ComputeConfig(), mesh)
-    placed = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        abstract,
-        shardings(abstract, mesh),
-    )
+    spec = ModelSpec(TINY, ComputeConfig(), mesh)
     tokens = jax.ShapeDtypeStruct((8, 16), jnp.int32, sharding=NamedSharding(mesh, P()))
 
     def hidden(params: nnx.State, tokens: jax.Array) -> jax.Array:
         positions = jnp.broadcast_to(jnp.arange(16), tokens.shape)
-        return nnx.merge(graphdef, params)(tokens, positions, jnp.ones_like(tokens))
+        return spec.merge(params)(tokens, positions, jnp.ones_like(tokens))
 
-    output = jax.jit(hidden).lower(placed, tokens).compile().output_shardings
+    output = jax.jit(hidden).lower(spec.params, tokens).compile().output_shardings
     assert output.shard_shape((8, 16, 32))[0] == 2

@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 import jax
 from etils import epath
 from flax import nnx
-from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
 from gemma_jax.checkpoint.folders import STEPS_FOLDER, saved_steps
@@ -21,12 +20,11 @@ from gemma_jax.checkpoint.record import (
     first_line,
 )
 from gemma_jax.checkpoint.s3 import orbax_context
-from gemma_jax.config import ComputeConfig, TransformerConfig
 from gemma_jax.errors import UserError
 from gemma_jax.memory import require_memory
-from gemma_jax.model import abstract_transformer
+from gemma_jax.model import ModelSpec
 from gemma_jax.paths import user_path
-from gemma_jax.sharding import Arrays, named_arrays, with_arrays, with_shardings
+from gemma_jax.sharding import Arrays, named_arrays, with_arrays
 from gemma_jax.startup import any_process
 
 Result = TypeVar("Result")
@@ -58,19 +56,15 @@ def step_folder(checkpoint: epath.PathLike) -> tuple[epath.Path, epath.Path]:
 def load_params(
     step_folder: epath.PathLike,
     record: RunRecord,
-    config: TransformerConfig,
-    compute: ComputeConfig,
-    mesh: Mesh,
+    spec: ModelSpec,
 ) -> nnx.State:
-    """The parameters of a checkpoint on a mesh, in compute.param_dtype.
+    """The parameters of a checkpoint, as the spec describes them.
 
     Raises:
       DamagedCheckpoint, UserError: as `load_arrays` does.
     """
-    _, abstract = abstract_transformer(config, compute, mesh)
-    placed = with_shardings(abstract, mesh)
-    require_memory(placed, "the model")
-    return load_arrays(step_folder, {"params": placed}, record)["params"]
+    require_memory(spec.params, "the model")
+    return load_arrays(step_folder, {"params": spec.params}, record)["params"]
 
 
 def load_arrays(step_folder: epath.PathLike, abstract: dict[str, Any], record: RunRecord) -> dict[str, Any]:

@@ -16,6 +16,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
     source, destination = names
     config = parse(ConvertConfig(), arguments[2:], f"{prog} SOURCE DESTINATION")
 
+    from gemma_jax.model import ModelSpec
     from gemma_jax.pretrained.checkpoint import open_checkpoint
     from gemma_jax.pretrained.export import PlacedWeights, export
     from gemma_jax.sharding import make_mesh
@@ -27,7 +28,8 @@ def run(arguments: Sequence[str], prog: str) -> int:
     weights = found.weights
     if weights is None:  # a run: its arrays are read to a device, as they were saved
         compute = ComputeConfig(param_dtype="bfloat16" if found.dtype == "bfloat16" else "float32")
-        weights = PlacedWeights(found.params(compute, make_mesh(MeshConfig(cpu_devices=1))), found.config)
+        spec = ModelSpec(found.config, compute, make_mesh(MeshConfig(cpu_devices=1)))
+        weights = PlacedWeights(found.params(spec), spec)
     terms_source = {"auto": found.terms_source, "yes": source, "no": ""}[config.gemma_terms]
     export(
         destination,

@@ -36,20 +36,20 @@ def run(arguments: Sequence[str], prog: str) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from gemma_jax.model import abstract_transformer
-    from gemma_jax.sharding import logical_axes, make_mesh, parameter_name, shardings
+    from gemma_jax.model import ModelSpec
+    from gemma_jax.sharding import logical_axes, make_mesh, parameter_name
 
     mesh = make_mesh(config.mesh)
-    _, abstract = abstract_transformer(config.model, config.compute, mesh)
-    placed = shardings(abstract, mesh)
+    abstract = ModelSpec(config.model, config.compute, mesh).params
     table = Table(box=None, header_style="bold")
     for title in ("parameter", "shape", "dtype", "logical axes", "partition"):
         table.add_column(title, overflow="fold")
     table.add_column("bytes a device", justify="right")
     count, bytes_a_device = 0, 0
     leaves = jax.tree_util.tree_leaves_with_path(abstract, is_leaf=lambda x: isinstance(x, nnx.Variable))
-    for (path, variable), sharding in zip(leaves, jax.tree.leaves(placed), strict=True):
+    for path, variable in leaves:
         value = variable.get_value()
+        sharding = value.sharding
         held = math.prod(sharding.shard_shape(value.shape)) * value.dtype.itemsize
         count, bytes_a_device = count + value.size, bytes_a_device + held
         axes, partition = logical_axes(variable), sharding.spec

@@ -168,8 +168,9 @@ def _parameters_before(
     from gemma_jax.checkpoint.folders import STEPS_FOLDER, saved_steps
     from gemma_jax.checkpoint.record import DamagedCheckpoint, run_record
     from gemma_jax.checkpoint.restore import load_params
-    from gemma_jax.model import init_params
+    from gemma_jax.model import ModelSpec
 
+    spec = ModelSpec(config.model, config.compute, mesh)
     saved = [(number, run_dir / STEPS_FOLDER / str(number)) for number in saved_steps(run_dir)]
     if config.fork_from:
         saved.insert(0, (forked_after(config), epath.Path(config.fork_from)))
@@ -177,7 +178,7 @@ def _parameters_before(
         if number < step:
             try:
                 record = run_record(folder)
-                return load_params(folder, record, config.model, config.compute, mesh), number
+                return load_params(folder, record, spec), number
             except DamagedCheckpoint as error:
                 print(f"{error} An older one is used here", file=sys.stderr)
     if config.fork_from:
@@ -185,4 +186,4 @@ def _parameters_before(
             f"no parameters from before step {step} are left, neither in {run_dir} nor in {config.fork_from}."
         )
     # The seed decides them.
-    return init_params(config.model, config.compute, mesh, config.seed), 0
+    return spec.init(config.seed), 0

@@ -95,11 +95,13 @@ def _weights(found: "Checkpoint", config: VerifyConfig) -> "Weights":
     """As they lie on disk; those of a run are read to the mesh."""
     if found.weights is not None:
         return found.weights
+    from gemma_jax.model import ModelSpec
     from gemma_jax.pretrained.export import PlacedWeights
     from gemma_jax.sharding import make_mesh
 
     compute = replace(config.compute, {"param_dtype": found.dtype})
-    return PlacedWeights(found.params(compute, make_mesh(config.mesh)), found.config)
+    spec = ModelSpec(found.config, compute, make_mesh(config.mesh))
+    return PlacedWeights(found.params(spec), spec)
 
 
 def _show_shape(report: Report, name: str, found: "Checkpoint") -> None:
@@ -144,8 +146,8 @@ def _named_shape(config: TransformerConfig) -> str:
 
 
 def _show_statistics(report: Report, weights: "Weights", config: TransformerConfig) -> None:
-    from gemma_jax.pretrained.layout import EMBEDDING, FINAL_NORM
     from gemma_jax.verification import statistics
+    from gemma_jax.weights import EMBEDDING, FINAL_NORM
 
     layers: dict[int | None, dict[str, Statistics]] = {}
     arrays, size, dtypes = 0, 0, set()
@@ -186,7 +188,7 @@ def _compared(report: Report, found: "Checkpoint", config: VerifyConfig) -> bool
     """Show the differences to transformers; False where they cannot be had."""
     from pathlib import Path
 
-    from gemma_jax.model import compute_dtype
+    from gemma_jax.model import ModelSpec, compute_dtype
     from gemma_jax.pretrained.huggingface import HuggingFaceDirectory
     from gemma_jax.sharding import make_mesh
     from gemma_jax.verification import layer_outputs, transformers_outputs
@@ -206,7 +208,8 @@ def _compared(report: Report, found: "Checkpoint", config: VerifyConfig) -> bool
     tokens = _rows([token for token in ids if token < found.config.vocab_size], mesh.size)
     compute = replace(config.compute, {"param_dtype": dtype})
     # One model in memory after the other.
-    ours = layer_outputs(found.config, compute, mesh, found.params(compute, mesh), tokens)
+    spec = ModelSpec(found.config, compute, mesh)
+    ours = layer_outputs(spec, found.params(spec), tokens)
     theirs = transformers_outputs(Path(found.folder), dtype, tokens)
     layers = (f"layer_{layer}" for layer in range(found.config.num_layers))
     rows, wrong = [], []

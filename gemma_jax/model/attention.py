@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from gemma_jax.model.ops import Integers
 from gemma_jax.model.splash import fits_splash, splash_attend
 from gemma_jax.sharding import platform
-from gemma_jax.weights.product import precision
+from gemma_jax.weights.matmul import precision
 
 ATTENDED = "attended"  # what self_attend gives, for a policy of jax.checkpoint
 

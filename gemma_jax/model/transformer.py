@@ -16,14 +16,21 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gemma_jax.config import ComputeConfig, TransformerConfig
 from gemma_jax.errors import UserError
-from gemma_jax.memory import require_memory
 from gemma_jax.model.attention import attend, attention_mask, self_attend
 from gemma_jax.model.cache import KVCache
-from gemma_jax.model.layers import RESIDUAL, Block, weight, zeros
+from gemma_jax.model.layers import RESIDUAL, Block
 from gemma_jax.model.ops import Integers, rms_norm
 from gemma_jax.model.remat import rematerialized
-from gemma_jax.sharding import constrain, platform, shardings, with_shardings
-from gemma_jax.weights import look_up, product
+from gemma_jax.sharding import constrain, platform
+from gemma_jax.weights import (
+    EMBEDDING,
+    FINAL_NORM,
+    NO_CONTEXT,
+    Context,
+    Kind,
+    Weight,
+    parameter_table,
+)
 
 
 def compute_dtype(compute: ComputeConfig, mesh: Mesh) -> jnp.dtype:
@@ -42,40 +49,54 @@ def compute_dtype(compute: ComputeConfig, mesh: Mesh) -> jnp.dtype:
 class Transformer(nnx.Module):
     """Decoder-only transformer with tied embeddings; the blocks are one stacked module, scanned."""
 
-    def __init__(self, config: TransformerConfig, compute: ComputeConfig, mesh: Mesh, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: TransformerConfig, compute: ComputeConfig, mesh: Mesh, rngs: nnx.Rngs, kind: Kind
+    ) -> None:
         self.dtype = compute_dtype(compute, mesh)
         dtype = jnp.dtype(compute.param_dtype)
-        rows, D = config.vocab_rows, config.embed_dim
-        # Variance 1/D makes both the scaled embedding and the logits of a normed stream unit variance.
-        self.embedding = weight(rngs, (rows, D), ("vocab", "embed"), D, dtype)
-        self.blocks = Block(config, mesh, rngs, dtype)
-        self.final_norm = zeros((D,), ("embed",), dtype)
+        table = parameter_table(config)
+
+        def weight(name: str) -> Weight:
+            return kind(table[name], mesh, rngs, dtype)
+
+        def scale(name: str) -> nnx.Param[jax.Array]:
+            return nnx.Param(jnp.zeros(table[name].stacked_shape, dtype), axes=table[name].stacked_axes)
+
+        self.embedding = weight(EMBEDDING)
+        self.blocks = Block(config, mesh, weight, scale)
+        self.final_norm = scale(FINAL_NORM)
         self.config = config
         self.compute = compute
         self.mesh = mesh
 
-    def __call__(self, tokens: Integers, positions: Integers, segments: Integers) -> jax.Array:
+    def __call__(
+        self, tokens: Integers, positions: Integers, segments: Integers, context: Context = NO_CONTEXT
+    ) -> jax.Array:
         """Hidden states of whole sequences, each token seeing the earlier ones of its segment.
 
         Args:
           tokens: [B, L].
           positions: [B, L], each token's place in its segment.
           segments: [B, L]; 0 is padding.
+          context: what every multiplication receives; each layer has a random key of its own.
 
         Returns:
           [B, L, D] after the final norm.
         """
         graphdef, stacked = nnx.split(self.blocks)
+        numbers = None if context.key is None else jnp.arange(self.config.num_layers)
 
-        def body(x: jax.Array, state: nnx.State) -> tuple[jax.Array, None]:
+        def body(x: jax.Array, scanned: tuple[jax.Array | None, nnx.State]) -> tuple[jax.Array, None]:
+            layer, state = scanned
             block = nnx.merge(graphdef, state)
             attend = partial(self_attend, positions=positions, segments=segments, mesh=self.mesh)
-            return block(x, positions, attend), None
+            return block(x, positions, attend, context.of_layer(layer)), None
 
         body = rematerialized(
             body, self.compute.remat, looped=self.compute.scan_unroll < self.config.num_layers
         )
-        x, _ = lax.scan(body, self.embed(tokens), stacked, unroll=self.compute.scan_unroll)
+        x = self.embed(tokens, context)
+        x, _ = lax.scan(body, x, (numbers, stacked), unroll=self.compute.scan_unroll)
         return self._normed(x)
 
     def extend(
@@ -85,6 +106,7 @@ class Transformer(nnx.Module):
         positions: Integers,
         segments: Integers,
         layers: Sequence[nnx.State] | None = None,
+        context: Context = NO_CONTEXT,
     ) -> tuple[jax.Array, KVCache]:
         """Hidden states of the next tokens of each row, which see what is in the cache too.
 
@@ -93,6 +115,7 @@ class Transformer(nnx.Module):
           tokens, positions, segments: [B, L] as in `__call__`; padding stands at the end of a row.
           layers: the blocks' parameters layer by layer (see `layer_views`), to be used instead of the stacked
             ones, in a program that has each layer by itself.
+          context: what every multiplication receives; a random key is the same in all layers.
 
         Returns:
           [B, L, D] after the final norm, and the cache with the new tokens in it.
@@ -114,10 +137,10 @@ class Transformer(nnx.Module):
                 values = values.at[layer, rows, slots].set(v, mode="drop")
                 return attend(q, keys[layer], values[layer], mask)
 
-            x = nnx.merge(graphdef, state)(x, positions, remember_and_attend)
+            x = nnx.merge(graphdef, state)(x, positions, remember_and_attend, context)
             return (x, keys, values), None
 
-        carry = (self.embed(tokens), cache.keys, cache.values)
+        carry = (self.embed(tokens, context), cache.keys, cache.values)
         if layers is None:
             numbers = jnp.arange(self.config.num_layers)
             carry, _ = lax.scan(body, carry, (numbers, stacked), unroll=self.compute.scan_unroll)
@@ -127,15 +150,14 @@ class Transformer(nnx.Module):
         x, keys, values = carry
         return self._normed(x), dataclasses.replace(cache, keys=keys, values=values)
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
+    def logits(self, hidden: jax.Array, context: Context = NO_CONTEXT) -> jax.Array:
         """[..., D] -> [..., V] float32; rows that only pad the vocabulary are -inf."""
         wide = jnp.promote_types(hidden.dtype, jnp.float32)
-        logits = product(hidden, self.embedding[...].T, dtype=wide)
-        return mask_padding_rows(logits, self.config.vocab_size)
+        return mask_padding_rows(self.embedding.unembed(hidden, wide, context), self.config.vocab_size)
 
-    def embed(self, tokens: Integers) -> jax.Array:
+    def embed(self, tokens: Integers, context: Context = NO_CONTEXT) -> jax.Array:
         """[B, L] -> [B, L, D]: rows of the table times sqrt(D), which is rounded to their dtype."""
-        rows = look_up(self.embedding[...], tokens, self.dtype, self.mesh)
+        rows = self.embedding.embedding_lookup(tokens, self.dtype, context)
         return constrain(rows * jnp.asarray(self.config.embed_dim**0.5, self.dtype), RESIDUAL, self.mesh)
 
     def _normed(self, x: jax.Array) -> jax.Array:
@@ -169,21 +191,3 @@ def mask_padding_rows(logits: jax.Array, vocab_size: int) -> jax.Array:
     if logits.shape[-1] == vocab_size:
         return logits
     return jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
-
-
-def abstract_transformer(
-    config: TransformerConfig, compute: ComputeConfig, mesh: Mesh
-) -> tuple[nnx.GraphDef[Transformer], nnx.State]:
-    """Structure and shapes of a model, without a single number in memory."""
-    return nnx.split(nnx.eval_shape(lambda: Transformer(config, compute, mesh, nnx.Rngs(0))), nnx.Param)
-
-
-def init_params(config: TransformerConfig, compute: ComputeConfig, mesh: Mesh, seed: int) -> nnx.State:
-    """Random parameters, each made in place on the mesh: no device or host ever holds the whole model."""
-    _, abstract = abstract_transformer(config, compute, mesh)
-    require_memory(with_shardings(abstract, mesh), "the model")
-
-    def init(key: jax.Array) -> nnx.State:
-        return nnx.state(Transformer(config, compute, mesh, nnx.Rngs(key)), nnx.Param)
-
-    return jax.jit(init, out_shardings=shardings(abstract, mesh))(jax.random.key(seed))

@@ -11,11 +11,11 @@ from jax.sharding import Mesh, NamedSharding
 from gemma_jax.config import TrainingConfig
 from gemma_jax.data.packing import Batch
 from gemma_jax.errors import UserError
-from gemma_jax.model import abstract_transformer
+from gemma_jax.model import ModelSpec
 from gemma_jax.model.cache import KEYS_AXES
 from gemma_jax.planning.traffic import Parameter, parameters
 from gemma_jax.sampling.generate import Generator
-from gemma_jax.sharding import batch_sharding, partition_spec, with_shardings
+from gemma_jax.sharding import batch_sharding, partition_spec
 from gemma_jax.training.hardware import training_flops_a_token
 from gemma_jax.training.state import abstract_train_state
 from gemma_jax.training.step import make_train_step
@@ -93,9 +93,9 @@ def _pretrain(config: TrainingConfig, mesh: Mesh) -> Program:
 
 
 def _sampling(mode: Mode, config: TrainingConfig, mesh: Mesh, new_tokens: int) -> Program:
-    _, abstract = abstract_transformer(config.model, config.compute, mesh)
-    params = with_shardings(abstract, mesh)
-    generator = Generator(config.model, config.compute, mesh, params)
+    spec = ModelSpec(config.model, config.compute, mesh)
+    params = spec.params
+    generator = Generator(spec, params)
     rows, length = config.data.batch_size, config.data.sequence_length
     by_row = batch_sharding(mesh)
 

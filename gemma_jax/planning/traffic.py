@@ -92,7 +92,7 @@ def origin(collective: Collective, params: Sequence[Parameter]) -> Origin:
     places = _own(collective.source)[:3]
     matches = [p for p in params if any(_same(shape, p) for shape in shapes)]
     # (Of a gather under a product the place told is that of the product.)
-    staged = re.search(r"/weights/(fsdp|product)\.py:", collective.source)
+    staged = re.search(r"/weights/(fsdp|matmul)\.py:", collective.source)
     if not matches and staged and collective.axis == "fsdp":
         matches = [p for p in params if any(_stage_of(shape, p) for shape in shapes)]
     # Of several parameters of one shape, those that the code there names, then those whose axes lie so.
@@ -154,12 +154,12 @@ def _stage_of(shape: tuple[int, ...], parameter: Parameter) -> bool:
 
 
 def _named_at(places: Sequence[str]) -> set[str]:
-    """Parameters that are read on these lines of the package: `self.gate[...]` or `self.gate, self.mesh`."""
+    """Parameters that are read on these lines of the package: `self.gate[...]` or `self.gate.matmul(`."""
     package = PurePath(__file__).parents[1]
     lines = [
         linecache.getline(str(package / file), int(line)) for file, line in (p.split(":") for p in places)
     ]
-    return {name for line in lines for name in re.findall(r"\.(\w+)(?:\[\.\.\.\]|, self\.mesh)", line)}
+    return {name for line in lines for name in re.findall(r"\.(\w+)(?:\[\.\.\.\]|\.matmul\()", line)}
 
 
 def _own(source: str) -> list[str]:

@@ -10,11 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from flax import nnx
-from jax.sharding import Mesh
 
 from gemma_jax.checkpoint.record import run_record
 from gemma_jax.config import (
-    ComputeConfig,
     PretrainConfig,
     TransformerConfig,
     from_record,
@@ -22,7 +20,7 @@ from gemma_jax.config import (
     validate_model,
 )
 from gemma_jax.errors import UserError
-from gemma_jax.model import init_params
+from gemma_jax.model import ModelSpec
 from gemma_jax.pretrained.end_tokens import end_tokens
 from gemma_jax.pretrained.hub import download, is_hub_name
 from gemma_jax.pretrained.huggingface import HuggingFaceDirectory
@@ -48,8 +46,8 @@ class Checkpoint:
     dtype: str  # of the numbers on disk
     tokenizer_path: str  # empty where there is none
     gemma_terms: bool  # whether the weights derive from Google's, and so are under its terms of use
-    params: Callable[[ComputeConfig, Mesh], nnx.State]
-    """Reads the parameters to their place on a mesh; UserError where they are damaged or do not fit it."""
+    params: Callable[[ModelSpec], nnx.State]
+    """Reads the parameters to their place on the mesh; UserError where they are damaged or do not fit."""
 
     weights: Weights | None = None  # of the published forms: the arrays as they lie on disk
 
@@ -115,7 +113,7 @@ def _random(name: str) -> Checkpoint:
         "float32",
         "",
         False,
-        lambda compute, mesh: init_params(config, compute, mesh, seed=0),
+        lambda spec: spec.init(seed=0),
     )
 
 
@@ -182,7 +180,7 @@ def _published(name: str, folder: Path) -> Checkpoint:
         dtype,
         str(tokenizer) if tokenizer.exists() else "",
         has_notice(folder) or has_published_shape(config),
-        lambda compute, mesh: place(weights, config, compute, mesh),
+        lambda spec: place(weights, spec),
         weights,
     )
 
@@ -206,5 +204,5 @@ def _run(name: str) -> Checkpoint:
         record.arrays["params"]["embedding"].dtype,
         str(tokenizer) if tokenizer.exists() else "",
         has_notice(run_dir),
-        lambda compute, mesh: load_params(folder, record, config, compute, mesh),
+        lambda spec: load_params(folder, record, spec),
     )

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import json
 import math
 import os
@@ -12,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -28,15 +30,17 @@ from gemma_jax.config import (
     to_json,
 )
 from gemma_jax.errors import UserError
+from gemma_jax.model import ModelSpec
 from gemma_jax.pretrained.checkpoint import TOKENIZER_FILE
 from gemma_jax.pretrained.flax import write_flax
 from gemma_jax.pretrained.huggingface import DTYPES, write_huggingface
-from gemma_jax.pretrained.layout import EMBEDDING, Weights, parameter_shapes
+from gemma_jax.pretrained.layout import Weights, parameter_shapes
 from gemma_jax.pretrained.placement import place
 from gemma_jax.pretrained.published_config import CONFIG_FILE, write_config, write_generation_config
 from gemma_jax.pretrained.terms import write_notice
-from gemma_jax.sharding import make_mesh, named_arrays
+from gemma_jax.sharding import make_mesh
 from gemma_jax.tokenizer import Tokenizer
+from gemma_jax.weights import EMBEDDING, Weight
 
 Form = Literal["huggingface", "flax", "run"]
 FLAX_FOLDER = "params"
@@ -57,20 +61,21 @@ CHAT_TEMPLATE = (
 class PlacedWeights:
     """Parameters on a mesh as `Weights`."""
 
-    def __init__(self, params: nnx.State, config: TransformerConfig) -> None:
+    def __init__(self, params: nnx.State, spec: ModelSpec) -> None:
         """Raises:
         UserError: other processes hold parts of them.
         """
-        self._arrays, self._vocab_size = named_arrays(params), config.vocab_size
-        if not all(x.is_fully_addressable for x in self._arrays.values()):
+        self._model, self._vocab_size = spec.merge(params), spec.config.vocab_size
+        if not all(x.is_fully_addressable for x in jax.tree.leaves(params)):
             raise UserError("the weights lie on several processes; load and write them in a single one.")
 
     def get(self, parameter: str, layer: int | None) -> np.ndarray:
         """See `gemma_jax.pretrained.layout.Weights`."""
-        x = self._arrays[parameter]
-        if parameter == EMBEDDING:
-            x = x[: self._vocab_size]
-        return np.asarray(x if layer is None else x[layer])
+        holder: Any = functools.reduce(getattr, parameter.split("."), self._model)
+        if layer is not None:
+            holder = jax.tree.map(lambda stack: stack[layer], holder)
+        array = np.asarray(holder.dense() if isinstance(holder, Weight) else holder[...])
+        return array[: self._vocab_size] if parameter == EMBEDDING else array
 
     def where(self, parameter: str, layer: int | None) -> str:
         """See `gemma_jax.pretrained.layout.Weights`."""
@@ -164,7 +169,7 @@ def export(
 def _write_run(folder: Path, weights: Weights, config: TransformerConfig, dtype: str) -> None:
     compute = replace(ComputeConfig(), {"param_dtype": dtype})
     experiment = PretrainConfig(model=config, compute=compute)
-    params = place(weights, config, compute, make_mesh(MeshConfig(cpu_devices=1)))
+    params = place(weights, ModelSpec(config, compute, make_mesh(MeshConfig(cpu_devices=1))))
     with CheckpointStore(folder, experiment.checkpoint) as store:
         # orbax saves no empty tree, so the optimizer's is one number.
         store.save(0, params, {"count": jnp.zeros((), jnp.int32)}, 0, to_dict(experiment))

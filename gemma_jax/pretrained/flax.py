@@ -20,7 +20,8 @@ from orbax.checkpoint import v1 as ocp
 from gemma_jax.checkpoint.record import first_line
 from gemma_jax.config import TransformerConfig, validate_model
 from gemma_jax.errors import UserError
-from gemma_jax.pretrained.layout import EMBEDDING, FINAL_NORM, Weights, parameter_shapes
+from gemma_jax.pretrained.layout import Weights, parameter_shapes
+from gemma_jax.weights import EMBEDDING, FINAL_NORM
 
 PUBLISHED_ROWS = 256_128  # of which 128 pad a vocabulary of 256,000
 DTYPES = ("float32", "bfloat16", "float16")

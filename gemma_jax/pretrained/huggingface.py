@@ -10,9 +10,10 @@ import numpy as np
 
 from gemma_jax.config import TransformerConfig
 from gemma_jax.errors import UserError
-from gemma_jax.pretrained.layout import EMBEDDING, FINAL_NORM, Weights, in_order, parameter_shapes
+from gemma_jax.pretrained.layout import Weights, in_order, parameter_shapes
 from gemma_jax.pretrained.published_config import CONFIG_FILE, read_config, read_json
 from gemma_jax.pretrained.safetensors import SafetensorsFile, write_safetensors
+from gemma_jax.weights import EMBEDDING, FINAL_NORM, parameter_table
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -40,22 +41,20 @@ def tensor_name(parameter: str, layer: int | None) -> str:
     return f"model.layers.{layer}.{_BLOCK_NAMES[parameter.removeprefix('blocks.')]}.weight"
 
 
-def _inputs(parameter: str) -> int:
-    """How many leading axes of an array of ours are summed over in its product; 0: it is stored as it is."""
-    if parameter == EMBEDDING or parameter.endswith("norm"):
-        return 0
-    return 2 if parameter.endswith(".o") else 1
+# Leading axes that a matmul contracts. torch keeps them last: a matrix is [outputs, inputs], each of them one
+# axis. 0 for what is stored as it is. The same for every size of model.
+_INPUTS = {name: parameter.inputs for name, parameter in parameter_table(TransformerConfig()).items()}
 
 
 def stored_shape(parameter: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape in the files: torch keeps a matrix as [outputs, inputs], each of them one axis."""
-    inputs = _inputs(parameter)
+    """Shape in the files of an array of ours."""
+    inputs = _INPUTS[parameter]
     return (math.prod(shape[inputs:]), math.prod(shape[:inputs])) if inputs else shape
 
 
 def from_stored(parameter: str, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """A tensor of the files as a view of our `shape`."""
-    inputs = _inputs(parameter)
+    inputs = _INPUTS[parameter]
     outputs = len(shape) - inputs
     split = tensor.reshape(shape[inputs:] + shape[:inputs])
     return split.transpose(*range(outputs, len(shape)), *range(outputs))
@@ -63,7 +62,7 @@ def from_stored(parameter: str, tensor: np.ndarray, shape: tuple[int, ...]) -> n
 
 def to_stored(parameter: str, array: np.ndarray) -> np.ndarray:
     """An array of ours as the files have it: the inverse of `from_stored`."""
-    inputs = _inputs(parameter)
+    inputs = _INPUTS[parameter]
     turned = array.transpose(*range(inputs, array.ndim), *range(inputs))
     return turned.reshape(stored_shape(parameter, array.shape))
 

@@ -1,7 +1,4 @@
-"""Our parameters by name and layer: what the readers and writers of published forms speak of.
-
-Shape legend: D embed, F hidden, N query heads, K key/value heads, H head dim, V vocabulary.
-"""
+"""Our parameters by name and layer: what the readers and writers of published forms speak of."""
 
 from collections.abc import Iterator
 from typing import Protocol
@@ -9,9 +6,7 @@ from typing import Protocol
 import numpy as np
 
 from gemma_jax.config import TransformerConfig
-
-EMBEDDING = "embedding"
-FINAL_NORM = "final_norm"
+from gemma_jax.weights import EMBEDDING, FINAL_NORM, parameter_table
 
 
 class Weights(Protocol):
@@ -33,26 +28,13 @@ class Weights(Protocol):
 
 def parameter_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter: those under `blocks` in one layer, the embedding without padding rows."""
-    D, F, H = config.embed_dim, config.hidden_dim, config.head_dim
-    N, K = config.num_heads, config.num_kv_heads
-    return {
-        EMBEDDING: (config.vocab_size, D),
-        "blocks.attention_norm": (D,),
-        "blocks.attention.q": (D, N, H),
-        "blocks.attention.k": (D, K, H),
-        "blocks.attention.v": (D, K, H),
-        "blocks.attention.o": (N, H, D),
-        "blocks.feed_forward_norm": (D,),
-        "blocks.feed_forward.gate": (D, F),
-        "blocks.feed_forward.up": (D, F),
-        "blocks.feed_forward.down": (F, D),
-        FINAL_NORM: (D,),
-    }
+    shapes = {name: parameter.shape for name, parameter in parameter_table(config).items()}
+    return shapes | {EMBEDDING: (config.vocab_size, config.embed_dim)}
 
 
 def in_order(config: TransformerConfig) -> Iterator[tuple[str, int | None]]:
     """Every array once: the embedding, which is the largest, the layers one after the other, the norm."""
-    in_blocks = [name for name in parameter_shapes(config) if name.startswith("blocks.")]
+    in_blocks = [name for name, parameter in parameter_table(config).items() if parameter.layers]
     yield EMBEDDING, None
     yield from ((name, layer) for layer in range(config.num_layers) for name in in_blocks)
     yield FINAL_NORM, None

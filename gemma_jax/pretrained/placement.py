@@ -1,6 +1,6 @@
 """Weights from disk to their place on the mesh, one array at a time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -10,59 +10,87 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gemma_jax.config import ComputeConfig, TransformerConfig
 from gemma_jax.errors import UserError
 from gemma_jax.memory import require_memory
-from gemma_jax.model import abstract_transformer
-from gemma_jax.pretrained.layout import Weights, in_order, parameter_shapes
-from gemma_jax.sharding import named_arrays, shardings, with_arrays, with_shardings
+from gemma_jax.model import ModelSpec
+from gemma_jax.pretrained.layout import Weights, in_order
+from gemma_jax.sharding import Arrays, named_arrays, partition_spec, with_arrays
+from gemma_jax.weights import Parameter, Weight, parameter_table
+
+# From one layer's dense array to the arrays that its weight stores, by their full names.
+Pack = Callable[[jax.Array], Arrays]
 
 
-def place(weights: Weights, config: TransformerConfig, compute: ComputeConfig, mesh: Mesh) -> nnx.State:
-    """The parameters on the mesh, in `compute.param_dtype`.
+def place(weights: Weights, spec: ModelSpec) -> nnx.State:
+    """The parameters on the mesh, each in the form of its kind.
 
-    Each device gets its shard of one layer's array at a time, and puts it into its shard of the stack of
-    all layers; no device and no host holds more of the model than that. An array is sent in the order in
-    which it lies on disk, so that the disk is read straight through, and is turned on the device.
+    Each device gets its shard of one layer's array at a time, packs it, and puts it into its shard of the
+    stack of all layers; no device and no host holds more of the dense model than that. An array is sent in
+    the order in which it is on disk, so that the disk is read straight through, and is turned on the device.
 
     Raises:
-      UserError: an array holds NaN or infinity, or a mesh axis does not divide a parameter.
+      UserError: an array holds NaN or infinity, a mesh axis does not divide a parameter, or they do not fit.
     """
-    _, abstract = abstract_transformer(config, compute, mesh)
-    require_memory(with_shardings(abstract, mesh), "the model")
-    arrays, placed, shapes = named_arrays(abstract), named_arrays(shardings(abstract, mesh)), {}
-    for name, shape in parameter_shapes(config).items():
-        # With the padding rows of the embedding, which the weights do not have.
-        shapes[name] = arrays[name].shape[1:] if name.startswith("blocks.") else arrays[name].shape
-        assert len(shapes[name]) == len(shape)
+    require_memory(spec.params, "the model")
+    abstract = named_arrays(spec.params)
+    table = parameter_table(spec.config)
+    packs = {name: _pack(spec, parameter) for name, parameter in table.items()}
+    stored = {
+        name: jax.eval_shape(pack, jax.ShapeDtypeStruct(table[name].shape, jnp.float32))
+        for name, pack in packs.items()
+    }
     fills: dict[tuple[str, tuple[int, ...]], Callable[..., Any]] = {}
-    filled: dict[str, jax.Array] = {}
-    for name, layer in in_order(config):
+    filled = _initial(spec, abstract.keys() - {array for arrays in stored.values() for array in arrays})
+    for name, layer in in_order(spec.config):
         part = weights.get(name, layer)
         order = tuple(int(axis) for axis in np.argsort([-stride for stride in part.strides], kind="stable"))
-        spec = _spec(placed[name])[0 if layer is None else 1 :]
-        piece = _sent(part.transpose(order), [shapes[name][a] for a in order], [spec[a] for a in order], mesh)
+        about = table[name]
+        split = list(partition_spec(about.axes, about.shape, spec.mesh, name))
+        # With the padding rows of the embedding, which the weights do not have.
+        shape = [about.shape[axis] for axis in order]
+        piece = _sent(part.transpose(order), shape, [split[axis] for axis in order], spec.mesh)
         if (name, order) not in fills:
-            fills[name, order] = _fill(order, arrays[name].dtype, placed[name])
+            out = {array: abstract[array].sharding for array in stored[name]}
+            fills[name, order] = _fill(order, packs[name], out)
         if layer is None:
-            filled[name], finite = fills[name, order](piece)
+            arrays, finite = fills[name, order](piece)
         else:
-            stack = filled.pop(name) if name in filled else _zeros(arrays[name], placed[name])
-            filled[name], finite = fills[name, order](piece, stack, layer)
+            stacks = {n: filled.pop(n) if n in filled else _zeros(abstract[n]) for n in stored[name]}
+            arrays, finite = fills[name, order](piece, stacks, layer)
+        filled |= arrays
         if not finite:  # asking waits for the device, so that only one piece is on its way at a time
             raise UserError(
                 f"{weights.where(name, layer)} holds NaN or infinity, so the weights are damaged; "
                 "copy or download them again."
             )
-    return with_arrays(abstract, filled)
+    return with_arrays(spec.params, filled)
 
 
-def _spec(sharding: NamedSharding) -> list[Any]:
-    """Mesh axes of each dimension; a PartitionSpec may leave out the last ones."""
-    return [*sharding.spec, *[None] * 8]
+def _pack(spec: ModelSpec, parameter: Parameter) -> Pack:
+    holder = spec.weight(parameter.name)
+    if not isinstance(holder, Weight):  # the scale of a norm
+        return lambda array: {parameter.name: array.astype(holder.dtype)}
+
+    def pack(array: jax.Array) -> Arrays:
+        arrays = holder.pack(array)
+        return {f"{parameter.name}.{name}".removesuffix(".array"): x for name, x in arrays.items()}
+
+    return pack
 
 
-def _sent(part: np.ndarray, shape: list[int], spec: list[Any], mesh: Mesh) -> jax.Array:
+def _initial(spec: ModelSpec, names: Collection[str]) -> Arrays:
+    """The initial values of the arrays that no dense array decides, such as those of an adapter."""
+    if not names:
+        return {}
+    out = {name: x.sharding for name, x in named_arrays(spec.params).items() if name in names}
+
+    def initial(key: jax.Array) -> Arrays:
+        return {name: x for name, x in named_arrays(spec.create(key)).items() if name in names}
+
+    return jax.jit(initial, out_shardings=out)(jax.random.key(0))
+
+
+def _sent(part: np.ndarray, shape: list[int], split: list[Any], mesh: Mesh) -> jax.Array:
     """`part` on the mesh; where `shape` is larger, zeros follow."""
 
     def shard(index: tuple[slice, ...] | None) -> np.ndarray:
@@ -74,23 +102,27 @@ def _sent(part: np.ndarray, shape: list[int], spec: list[Any], mesh: Mesh) -> ja
         # A copy: jax may keep what it is given, and this would be a view of a file that others can change.
         return np.array(held)
 
-    return jax.make_array_from_callback(tuple(shape), NamedSharding(mesh, P(*spec)), shard)
+    return jax.make_array_from_callback(tuple(shape), NamedSharding(mesh, P(*split)), shard)
 
 
-def _zeros(abstract: Any, sharding: NamedSharding) -> jax.Array:
-    return jax.jit(lambda: jnp.zeros(abstract.shape, abstract.dtype), out_shardings=sharding)()
+def _zeros(abstract: jax.ShapeDtypeStruct) -> jax.Array:
+    shape, dtype = abstract.shape, abstract.dtype
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=abstract.sharding)()
 
 
-def _fill(order: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> Callable[..., Any]:
-    """A program that turns a piece sent in `order`, casts it and puts it into its place in a stack."""
+def _fill(order: tuple[int, ...], pack: Pack, out: dict[str, NamedSharding]) -> Callable[..., Any]:
+    """A program that turns a piece sent in `order`, packs it and puts it into its place in the stacks."""
     back = tuple(int(axis) for axis in np.argsort(order))
 
-    def fill(piece: jax.Array, stack: jax.Array | None = None, layer: Any = None) -> tuple[Any, jax.Array]:
-        ours = piece.transpose(back).astype(dtype)
-        finite = jnp.isfinite(ours).all()
-        if stack is None:
-            return ours, finite
-        return jax.lax.dynamic_update_index_in_dim(stack, ours, layer, 0), finite
+    def fill(piece: jax.Array, stacks: Arrays | None = None, layer: Any = None) -> tuple[Arrays, jax.Array]:
+        dense = piece.transpose(back)
+        arrays = pack(dense)
+        floats = [x for x in (dense, *arrays.values()) if jnp.issubdtype(x.dtype, jnp.floating)]
+        finite = jnp.stack([jnp.isfinite(x).all() for x in floats]).all()
+        if stacks is not None:
+            update = jax.lax.dynamic_update_index_in_dim
+            arrays = {name: update(stacks[name], x, layer, 0) for name, x in arrays.items()}
+        return arrays, finite
 
-    copied = NamedSharding(sharding.mesh, P())
-    return jax.jit(fill, donate_argnames="stack", out_shardings=(sharding, copied))
+    copied = NamedSharding(next(iter(out.values())).mesh, P())
+    return jax.jit(fill, donate_argnames="stacks", out_shardings=(out, copied))

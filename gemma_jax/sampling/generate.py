@@ -12,11 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
 
-from gemma_jax.config import ComputeConfig, SamplingConfig, TransformerConfig
+from gemma_jax.config import SamplingConfig
 from gemma_jax.errors import UserError
-from gemma_jax.model import KVCache, Transformer, abstract_transformer, layer_views
+from gemma_jax.model import KVCache, ModelSpec, layer_views
 from gemma_jax.sampling.select import select
 from gemma_jax.sharding import batch_sharding, row_parts
 
@@ -63,11 +62,8 @@ def bucket(size: int) -> int:
 class Generator:
     """A model with its compiled prefill and decode."""
 
-    def __init__(
-        self, config: TransformerConfig, compute: ComputeConfig, mesh: Mesh, params: nnx.State
-    ) -> None:
-        self.config, self.mesh, self.params = config, mesh, params
-        self._graphdef, _ = abstract_transformer(config, compute, mesh)
+    def __init__(self, spec: ModelSpec, params: nnx.State) -> None:
+        self._spec, self.config, self.mesh, self.params = spec, spec.config, spec.mesh, params
         self.prefill = jax.jit(self._prefill_impl, static_argnames=("slots", "capacity"))
         self.decode = jax.jit(self._decode_impl, donate_argnums=1)
 
@@ -179,7 +175,7 @@ class Generator:
         slots: int,
         capacity: int,
     ) -> DecodeState:
-        model: Transformer = nnx.merge(self._graphdef, params)
+        model = self._spec.merge(params)
         B, P = tokens.shape
         positions = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32), (B, P))
         segments = (positions < lengths[:, None]).astype(jnp.int32)
@@ -210,7 +206,7 @@ class Generator:
         end_tokens: jax.Array,
         layers: list[nnx.State] | None = None,
     ) -> DecodeState:
-        model: Transformer = nnx.merge(self._graphdef, params)
+        model = self._spec.merge(params)
 
         def unfinished(carry: tuple[jax.Array, DecodeState]) -> jax.Array:
             step, state = carry

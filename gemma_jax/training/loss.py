@@ -1,39 +1,33 @@
 """Next-token cross entropy over a large vocabulary, in blocks.
 
-A float32 [B, L, V] tensor of logits is 8.4 GB for one row of 8192 tokens, so logits exist for one block at a
-time. The forward pass of the loss forms its gradients too; the backward pass only scales them. There are two
-ways to go. A block of positions against the whole vocabulary needs each logit once, and the gradient of the
-whole embedding in one piece: for CPUs and small vocabularies. All positions against a block of the vocabulary
-needs each logit twice, first for the log-partition and then for the gradients, but only a block of the
-embedding and of its gradient, whose exchange between devices goes on beside the products: for TPUs.
+The forward pass of the loss forms its gradients too; the backward pass only scales them. There are two ways.
+A block of positions against the whole vocabulary needs each logit once, and the gradient of the whole
+embedding in one piece: for CPUs and small vocabularies. All positions against a block of the vocabulary need
+each logit twice, first for the log-partition and then for the gradients, but only a block of the embedding
+and of its gradient, whose exchange between devices runs beside the products: for TPUs.
 
-Each device works on its own rows of the batch (`shard_map`), so that what goes between devices is what stands
+Each device works on its own rows of the batch (`shard_map`), so that devices exchange exactly what is written
 here: each part of the embedding is gathered once a pass, each part of its gradient summed once.
 
-Shape legend: B batch, L length, n positions of a block, D embed, V stored vocabulary rows, v rows of a block.
+Shape legend: B batch, L length, n positions of a block, D embed, V stored vocabulary rows, v rows
+of a block.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from gemma_jax.model import mask_padding_rows
 from gemma_jax.model.ops import Integers
-from gemma_jax.sharding import RULES, constrain, partition_spec
-from gemma_jax.weights import fsdp
-from gemma_jax.weights.product import precision, product
-
-# Of logits, in nats. exp overflows float32 at 88 and gives 0 at -88, which is nothing beside the largest
-# logit of a block, at -SHIFT.
-SHIFT = 20.0
-SHIFT_ROWS = 1024  # of the vocabulary: where that logit is looked for
-LARGEST_EXPONENT = 80.0
+from gemma_jax.model.scoring import Logits, Table, log_partition_and_targets, partition_and_targets
+from gemma_jax.sharding import RULES, partition_spec
+from gemma_jax.weights import Weight, fsdp, matmul
+from gemma_jax.weights.matmul import precision
+from gemma_jax.weights.structure import Structure
 
 
 class LossSettings(NamedTuple):
@@ -43,7 +37,6 @@ class LossSettings(NamedTuple):
     block: int  # positions of a row whose logits exist at one time
     vocab_block: int  # or vocabulary rows, for all positions; 0 goes by positions
     z_loss: float
-    mesh: Mesh
 
 
 def _blocks(x: jax.Array | np.ndarray, block: int) -> jax.Array:
@@ -59,49 +52,9 @@ def _whole(blocks: jax.Array, length: int) -> jax.Array:
     return blocks.reshape(blocks.shape[0], -1, *blocks.shape[3:])[:, :length]
 
 
-def token_log_probs(
-    hidden: jax.Array, embedding: jax.Array, targets: Integers, settings: LossSettings
-) -> jax.Array:
-    """Log-probability of each target, in nats.
-
-    Args:
-      hidden: [B, L, D] after the final norm.
-      embedding: [V, D].
-      targets: [B, L] integers below vocab_size.
-      settings: block size and mesh.
-
-    Returns:
-      [B, L] in at least float32.
-    """
-    log_partition, target_logits = _partition_and_targets(hidden, embedding, targets, settings)
-    return target_logits - log_partition
-
-
-def _partition_and_targets(
-    hidden: jax.Array, embedding: jax.Array, targets: Integers, settings: LossSettings
-) -> tuple[jax.Array, jax.Array]:
-    """The log-partition of each position, and the logit of its target: [B, L] each."""
-    table = embedding.astype(hidden.dtype)
-    wide = jnp.promote_types(hidden.dtype, jnp.float32)
-
-    def body(_: None, block: tuple[jax.Array, jax.Array]) -> tuple[None, tuple[jax.Array, jax.Array]]:
-        h, t = block
-        logits = product(h, table.T, dtype=wide)
-        logits = constrain(logits, ("batch", "length", "vocab"), settings.mesh)
-        logits = mask_padding_rows(logits, settings.vocab_size)
-        of_targets = jnp.take_along_axis(logits, t[..., None], axis=-1)[..., 0]
-        return None, (jax.nn.logsumexp(logits, axis=-1), of_targets)
-
-    block = min(settings.block, hidden.shape[1])
-    _, blocks = lax.scan(body, None, (_blocks(hidden, block), _blocks(targets, block)))
-    log_partition, target_logits = (_whole(x, hidden.shape[1]) for x in blocks)
-    return log_partition, target_logits
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def next_token_loss(
     hidden: jax.Array,
-    embedding: jax.Array,
+    embedding: Weight,
     targets: Integers,
     weights: jax.Array | np.ndarray,
     settings: LossSettings,
@@ -110,18 +63,31 @@ def next_token_loss(
 
     Args:
       hidden: [B, L, D] after the final norm.
-      embedding: [V, D].
+      embedding: the tied table; of a kind that is not differentiable it must be frozen.
       targets: [B, L] integers below vocab_size.
       weights: [B, L]; 0 leaves a position out.
-      settings: vocabulary size, block sizes, z-loss and mesh.
+      settings: vocabulary size, block sizes and z-loss.
 
     Returns:
       The sum to be minimised: cross entropy plus z_loss times the square of the log-partition
       (PaLM, 2022), which keeps logits from drifting; and the cross entropy alone, for reporting,
       through which no gradient flows.
     """
-    log_partition, target_logits = _partition_and_targets(hidden, embedding, targets, settings)
-    return _sums(log_partition, target_logits, jnp.asarray(weights), settings.z_loss)
+    structure, arrays = embedding.parts()
+    return _loss(hidden, arrays, jnp.asarray(targets), jnp.asarray(weights), (structure, settings))
+
+
+Static = tuple[Structure, LossSettings]
+Sums = tuple[jax.Array, jax.Array]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _loss(
+    hidden: jax.Array, arrays: list[jax.Array], targets: jax.Array, weights: jax.Array, static: Static
+) -> Sums:
+    structure, settings = static
+    found = log_partition_and_targets(hidden, structure.weight(arrays), targets, settings.vocab_size)
+    return _sums(*found, weights, settings.z_loss)
 
 
 def _sums(
@@ -132,30 +98,13 @@ def _sums(
     return cross_entropy + z_loss * jnp.sum(weights * jnp.square(log_partition)), cross_entropy
 
 
-class _Block(NamedTuple):
-    """Logits of some positions, and of vocabulary rows that lie together on this device."""
-
-    logits: jax.Array  # [n, v], -inf in rows that only pad the vocabulary
-    rows: jax.Array  # [v]: their numbers in the whole vocabulary
-
-    @classmethod
-    def of(cls, h: jax.Array, table: jax.Array, first: jax.Array | int, vocab_size: int) -> "_Block":
-        """Of hidden states [n, D] and the embedding's rows [v, D] from number `first` on."""
-        wide = jnp.promote_types(h.dtype, jnp.float32)
-        rows = first + jnp.arange(table.shape[0])
-        return cls(jnp.where(rows < vocab_size, product(h, table.T, dtype=wide), -jnp.inf), rows)
-
-    def of_targets(self, targets: jax.Array) -> jax.Array:
-        """[n]: the logit of each target, 0 where it is not in this block."""
-        return jnp.sum(jnp.where(self.rows == targets[:, None], self.logits, 0), axis=-1)
-
-    def gradient(
-        self, log_partition: jax.Array, targets: jax.Array, weights: jax.Array, z_loss: float
-    ) -> jax.Array:
-        """[n, v]: of the loss with respect to the logits."""
-        probabilities = jnp.exp(self.logits - log_partition[:, None])
-        scaled = (1 + 2 * z_loss * log_partition)[:, None] * probabilities
-        return weights[:, None] * (scaled - (self.rows == targets[:, None]))
+def _d_logits(
+    logits: Logits, log_partition: jax.Array, targets: jax.Array, weights: jax.Array, z_loss: float
+) -> jax.Array:
+    """[n, v]: the gradient of the loss with respect to the logits."""
+    probabilities = jnp.exp(logits.logits - log_partition[:, None])
+    scaled = (1 + 2 * z_loss * log_partition)[:, None] * probabilities
+    return weights[:, None] * (scaled - (logits.rows == targets[:, None]))
 
 
 def _log_partition(largest: jax.Array, summed: jax.Array) -> jax.Array:
@@ -164,158 +113,138 @@ def _log_partition(largest: jax.Array, summed: jax.Array) -> jax.Array:
     return over_all + jnp.log(lax.psum(summed * jnp.exp(largest - over_all), "tensor"))
 
 
-def _gathered(shard: jax.Array, dtype: jax.typing.DTypeLike, mesh: Mesh) -> jax.Array:
-    """[v, D] of this device's part [v, D / fsdp]; what travels has the dtype of the activations."""
-    return fsdp.gather(shard.astype(dtype), 1, fsdp.stages(mesh))
-
-
-def _d_columns(d_logits: jax.Array, h: jax.Array, mesh: Mesh) -> jax.Array:
+def _d_columns(d_logits: jax.Array, h: jax.Array, table: Table) -> jax.Array:
     """[D / fsdp, v]: this device's part of the sum over devices of the gradient of rows of the embedding."""
-    return fsdp.scatter_sum(_d_table(d_logits, h).T.astype(h.dtype), 0, fsdp.stages(mesh))
+    return fsdp.scatter_sum(_d_table(d_logits, h).T.astype(h.dtype), 0, fsdp.stages(table.structure.mesh))
 
 
 def _d_table(d_logits: jax.Array, h: jax.Array) -> jax.Array:
-    """[v, D], as one product of two matrices, for the reason that weights.product gives."""
+    """[v, D], as one product of two matrices, for the reason that `weights.matmul` has."""
     wide = jnp.promote_types(h.dtype, jnp.float32)
     return lax.dot(d_logits.T, h, precision=precision(h.dtype), preferred_element_type=wide)
 
 
-Sums = tuple[jax.Array, jax.Array]
-Gradients = tuple[
-    jax.Array, jax.Array
-]  # of the hidden states [n, D] and of this device's part of the embedding
+# Of the hidden states [n, D], and of this device's part of the embedding; None where that is frozen.
+Gradients = tuple[jax.Array, jax.Array | None]
+
+
+class _Positions(NamedTuple):
+    """This device's positions: [n, D] hidden states, [n] targets and [n] weights."""
+
+    h: jax.Array
+    targets: jax.Array
+    weights: jax.Array
 
 
 def _by_positions(
-    h: jax.Array, shard: jax.Array, targets: jax.Array, weights: jax.Array, block: int, settings: LossSettings
+    positions: _Positions, table: Table, block: int, z_loss: float, trained: bool
 ) -> tuple[Sums, Gradients]:
     """Loss and gradients of this device's positions, `block` of them at a time."""
-    table = _gathered(shard, h.dtype, settings.mesh)
-    first = lax.axis_index("tensor") * table.shape[0]
-    wide = jnp.promote_types(h.dtype, jnp.float32)
-    Carry = tuple[jax.Array, jax.Array, jax.Array]
+    dtype = positions.h.dtype
+    whole, first = table.rows(table.parts, dtype), table.first
+    wide = jnp.promote_types(dtype, jnp.float32)
+    Carry = tuple[jax.Array, jax.Array, jax.Array | None]
 
-    def body(carry: Carry, positions: tuple[jax.Array, ...]) -> tuple[Carry, jax.Array]:
+    def body(carry: Carry, positions: _Positions) -> tuple[Carry, jax.Array]:
         total, reported, d_table = carry
         h, t, w = positions
-        logits = _Block.of(h, table, first, settings.vocab_size)
+        logits = Logits.of(h, whole, first, table.vocab_size)
         largest = jnp.max(logits.logits, axis=-1)
         summed = jnp.sum(jnp.exp(logits.logits - largest[:, None]), axis=-1)
         log_partition = _log_partition(largest, summed)
-        sums = _sums(log_partition, lax.psum(logits.of_targets(t), "tensor"), w, settings.z_loss)
-        d_logits = logits.gradient(log_partition, t, w, settings.z_loss).astype(h.dtype)
-        d_h = lax.psum(product(d_logits, table), "tensor")
-        return (total + sums[0], reported + sums[1], d_table + _d_table(d_logits, h)), d_h
+        sums = _sums(log_partition, lax.psum(logits.of_targets(t), "tensor"), w, z_loss)
+        d_logits = _d_logits(logits, log_partition, t, w, z_loss).astype(h.dtype)
+        d_h = lax.psum(matmul(d_logits, whole), "tensor")
+        if d_table is not None:
+            d_table += _d_table(d_logits, h)
+        return (total + sums[0], reported + sums[1], d_table), d_h
 
     zero = jnp.zeros((), wide)
-    blocks = tuple(_blocks(x[None], block)[:, 0] for x in (h, targets, weights))
-    (total, reported, d_table), d_h = lax.scan(body, (zero, zero, jnp.zeros(table.shape, wide)), blocks)
-    return (total, reported), (
-        _whole(d_h[:, None], len(h))[0],
-        fsdp.scatter_sum(d_table.astype(h.dtype), 1, fsdp.stages(settings.mesh)),
-    )
+    blocks = _Positions(*(_blocks(x[None], block)[:, 0] for x in positions))
+    d_table = jnp.zeros(whole.shape, wide) if trained else None
+    (total, reported, d_table), d_h = lax.scan(body, (zero, zero, d_table), blocks)
+    if d_table is not None:
+        d_table = fsdp.scatter_sum(d_table.astype(dtype), 1, fsdp.stages(table.structure.mesh))
+    return (total, reported), (_whole(d_h[:, None], len(positions.h))[0], d_table)
 
 
 def _by_vocabulary(
-    h: jax.Array, shard: jax.Array, targets: jax.Array, weights: jax.Array, block: int, settings: LossSettings
+    positions: _Positions, table: Table, block: int, z_loss: float, trained: bool
 ) -> tuple[Sums, Gradients]:
-    """The same, all positions against `block` rows of the vocabulary at a time."""
+    """The same, all positions against at most `block` rows of the vocabulary at a time."""
+    h, targets, weights = positions
     wide = jnp.promote_types(h.dtype, jnp.float32)
-    blocks = shard.reshape(-1, block, shard.shape[1])
-    firsts = lax.axis_index("tensor") * shard.shape[0] + jnp.arange(len(blocks)) * block
-    Partition = tuple[jax.Array, jax.Array, jax.Array]
+    blocks = table.blocks(block)
+    log_partition, of_targets = partition_and_targets(h, table, blocks, targets)
+    sums = _sums(log_partition, of_targets, weights, z_loss)
 
-    def logits_of(rows: tuple[jax.Array, jax.Array]) -> _Block:
-        return _Block.of(h, _gathered(rows[0], h.dtype, settings.mesh), rows[1], settings.vocab_size)
+    def gradients(
+        d_h: jax.Array, block: tuple[list[jax.Array], jax.Array]
+    ) -> tuple[jax.Array, jax.Array | None]:
+        rows = table.rows(block[0], h.dtype)
+        logits = Logits.of(h, rows, block[1], table.vocab_size)
+        d_logits = _d_logits(logits, log_partition, targets, weights, z_loss).astype(h.dtype)
+        d_h += matmul(d_logits, rows, dtype=wide)
+        return d_h, _d_columns(d_logits, h, table) if trained else None
 
-    def partition(shift: jax.Array) -> Partition:
-        """Largest logit, sum of exp(logit - shift), and the target's logit."""
-
-        def body(carry: Partition, rows: tuple[jax.Array, jax.Array]) -> tuple[Partition, None]:
-            largest, summed, of_targets = carry
-            logits = logits_of(rows)
-            largest = jnp.maximum(largest, jnp.max(logits.logits, axis=-1))
-            summed += jnp.sum(jnp.exp(logits.logits - shift[:, None]), axis=-1)
-            return (largest, summed, of_targets + logits.of_targets(targets)), None
-
-        zeros = jnp.zeros(len(h), wide)
-        (largest, summed, of_targets), _ = lax.scan(body, (zeros - jnp.inf, zeros, zeros), (blocks, firsts))
-        return lax.pmax(largest, "tensor"), *lax.psum((summed, of_targets), "tensor")
-
-    # With a shift that is known before the product, the compiler takes the sum within the product, and these
-    # logits never reach memory: a tenth of the loss's time on TPU. The largest logit of some rows is near
-    # enough; where it is not, the true largest is known after one round, and a second one takes it. All
-    # devices must turn alike, since they gather together.
-    State = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
-
-    def attempt(state: State) -> State:
-        _, shift, *_ = state
-        largest, summed, of_targets = partition(shift)
-        overflows = lax.pmax(jnp.max(largest - shift), settings.mesh.axis_names) > LARGEST_EXPONENT
-        return overflows, jnp.where(overflows, largest, shift), shift + jnp.log(summed), of_targets
-
-    some = logits_of((blocks[0, :SHIFT_ROWS], firsts[0])).logits
-    shift = lax.pmax(jnp.max(some, axis=-1), "tensor") + SHIFT
-    start = (jnp.asarray(True), shift, shift, shift)
-    _, _, log_partition, of_targets = lax.while_loop(lambda state: state[0], attempt, start)
-    sums = _sums(log_partition, of_targets, weights, settings.z_loss)
-
-    def gradients(d_h: jax.Array, rows: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        table = _gathered(rows[0], h.dtype, settings.mesh)
-        logits = _Block.of(h, table, rows[1], settings.vocab_size)
-        d_logits = logits.gradient(log_partition, targets, weights, settings.z_loss).astype(h.dtype)
-        return d_h + product(d_logits, table, dtype=wide), _d_columns(d_logits, h, settings.mesh)
-
-    d_h, d_blocks = lax.scan(gradients, jnp.zeros(h.shape, wide), (blocks, firsts))
-    d_shard = d_blocks.transpose(0, 2, 1).reshape(shard.shape)
-    return sums, (lax.psum(d_h, "tensor").astype(h.dtype), d_shard)
+    d_h, d_blocks = lax.scan(gradients, jnp.zeros(h.shape, wide), blocks)
+    d_table = None if d_blocks is None else d_blocks.transpose(0, 2, 1).reshape(table.parts[0].shape)
+    return sums, (lax.psum(d_h, "tensor").astype(h.dtype), d_table)
 
 
 def _forward(
-    hidden: jax.Array,
-    embedding: jax.Array,
-    targets: Integers,
-    weights: jax.Array | np.ndarray,
-    settings: LossSettings,
-) -> tuple[Sums, Gradients]:
-    mesh = settings.mesh
+    hidden: Any, arrays: list[Any], targets: Any, weights: Any, static: Static
+) -> tuple[Sums, tuple[jax.Array, list[jax.Array] | None]]:
+    structure, settings = static
+    # Each argument says whether anything is differentiated with respect to it (jax.custom_vjp.defvjp).
+    trained = any(array.perturbed for array in arrays)
+    if trained and not structure.differentiable:
+        raise ValueError(f"{structure.parameter.name} is of a kind without a gradient; it must be frozen")
+    values = [x.value for x in arrays]
+    mesh, specs = structure.mesh, structure.specs(values)
+    hidden, targets, weights = hidden.value, targets.value, weights.value
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
 
-    def of_device(h: jax.Array, shard: jax.Array, t: jax.Array, w: jax.Array) -> tuple[Sums, Gradients]:
+    def of_device(
+        h: jax.Array, parts: list[jax.Array], t: jax.Array, w: jax.Array
+    ) -> tuple[Sums, tuple[jax.Array, list[jax.Array] | None]]:
         rows, length, width = h.shape
-        flat = h.reshape(-1, width), shard, t.reshape(-1), w.reshape(-1).astype(wide)
+        positions = _Positions(h.reshape(-1, width), t.reshape(-1), w.reshape(-1).astype(wide))
+        table = Table(structure, specs, parts, settings.vocab_size)
         if settings.vocab_block:
-            limit = min(settings.vocab_block, len(shard))
-            block = next(size for size in range(limit, 0, -1) if len(shard) % size == 0)
-            sums, (d_h, d_shard) = _by_vocabulary(*flat, block, settings)
+            sums, (d_h, d_table) = _by_vocabulary(
+                positions, table, settings.vocab_block, settings.z_loss, trained
+            )
         else:
-            sums, (d_h, d_shard) = _by_positions(*flat, rows * min(settings.block, length), settings)
+            block = rows * min(settings.block, length)
+            sums, (d_h, d_table) = _by_positions(positions, table, block, settings.z_loss, trained)
         total, reported = lax.psum(sums, RULES["batch"])
-        return (total, reported), (d_h.reshape(h.shape), d_shard.astype(embedding.dtype))
+        d_h = d_h.reshape(h.shape)
+        d_arrays = None if d_table is None else [d_table.astype(parts[0].dtype)]
+        return (total, reported), (d_h, d_arrays)
 
     spec = partition_spec(("batch", "length", "residual"), hidden.shape, mesh, "hidden states")
     spec_rows = partition_spec(("batch", "length"), targets.shape, mesh, "targets")
-    spec_table = partition_spec(("vocab", "embed"), embedding.shape, mesh, "embedding")
     return jax.shard_map(
         of_device,
         mesh=mesh,
-        in_specs=(spec, spec_table, spec_rows, spec_rows),
-        out_specs=((P(), P()), (spec, spec_table)),
+        in_specs=(spec, specs, spec_rows, spec_rows),
+        out_specs=((P(), P()), (spec, specs if trained else None)),
         check_vma=False,  # sums over axes of one device would have to be told
-    )(hidden, embedding, jnp.asarray(targets), jnp.asarray(weights))
+    )(hidden, values, targets, weights)
 
 
 def _backward(
-    settings: LossSettings, gradients: Gradients, cotangents: Sums
-) -> tuple[jax.Array, jax.Array, None, None]:
-    d_hidden, d_embedding = gradients
+    static: Static, gradients: tuple[jax.Array, list[jax.Array] | None], cotangents: tuple[Any, Any]
+) -> tuple[jax.Array, list[jax.Array] | None, None, None]:
+    d_hidden, d_arrays = gradients
     scale, _ = cotangents
-    return (
-        (d_hidden * scale).astype(d_hidden.dtype),
-        (d_embedding * scale).astype(d_embedding.dtype),
-        None,
-        None,
-    )
+    if isinstance(scale, jax.custom_derivatives.SymbolicZero):
+        return jnp.zeros_like(d_hidden), None, None, None
+    d_hidden = (d_hidden * scale).astype(d_hidden.dtype)
+    if d_arrays is not None:
+        d_arrays = [(d * scale).astype(d.dtype) for d in d_arrays]
+    return d_hidden, d_arrays, None, None
 
 
-next_token_loss.defvjp(_forward, _backward)
+_loss.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 
 from gemma_jax.config import TrainingConfig
 from gemma_jax.data.packing import Batch
-from gemma_jax.model import abstract_transformer
+from gemma_jax.model.scoring import token_log_probs
 from gemma_jax.sharding import local_rows, logical_axes, parameter_name, put_batch
-from gemma_jax.training.loss import token_log_probs
-from gemma_jax.training.step import loss_and_gradients, loss_settings
+from gemma_jax.training.step import loss_and_gradients, model_spec
 
 
 class BatchMeasures(NamedTuple):
@@ -38,14 +37,13 @@ def measure_batch(
       params: of the model.
       read: gives the rows of these numbers of the batch; called with those that this process feeds.
     """
-    graphdef, _ = abstract_transformer(config.model, config.compute, mesh)
-    settings = loss_settings(config, mesh)
+    spec = model_spec(config, mesh)
     differentiate = loss_and_gradients(config, mesh)
 
     def measure(params: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-        model = nnx.merge(graphdef, params)
+        model = spec.merge(params)
         hidden = model(batch.tokens, batch.positions, batch.segment_ids)
-        log_probs = token_log_probs(hidden, model.embedding[...], batch.targets, settings)
+        log_probs = token_log_probs(model, hidden, batch.targets)
         loss, gradients = differentiate(params, batch)
         leaves = jax.tree_util.tree_leaves_with_path(gradients, is_leaf=lambda x: isinstance(x, nnx.Variable))
         return -log_probs, loss, {parameter_name(path): _norm(variable) for path, variable in leaves}

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from gemma_jax.config import TrainingConfig
-from gemma_jax.model import Transformer
+from gemma_jax.model import ModelSpec
 from gemma_jax.sharding import with_shardings
 from gemma_jax.training.optimizer import make_optimizer
 
@@ -25,8 +25,7 @@ class TrainState:
 
 
 def _create(config: TrainingConfig, mesh: Mesh, key: jax.Array) -> TrainState:
-    model = Transformer(config.model, config.compute, mesh, nnx.Rngs(key))
-    params = nnx.state(model, nnx.Param)
+    params = ModelSpec(config.model, config.compute, mesh).create(key)
     optimizer = make_optimizer(config.optimizer, config.steps)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
@@ -38,7 +37,8 @@ def abstract_train_state(config: TrainingConfig, mesh: Mesh) -> TrainState:
       UserError: the mesh does not divide a parameter.
     """
     abstract = jax.eval_shape(lambda key: _create(config, mesh, key), jax.random.key(0))
-    return with_shardings(abstract, mesh)
+    # Adafactor's statistics of rows and columns are not of their parameter's axes.
+    return with_shardings(abstract, mesh, copy_other_ranks=True)
 
 
 def create_train_state(config: TrainingConfig, mesh: Mesh) -> TrainState:

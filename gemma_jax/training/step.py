@@ -12,9 +12,10 @@ from jax.sharding import Mesh
 
 from gemma_jax.config import TrainingConfig
 from gemma_jax.data.packing import Batch
-from gemma_jax.model import abstract_transformer
+from gemma_jax.model import ModelSpec
+from gemma_jax.model.scoring import token_log_probs
 from gemma_jax.sharding import platform
-from gemma_jax.training.loss import LossSettings, next_token_loss, token_log_probs
+from gemma_jax.training.loss import LossSettings, next_token_loss
 from gemma_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from gemma_jax.training.state import TrainState, abstract_train_state
 
@@ -33,14 +34,18 @@ class StepMetrics(NamedTuple):
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 
 
-def loss_settings(config: TrainingConfig, mesh: Mesh) -> LossSettings:
+def model_spec(config: TrainingConfig, mesh: Mesh) -> ModelSpec:
+    """The model that a config describes, on a mesh."""
+    return ModelSpec(config.model, config.compute, mesh)
+
+
+def loss_settings(config: TrainingConfig) -> LossSettings:
     """The loss as the config describes it."""
     return LossSettings(
         config.model.vocab_size,
         config.compute.loss_block,
         config.compute.loss_vocab_block,
         config.optimizer.z_loss,
-        mesh,
     )
 
 
@@ -52,15 +57,14 @@ def loss_and_gradients(
     The mean is a global weighted sum over a global sum of weights, so it is the same number on any mesh
     and in any number of accumulation parts.
     """
-    graphdef, _ = abstract_transformer(config.model, config.compute, mesh)
-    settings = loss_settings(config, mesh)
+    spec, settings = model_spec(config, mesh), loss_settings(config)
     parts = config.optimizer.accumulation_steps
 
     def objective(params: nnx.State, batch: Batch, total: jax.Array) -> tuple[jax.Array, jax.Array]:
-        model = nnx.merge(graphdef, params)
+        model = spec.merge(params)
         hidden = model(batch.tokens, batch.positions, batch.segment_ids)
         minimised, reported = next_token_loss(
-            hidden, model.embedding[...], batch.targets, batch.loss_weights, settings
+            hidden, model.embedding, batch.targets, batch.loss_weights, settings
         )
         return minimised / total, reported / total
 
@@ -136,13 +140,12 @@ class HeldOutSums(NamedTuple):
 
 def make_evaluation_step(config: TrainingConfig, mesh: Mesh) -> Callable[..., HeldOutSums]:
     """The compiled held-out loss: (params, batch, bytes of each token id [vocab_size]) -> sums."""
-    graphdef, _ = abstract_transformer(config.model, config.compute, mesh)
-    settings = loss_settings(config, mesh)
+    spec = model_spec(config, mesh)
 
     def evaluate(params: nnx.State, batch: Batch, token_bytes: jax.Array) -> HeldOutSums:
-        model = nnx.merge(graphdef, params)
+        model = spec.merge(params)
         hidden = model(batch.tokens, batch.positions, batch.segment_ids)
-        log_probs = token_log_probs(hidden, model.embedding[...], batch.targets, settings)
+        log_probs = token_log_probs(model, hidden, batch.targets)
         weights = batch.loss_weights
         return HeldOutSums(
             -jnp.sum(weights * log_probs),

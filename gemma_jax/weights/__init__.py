@@ -1,10 +1,21 @@
-"""What a layer multiplies by, and the functions that do it.
+"""What a layer multiplies by: the table of parameters, and the kinds of weight that hold their numbers.
 
-Layers never look inside a weight, nor at how the mesh splits it. Quantised weights and low-rank pairs will be
-further kinds here, and only these functions will know of them.
+Only this package looks inside a weight. Quantised weights and low-rank pairs are further kinds of `Weight`.
 """
 
-from gemma_jax.weights.embedding import look_up
-from gemma_jax.weights.product import product, weight_product
+from gemma_jax.weights.matmul import matmul
+from gemma_jax.weights.table import EMBEDDING, FINAL_NORM, Parameter, parameter_table
+from gemma_jax.weights.weight import NO_CONTEXT, Context, Dense, Kind, Weight
 
-__all__ = ["look_up", "product", "weight_product"]
+__all__ = [
+    "EMBEDDING",
+    "FINAL_NORM",
+    "NO_CONTEXT",
+    "Context",
+    "Dense",
+    "Kind",
+    "Parameter",
+    "Weight",
+    "matmul",
+    "parameter_table",
+]

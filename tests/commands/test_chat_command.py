@@ -17,7 +17,7 @@ from gemma_jax import Gemma
 from gemma_jax.checkpoint.store import CheckpointStore
 from gemma_jax.cli import main
 from gemma_jax.config import PRESETS, ComputeConfig, MeshConfig, PretrainConfig, replace, to_dict
-from gemma_jax.model import init_params
+from gemma_jax.model import ModelSpec
 from gemma_jax.sampling.chat import Chat
 from gemma_jax.testing import cpu_mesh
 from gemma_jax.tokenizer import Tokenizer
@@ -39,7 +39,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = [f"{a} and {b} are {a + b}\n" for a in range(40) for b in range(40)]
     vocab_size = Tokenizer.train(texts, 390, folder / "tokenizer.model").vocab_size
     config = PretrainConfig(model=replace(PRESETS["gemma_tiny"], {"vocab_size": vocab_size}))
-    params = init_params(config.model, ComputeConfig(), cpu_mesh(1), seed=0)
+    params = ModelSpec(config.model, ComputeConfig(), cpu_mesh(1)).init(0)
     store = CheckpointStore(folder, config.checkpoint)
     store.save(3, params, {"count": jnp.zeros(())}, 0, to_dict(config))
     store.close()

@@ -16,7 +16,7 @@ from gemma_jax.config import (
     to_dict,
     to_json,
 )
-from gemma_jax.model import init_params
+from gemma_jax.model import ModelSpec
 from gemma_jax.testing import cpu_mesh
 
 
@@ -92,7 +92,7 @@ def test_everything_that_has_a_model_can_be_inspected(
 
 def save(run: Path, config: PretrainConfig | SampleConfig) -> None:
     """A checkpoint of the tiny model at step 2, whose record holds `config`."""
-    params = init_params(PRESETS["gemma_tiny"], ComputeConfig(), cpu_mesh(1), seed=0)
+    params = ModelSpec(PRESETS["gemma_tiny"], ComputeConfig(), cpu_mesh(1)).init(0)
     store = CheckpointStore(run, CheckpointConfig())
     store.save(2, params, {"count": jnp.zeros(())}, 0, to_dict(config))
     store.close()

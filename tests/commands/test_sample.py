@@ -12,7 +12,7 @@ from gemma_jax.checkpoint.store import CheckpointStore
 from gemma_jax.cli import main
 from gemma_jax.config import PRESETS, ComputeConfig, MeshConfig, PretrainConfig, replace, to_dict
 from gemma_jax.data.chat import encode_dialogue
-from gemma_jax.model import init_params
+from gemma_jax.model import ModelSpec
 from gemma_jax.testing import cpu_mesh
 from gemma_jax.tokenizer import Tokenizer
 
@@ -32,7 +32,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     store = CheckpointStore(folder, config.checkpoint)
     store.save(
         3,
-        init_params(config.model, ComputeConfig(), cpu_mesh(1), seed=0),
+        ModelSpec(config.model, ComputeConfig(), cpu_mesh(1)).init(0),
         {"count": jnp.zeros(())},
         0,
         to_dict(config),

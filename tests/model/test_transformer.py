@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from gemma_jax.config import PRESETS, ComputeConfig, TransformerConfig, replace
-from gemma_jax.model import KVCache, abstract_transformer, init_params
+from gemma_jax.model import KVCache, ModelSpec
 from gemma_jax.sharding import named_arrays, with_arrays
 from gemma_jax.testing import assert_same, cpu_mesh, relative_difference
 from tests import reference
@@ -25,7 +25,7 @@ MULTI_HEAD = replace(TINY, {"num_kv_heads": 4, "embed_dim": 48})
 
 def random_params(config: TransformerConfig, compute: ComputeConfig = FLOAT32, seed: int = 0) -> nnx.State:
     """Parameters with norm scales that are not zero, so that a wrong norm shows."""
-    params = init_params(config, compute, cpu_mesh(1), seed)
+    params = ModelSpec(config, compute, cpu_mesh(1)).init(seed)
     rng = np.random.default_rng(seed)
     arrays = named_arrays(params)
     for name, value in arrays.items():
@@ -36,10 +36,10 @@ def random_params(config: TransformerConfig, compute: ComputeConfig = FLOAT32, s
 
 def forward(config: TransformerConfig, compute: ComputeConfig = FLOAT32):
     """(params, tokens, positions, segments) -> logits."""
-    graphdef, _ = abstract_transformer(config, compute, cpu_mesh(1))
+    spec = ModelSpec(config, compute, cpu_mesh(1))
 
     def run(params, tokens, positions, segments):
-        model = nnx.merge(graphdef, params)
+        model = spec.merge(params)
         hidden = model(tokens, positions, segments)
         return model.logits(hidden)
 
@@ -83,11 +83,11 @@ def test_prefill_and_decode_equal_one_forward_pass_in_a_ragged_batch() -> None:
         params = random_params(TINY, FLOAT64)
         whole = np.asarray(forward(TINY, FLOAT64)(params, tokens, *simple_rows(tokens)))
         mesh = cpu_mesh(1)
-        graphdef, _ = abstract_transformer(TINY, FLOAT64, mesh)
+        spec = ModelSpec(TINY, FLOAT64, mesh)
 
         @jax.jit
         def extend(params, tokens, positions, segments, cache):
-            model = nnx.merge(graphdef, params)
+            model = spec.merge(params)
             hidden, cache = model.extend(cache, tokens, positions, segments)
             return model.logits(hidden), cache
 
@@ -133,14 +133,14 @@ def test_no_gradient_reaches_a_later_token_or_another_document() -> None:
     segments = np.array([[1, 1, 1, 2, 2, 0]])
     positions = np.array([[0, 1, 2, 0, 1, 0]])
     mesh = cpu_mesh(1)
-    graphdef, _ = abstract_transformer(TINY, FLOAT32, mesh)
+    spec = ModelSpec(TINY, FLOAT32, mesh)
     params = random_params(TINY)
 
     def outputs(embeddings: jax.Array) -> jax.Array:
         # Tokens 0 to 5, each once: the gradient of a row of the table is that of its place.
         arrays = named_arrays(params)
         arrays["embedding"] = arrays["embedding"].at[:6].set(embeddings)
-        model = nnx.merge(graphdef, with_arrays(params, arrays))
+        model = spec.merge(with_arrays(params, arrays))
         hidden = model(np.arange(6)[None], positions, segments)
         return hidden[0]
 
@@ -195,12 +195,12 @@ def test_each_policy_keeps_less_than_the_one_before() -> None:
 @pytest.mark.parametrize("policy", ["none", "products"])
 def test_no_whole_weight_is_kept_for_the_backward_pass(policy: str) -> None:
     mesh, compute, tokens = cpu_mesh(8), ComputeConfig(remat=policy), np.zeros((8, 64), np.int32)
-    graphdef, _ = abstract_transformer(TINY, compute, mesh)
-    params = init_params(TINY, compute, mesh, 0)
+    spec = ModelSpec(TINY, compute, mesh)
+    params = ModelSpec(TINY, compute, mesh).init(0)
     stacked = {array.shape for name, array in named_arrays(params).items() if name.count(".") == 2}
 
     def kept(params: nnx.State):
-        loss = lambda p: jnp.sum(nnx.merge(graphdef, p)(tokens, *simple_rows(tokens)))  # noqa: E731
+        loss = lambda p: jnp.sum(spec.merge(p)(tokens, *simple_rows(tokens)))  # noqa: E731
         return jax.vjp(loss, params)[1]
 
     weights = [array for array in jax.tree.leaves(jax.jit(kept)(params)) if array.shape in stacked]
@@ -219,14 +219,14 @@ def test_rows_that_pad_the_vocabulary_are_never_predicted() -> None:
 
 
 def test_initialisation_is_the_same_on_every_mesh_and_never_whole_on_a_device() -> None:
-    one = init_params(TINY, FLOAT32, cpu_mesh(1), seed=5)
+    one = ModelSpec(TINY, FLOAT32, cpu_mesh(1)).init(5)
     mesh = cpu_mesh(8, fsdp=4, tensor=2)
-    spread = init_params(TINY, FLOAT32, mesh, seed=5)
+    spread = ModelSpec(TINY, FLOAT32, mesh).init(5)
     assert_same(spread, one, 0.0)
     for name, value in named_arrays(spread).items():
         parts = 4 if name.endswith("norm") else 8
         assert {shard.data.size for shard in value.addressable_shards} == {value.size // parts}, name
-    graphdef, abstract = abstract_transformer(PRESETS["gemma_2b"], FLOAT32, mesh)
+    abstract = ModelSpec(PRESETS["gemma_2b"], FLOAT32, mesh).params
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(abstract))
 
 
@@ -237,7 +237,7 @@ def test_initialisation_is_the_same_on_every_mesh_and_never_whole_on_a_device() 
 ])  # fmt: skip
 def test_presets_have_the_published_number_of_parameters(preset: str, rows: int, count: int) -> None:
     config = replace(PRESETS[preset], {"vocab_multiple": rows})
-    _, abstract = abstract_transformer(config, FLOAT32, cpu_mesh(1))
+    abstract = ModelSpec(config, FLOAT32, cpu_mesh(1)).params
     assert sum(leaf.size for leaf in jax.tree.leaves(abstract)) == count
 
 

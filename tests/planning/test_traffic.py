@@ -3,26 +3,18 @@
 import dataclasses
 from pathlib import Path
 
-import jax
 import pytest
 
 from gemma_jax.config import PRESETS, ComputeConfig
-from gemma_jax.model import abstract_transformer, layers
+from gemma_jax.model import ModelSpec, layers
 from gemma_jax.planning.collectives import Collective
 from gemma_jax.planning.traffic import Parameter, fsdp_minimum, fsdp_traffic, origin, parameters
-from gemma_jax.sharding import shardings
 from gemma_jax.testing import cpu_mesh
 
 
 def of_2b(**axes: int) -> list[Parameter]:
     mesh = cpu_mesh(8, **axes)
-    _, abstract = abstract_transformer(PRESETS["gemma_2b"], ComputeConfig(), mesh)
-    placed = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        abstract,
-        shardings(abstract, mesh),
-    )
-    return parameters(placed, mesh)
+    return parameters(ModelSpec(PRESETS["gemma_2b"], ComputeConfig(), mesh).params, mesh)
 
 
 def test_parameters_as_a_group_of_fsdp_holds_them() -> None:
@@ -74,8 +66,8 @@ def test_logical_axis_work_and_place() -> None:
 
 def test_the_source_line_names_the_parameter() -> None:
     lines = Path(layers.__file__).read_text(encoding="utf-8").splitlines()
-    line = next(number for number, text in enumerate(lines, 1) if "self.q, self.mesh" in text)
-    product = layers.__file__.replace("model/layers.py", "weights/product.py")
+    line = next(number for number, text in enumerate(lines, 1) if "self.q.matmul(" in text)
+    product = layers.__file__.replace("model/layers.py", "weights/matmul.py")
     why = origin(collective("bf16[2048,2048]", source=f"{product}:3 < {layers.__file__}:{line}"), of_2b())
     assert why.parameters == ("blocks.attention.q",)
     assert why.source == f"model/layers.py:{line}"
@@ -84,12 +76,12 @@ def test_the_source_line_names_the_parameter() -> None:
 def test_parts_on_their_way_through_the_torus_belong_to_a_parameter_too() -> None:
     """Where the collective is one of fsdp.gather; elsewhere the same shape is one of activations."""
     lines = Path(layers.__file__).read_text(encoding="utf-8").splitlines()
-    line = next(number for number, text in enumerate(lines, 1) if "self.down, self.mesh" in text)
+    line = next(number for number, text in enumerate(lines, 1) if "self.down.matmul(" in text)
     fsdp = layers.__file__.replace("model/layers.py", "weights/fsdp.py")
     part = "bf16[128,16384]"
     why = origin(collective(part, source=f"{fsdp}:40 < {layers.__file__}:{line}"), of_2b())
     assert why.parameters == ("blocks.feed_forward.down",)
-    look_up = layers.__file__.replace("model/layers.py", "weights/embedding.py")
+    look_up = layers.__file__.replace("model/layers.py", "weights/weight.py")
     for place in (f"{layers.__file__}:{line}", f"{look_up}:38"):
         assert origin(collective(part, source=place), of_2b()).parameters == ()
 

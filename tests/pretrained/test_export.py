@@ -14,6 +14,7 @@ from gemma_jax import Gemma
 from gemma_jax.cli import main
 from gemma_jax.config import PRESETS, ComputeConfig, MeshConfig, TransformerConfig
 from gemma_jax.errors import UserError
+from gemma_jax.model import ModelSpec
 from gemma_jax.pretrained import export as export_module
 from gemma_jax.pretrained import huggingface as huggingface_module
 from gemma_jax.pretrained.checkpoint import open_checkpoint
@@ -33,7 +34,8 @@ def numbers(folder: Path) -> dict[tuple[str, int | None], bytes]:
     weights: Weights | None = found.weights
     if weights is None:
         compute = ComputeConfig(param_dtype=found.dtype)
-        weights = export_module.PlacedWeights(found.params(compute, cpu_mesh(1)), found.config)
+        spec = ModelSpec(found.config, compute, cpu_mesh(1))
+        weights = export_module.PlacedWeights(found.params(spec), spec)
     return {place: weights.get(*place).tobytes() for place in in_order(found.config)}
 
 
@@ -136,7 +138,7 @@ def test_a_model_made_here_can_be_written_with_its_tokenizer_and_end_tokens(tmp_
     texts = [f"{a} {b} {a * b}\n" for a in range(60) for b in range(60)]
     tokenizer = Tokenizer.train(texts, 378, tmp_path / "tokenizer.model")
     made = tiny_gemma(vocab_size=378)
-    gemma = Gemma(made.config, made.params, tokenizer, made.mesh, made.compute, end_tokens=(1, 107))
+    gemma = Gemma(made.spec, made.params, tokenizer, end_tokens=(1, 107))
     for format in ("huggingface", "flax", "run"):
         gemma.save_pretrained(tmp_path / format, format=format)
         again = Gemma.from_pretrained(tmp_path / format, mesh=ONE)

@@ -12,6 +12,7 @@ import pytest
 from gemma_jax import Gemma
 from gemma_jax.config import ComputeConfig, MeshConfig
 from gemma_jax.errors import UserError
+from gemma_jax.model import ModelSpec
 from gemma_jax.pretrained.checkpoint import open_checkpoint
 from gemma_jax.pretrained.safetensors import SafetensorsFile
 from gemma_jax.sharding import named_arrays
@@ -30,7 +31,8 @@ ONE = MeshConfig(cpu_devices=1)
 
 def load(folder: Path, devices: int = 1, tensor: int = 1, dtype: Any = "float32") -> dict[str, jax.Array]:
     mesh = cpu_mesh(devices, tensor=tensor)
-    return named_arrays(open_checkpoint(folder).params(ComputeConfig(param_dtype=dtype), mesh))
+    found = open_checkpoint(folder)
+    return named_arrays(found.params(ModelSpec(found.config, ComputeConfig(param_dtype=dtype), mesh)))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -109,7 +109,7 @@ def test_the_tokenizer_and_the_turns_are_the_same_there(tmp_path: Path, shared_d
 
     tokenizer = Tokenizer.load(shared_data / "gemma_tokenizer" / "tokenizer.model")
     made = tiny_gemma(vocab_size=256_000, embed_dim=16, hidden_dim=16, num_layers=1)
-    gemma = Gemma(made.config, made.params, tokenizer, made.mesh, made.compute, end_tokens=(1, 107))
+    gemma = Gemma(made.spec, made.params, tokenizer, end_tokens=(1, 107))
     gemma.save_pretrained(tmp_path / "it")
     there = AutoTokenizer.from_pretrained(tmp_path / "it")
     for text in (

@@ -9,7 +9,7 @@ from gemma_jax import Gemma
 from gemma_jax.config import PRESETS, ComputeConfig, replace
 from gemma_jax.data.chat import encode_dialogue
 from gemma_jax.errors import UserError
-from gemma_jax.model import init_params
+from gemma_jax.model import ModelSpec
 from gemma_jax.testing import cpu_mesh
 from gemma_jax.tokenizer import Tokenizer
 
@@ -25,7 +25,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 def make_gemma(tokenizer: Tokenizer, end_tokens: Sequence[int] = (1, 107)) -> Gemma:
     config = replace(PRESETS["gemma_tiny"], {"vocab_size": 390, "context_length": 128})
     mesh, compute = cpu_mesh(1), ComputeConfig()
-    return Gemma(config, init_params(config, compute, mesh, 0), tokenizer, mesh, compute, end_tokens)
+    spec = ModelSpec(config, compute, mesh)
+    return Gemma(spec, spec.init(0), tokenizer, end_tokens)
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ def lively_gemma(mesh: Mesh) -> Gemma:
         if name.endswith("norm"):
             changed = rng.normal(-1 if name == "final_norm" else 1, 1, value.shape).astype(np.float32)
             arrays[name] = jax.device_put(changed, value.sharding)
-    return Gemma(gemma.config, with_arrays(gemma.params, arrays), None, mesh, gemma.compute)
+    return Gemma(gemma.spec, with_arrays(gemma.params, arrays), None)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,8 @@ def gemma() -> Gemma:
 
 
 def generator_of(gemma: Gemma, **changes: Any) -> Generator:
-    return Generator(dataclasses.replace(gemma.config, **changes), gemma.compute, gemma.mesh, gemma.params)
+    config = dataclasses.replace(gemma.config, **changes)
+    return Generator(dataclasses.replace(gemma.spec, config=config), gemma.params)
 
 
 @pytest.fixture(scope="module")

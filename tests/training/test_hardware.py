@@ -8,7 +8,7 @@ import pytest
 
 from gemma_jax.config import PRESETS, ComputeConfig, PretrainConfig, TransformerConfig
 from gemma_jax.data.packing import Batch
-from gemma_jax.model import init_params
+from gemma_jax.model import ModelSpec
 from gemma_jax.testing import cpu_mesh
 from gemma_jax.training.hardware import peak_flops, peak_memory, quantity, training_flops_a_token
 from gemma_jax.training.step import loss_and_gradients
@@ -41,7 +41,7 @@ def test_operations_are_those_that_xla_counts() -> None:
     config, mesh = PretrainConfig(model=model, compute=compute), cpu_mesh(1)
     kinds = (np.int32, np.int32, np.float32, np.int32, np.int32)
     batch = Batch(*(jax.ShapeDtypeStruct((B, L), kind) for kind in kinds))
-    params = jax.eval_shape(lambda: init_params(model, compute, mesh, 0))
+    params = jax.eval_shape(lambda: ModelSpec(model, compute, mesh).init(0))
     counted = jax.jit(loss_and_gradients(config, mesh)).lower(params, batch).compile().cost_analysis()
     # Queries go in blocks of 128 against the keys up to the block's end: 64 keys too many on average.
     needed = B * L * training_flops_a_token(model, L + 128)

@@ -5,10 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gemma_jax.model.scoring import log_partition_and_targets
 from gemma_jax.testing import assert_same, assert_same_on_meshes, cpu_mesh, relative_difference
-from gemma_jax.training.loss import LossSettings, next_token_loss, token_log_probs
+from gemma_jax.training.loss import LossSettings, next_token_loss
+from tests.weights.kinds import dense_weight
 
 B, L, D, V, ROWS = 4, 22, 16, 120, 128
+TABLE = ("vocab", "embed")
 
 
 def inputs(dtype=np.float64):
@@ -16,6 +19,10 @@ def inputs(dtype=np.float64):
     hidden, table = rng.normal(size=(B, L, D)), rng.normal(size=(ROWS, D))
     weights = rng.integers(0, 2, (B, L)) * rng.uniform(0.5, 2, (B, L))
     return hidden.astype(dtype), table.astype(dtype), rng.integers(0, V, (B, L)), weights.astype(dtype)
+
+
+def loss_on(mesh, hidden, table, targets, weights, settings):
+    return next_token_loss(hidden, dense_weight(table, TABLE, mesh), targets, weights, settings)
 
 
 def plain_loss(hidden, table, targets, weights, z_loss: float):
@@ -37,16 +44,17 @@ BLOCKS = [(1, 0), (8, 0), (11, 0), (64, 0), (11, 8), (11, 100), (11, 1000)]
 def test_blocked_equals_plain_in_value_and_gradient(block: int, vocab_block: int, z_loss: float) -> None:
     with jax.enable_x64(True):
         hidden, table, targets, weights = inputs()
-        settings = LossSettings(V, block, vocab_block, z_loss, cpu_mesh(1))
+        settings = LossSettings(V, block, vocab_block, z_loss)
         # A factor in front, because the backward pass must scale what the forward pass formed.
-        blocked = lambda h, e: 3.5 * next_token_loss(h, e, targets, weights, settings)[0]  # noqa: E731
+        blocked = lambda h, e: 3.5 * loss_on(cpu_mesh(1), h, e, targets, weights, settings)[0]  # noqa: E731
         plain = lambda h, e: 3.5 * plain_loss(h, e, targets, weights, z_loss)[0]  # noqa: E731
         actual = jax.value_and_grad(blocked, (0, 1))(hidden, table)
         assert_same(actual, jax.value_and_grad(plain, (0, 1))(hidden, table), 1e-12)
-        total, reported = next_token_loss(hidden, table, targets, weights, settings)
+        total, reported = loss_on(cpu_mesh(1), hidden, table, targets, weights, settings)
         assert_same((total, reported), plain_loss(hidden, table, targets, weights, z_loss), 1e-12)
-        log_probs = token_log_probs(hidden, table, targets, settings)
-        assert relative_difference(-jnp.sum(weights * log_probs), reported) < 1e-12
+        embedding = dense_weight(table, TABLE, cpu_mesh(1))
+        log_partition, of_targets = log_partition_and_targets(hidden, embedding, targets, V)
+        assert relative_difference(jnp.sum(weights * (log_partition - of_targets)), reported) < 1e-12
 
 
 @pytest.mark.parametrize("spread", [1.0, 400.0])
@@ -58,8 +66,8 @@ def test_logits_far_above_those_of_the_first_block(spread: float) -> None:
     assert np.isfinite(plain[0])
 
     def blocked(mesh):
-        settings = LossSettings(V, 8, 8, 0.0, mesh)
-        function = lambda h, e: next_token_loss(h, e, targets, weights, settings)[0]  # noqa: E731
+        settings = LossSettings(V, 8, 8, 0.0)
+        function = lambda h, e: loss_on(mesh, h, e, targets, weights, settings)[0]  # noqa: E731
         return jax.jit(jax.value_and_grad(function, (0, 1)))(hidden, table)
 
     for mesh in (cpu_mesh(1), cpu_mesh(8, fsdp=4, tensor=2)):
@@ -71,8 +79,8 @@ def test_the_same_on_meshes_that_split_rows_and_vocabulary(vocab_block: int) -> 
     hidden, table, targets, weights = inputs(np.float32)
 
     def value_and_gradient(mesh):
-        settings = LossSettings(V, 8, vocab_block, 0.01, mesh)
-        function = lambda h, e: next_token_loss(h, e, targets, weights, settings)[0]  # noqa: E731
+        settings = LossSettings(V, 8, vocab_block, 0.01)
+        function = lambda h, e: loss_on(mesh, h, e, targets, weights, settings)[0]  # noqa: E731
         return jax.jit(jax.value_and_grad(function, (0, 1)))(hidden, table)
 
     assert_same_on_meshes(
@@ -89,7 +97,7 @@ def test_logits_never_exist_whole(vocab_block: int) -> None:
     shapes = [((rows, length, 32), jnp.float32), ((vocabulary, 32), jnp.float32)]
     shapes += [((rows, length), jnp.int32), ((rows, length), jnp.float32)]
     arguments = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
-    settings = LossSettings(vocabulary, 64, vocab_block, 0.0, cpu_mesh(1))
+    settings = LossSettings(vocabulary, 64, vocab_block, 0.0)
 
     def memory(loss) -> int:
         compiled = jax.jit(jax.grad(loss, (0, 1))).lower(*arguments).compile()
@@ -99,5 +107,5 @@ def test_logits_never_exist_whole(vocab_block: int) -> None:
         log_probs = jax.nn.log_softmax(h @ e.T)
         return -jnp.sum(w * jnp.take_along_axis(log_probs, t[..., None], axis=-1)[..., 0])
 
-    assert memory(lambda h, e, t, w: next_token_loss(h, e, t, w, settings)[0]) < whole / 2
+    assert memory(lambda h, e, t, w: loss_on(cpu_mesh(1), h, e, t, w, settings)[0]) < whole / 2
     assert memory(plain) > whole

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gemma_jax.sharding import Axes
 from gemma_jax.testing import cpu_mesh
-from gemma_jax.weights import fsdp, product, weight_product
+from gemma_jax.weights import NO_CONTEXT, fsdp, matmul
+from tests.weights.kinds import dense_weight
 
 
 @pytest.fixture(autouse=True)
@@ -67,13 +67,13 @@ def test_a_product_in_parts_and_its_gradients(
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(8, 3, *shape[:contract])))
     weight = jnp.asarray(rng.normal(size=shape))
-    wanted_output, pull = jax.vjp(functools.partial(product, contract=contract), x, weight)
+    wanted_output, pull = jax.vjp(functools.partial(matmul, contract=contract), x, weight)
     cotangent = jnp.asarray(rng.normal(size=wanted_output.shape))
 
     @jax.jit
     def in_parts(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         def of(x: jax.Array, weight: jax.Array) -> jax.Array:
-            return weight_product(x, nnx.Param(weight, axes=("layers", *axes)), devices, contract)
+            return dense_weight(weight, axes, devices, contract).matmul(x, NO_CONTEXT)
 
         output, pull = jax.vjp(of, x, weight)
         return output, pull(cotangent)

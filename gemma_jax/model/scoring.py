@@ -1,0 +1,181 @@
+"""Log-probabilities of given tokens over a large vocabulary, in blocks of it.
+
+A float32 [B, L, V] tensor of logits is 8.4 GB for one row of 8192 tokens, so logits exist for one block of
+the vocabulary at a time. Each device has those of its own rows of the batch (`shard_map`).
+
+Shape legend: B batch, L length, n positions of a device, D embed, V stored vocabulary rows, v rows
+of a block.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from gemma_jax.model.ops import Integers
+from gemma_jax.model.transformer import Transformer
+from gemma_jax.sharding import partition_spec
+from gemma_jax.weights import Weight, matmul
+from gemma_jax.weights.structure import Structure
+
+# Of logits, in nats. exp overflows float32 at 88 and gives 0 at -88, which is nothing beside the largest
+# logit of a block, at -SHIFT.
+SHIFT = 20.0
+SHIFT_ROWS = 1024  # of the vocabulary: where that logit is looked for
+LARGEST_EXPONENT = 80.0
+BLOCK_LOGITS = 2**25  # that exist at one time on a device when tokens are scored: 128 MiB in float32
+
+
+class Logits(NamedTuple):
+    """Logits of some positions, and of vocabulary rows that are neighbours on this device."""
+
+    logits: jax.Array  # [n, v], -inf in rows that only pad the vocabulary
+    rows: jax.Array  # [v]: their numbers in the whole vocabulary
+
+    @classmethod
+    def of(cls, h: jax.Array, table: jax.Array, first: jax.Array | int, vocab_size: int) -> "Logits":
+        """Of hidden states [n, D] and the embedding's rows [v, D] from number `first` on."""
+        wide = jnp.promote_types(h.dtype, jnp.float32)
+        rows = first + jnp.arange(table.shape[0])
+        return cls(jnp.where(rows < vocab_size, matmul(h, table.T, dtype=wide), -jnp.inf), rows)
+
+    def of_targets(self, targets: jax.Array) -> jax.Array:
+        """[n]: the logit of each target, 0 where it is not in this block."""
+        return jnp.sum(jnp.where(self.rows == targets[:, None], self.logits, 0), axis=-1)
+
+
+class Table(NamedTuple):
+    """Inside a `shard_map`: this device's part of an embedding."""
+
+    structure: Structure
+    specs: list[P]  # of the whole arrays
+    parts: list[jax.Array]  # each [V of this device, ...]
+    vocab_size: int
+
+    @property
+    def first(self) -> jax.Array:
+        """Number of this device's first row in the whole vocabulary."""
+        return lax.axis_index("tensor") * len(self.parts[0])
+
+    def rows(self, parts: list[jax.Array], dtype: jax.typing.DTypeLike) -> jax.Array:
+        """[v, D] gathered and dense from some rows [v, ...] of `parts`."""
+        if self.structure.differentiable:  # what travels has the dtype of the activations
+            parts = [part.astype(dtype) for part in parts]
+        return self.structure.weight(self.structure.gather(parts, self.specs)).dense(dtype)
+
+    def blocks(self, most: int) -> tuple[list[jax.Array], jax.Array]:
+        """`parts` in blocks [blocks, v, ...] of at most `most` rows, and the first row of each block."""
+        count = len(self.parts[0])
+        block = next(size for size in range(min(most, count), 0, -1) if count % size == 0)
+        blocks = [part.reshape(-1, block, *part.shape[1:]) for part in self.parts]
+        return blocks, self.first + jnp.arange(len(blocks[0])) * block
+
+
+def partition_and_targets(
+    h: jax.Array, table: Table, blocks: tuple[list[jax.Array], jax.Array], targets: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Inside a `shard_map`: the log-partition of each of this device's positions, and its target's logit.
+
+    Args:
+      h: [n, D] hidden states.
+      table: the embedding.
+      blocks: from `table.blocks`.
+      targets: [n].
+
+    Returns:
+      [n] each, in at least float32, over the rows of all devices.
+    """
+    wide = jnp.promote_types(h.dtype, jnp.float32)
+    mesh = table.structure.mesh
+    Partition = tuple[jax.Array, jax.Array, jax.Array]
+
+    def logits_of(block: tuple[list[jax.Array], jax.Array]) -> Logits:
+        return Logits.of(h, table.rows(block[0], h.dtype), block[1], table.vocab_size)
+
+    def partition(shift: jax.Array) -> Partition:
+        """Largest logit, sum of exp(logit - shift), and the target's logit."""
+
+        def body(carry: Partition, block: tuple[list[jax.Array], jax.Array]) -> tuple[Partition, None]:
+            largest, summed, of_targets = carry
+            logits = logits_of(block)
+            largest = jnp.maximum(largest, jnp.max(logits.logits, axis=-1))
+            summed += jnp.sum(jnp.exp(logits.logits - shift[:, None]), axis=-1)
+            return (largest, summed, of_targets + logits.of_targets(targets)), None
+
+        zeros = jnp.zeros(len(h), wide)
+        (largest, summed, of_targets), _ = lax.scan(body, (zeros - jnp.inf, zeros, zeros), blocks)
+        return lax.pmax(largest, "tensor"), *lax.psum((summed, of_targets), "tensor")
+
+    # With a shift that is known before the product, the compiler takes the sum within the product, and these
+    # logits never reach memory: a tenth of the loss's time on TPU. The largest logit of some rows is near
+    # enough; where it is not, the true largest is known after one round, and a second one takes it. All
+    # devices must turn alike, since they gather together.
+    State = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+
+    def attempt(state: State) -> State:
+        _, shift, *_ = state
+        largest, summed, of_targets = partition(shift)
+        overflows = lax.pmax(jnp.max(largest - shift), mesh.axis_names) > LARGEST_EXPONENT
+        return overflows, jnp.where(overflows, largest, shift), shift + jnp.log(summed), of_targets
+
+    some = logits_of(([block[0, :SHIFT_ROWS] for block in blocks[0]], blocks[1][0])).logits
+    shift = lax.pmax(jnp.max(some, axis=-1), "tensor") + SHIFT
+    start = (jnp.asarray(True), shift, shift, shift)
+    _, _, log_partition, of_targets = lax.while_loop(lambda state: state[0], attempt, start)
+    return log_partition, of_targets
+
+
+def log_partition_and_targets(
+    hidden: jax.Array, embedding: Weight, targets: Integers, vocab_size: int
+) -> tuple[jax.Array, jax.Array]:
+    """The log-partition of each position, and the logit of its target.
+
+    Args:
+      hidden: [B, L, D] after the final norm; the rows that a batch is split into must divide B, or B is 1.
+      embedding: the tied table.
+      targets: [B, L] integers below vocab_size.
+      vocab_size: tokens, without the rows that pad the table.
+
+    Returns:
+      [B, L] each, in at least float32.
+    """
+    structure, arrays = embedding.parts()
+    mesh, specs = structure.mesh, structure.specs(arrays)
+
+    def of_device(h: jax.Array, parts: list[jax.Array], t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        table = Table(structure, specs, parts, vocab_size)
+        flat, targets = h.reshape(-1, h.shape[-1]), t.reshape(-1)
+        blocks = table.blocks(max(SHIFT_ROWS, BLOCK_LOGITS // len(flat)))
+        log_partition, of_targets = partition_and_targets(flat, table, blocks, targets)
+        return log_partition.reshape(t.shape), of_targets.reshape(t.shape)
+
+    spec = partition_spec(("batch", "length", "residual"), hidden.shape, mesh, "hidden states")
+    spec_rows = partition_spec(("batch", "length"), targets.shape, mesh, "targets")
+    mapped: Callable[..., tuple[jax.Array, jax.Array]] = jax.shard_map(
+        of_device,
+        mesh=mesh,
+        in_specs=(spec, specs, spec_rows),
+        out_specs=(P(*spec_rows), P(*spec_rows)),
+        check_vma=False,  # sums over axes of one device would have to be told
+    )
+    return mapped(hidden, arrays, jnp.asarray(targets))
+
+
+def token_log_probs(model: Transformer, hidden: jax.Array, targets: Integers) -> jax.Array:
+    """Log-probability of each target, in nats.
+
+    Args:
+      model: whose embedding gives the logits.
+      hidden: [B, L, D] after the final norm; the rows that a batch is split into must divide B, or B is 1.
+      targets: [B, L] integers below vocab_size.
+
+    Returns:
+      [B, L] in at least float32.
+    """
+    log_partition, of_targets = log_partition_and_targets(
+        hidden, model.embedding, targets, model.config.vocab_size
+    )
+    return of_targets - log_partition

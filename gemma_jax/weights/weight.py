@@ -1,0 +1,199 @@
+"""What activations are multiplied by: the base of every kind of weight, and the dense one.
+
+Layers never look inside a weight, nor at how the mesh splits it. A kind says which arrays it holds, how it
+becomes dense and how it is packed from a dense array; all else here works for every kind, and a kind may
+replace it by something faster.
+
+Shape legend: B batch, L length, D embed, V stored vocabulary rows, C contracted axes, O output axes.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jax.sharding import Mesh
+
+from gemma_jax.sharding import logical_axes, partition_spec
+from gemma_jax.weights import fsdp
+from gemma_jax.weights.matmul import matmul, sharded_matmul
+from gemma_jax.weights.structure import Structure
+from gemma_jax.weights.table import Parameter
+
+INITIAL_ROWS = 8192  # of an embedding whose random values are made at one time
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a multiplication may depend on besides the activations and the weight."""
+
+    key: jax.Array | None = None
+    """A random key, such as for dropout; None where nothing is random, as in evaluation and sampling."""
+    adapters: jax.Array | None = None
+    """[B] int32: the number of the adapter that each row uses; None where rows name none."""
+
+    def of_layer(self, layer: jax.Array | None) -> "Context":
+        """The context within one layer, whose key is its own."""
+        if self.key is None or layer is None:
+            return self
+        return dataclasses.replace(self, key=jax.random.fold_in(self.key, layer))
+
+
+NO_CONTEXT = Context()
+
+
+class Weight(nnx.Module):
+    """The weight of one layer, or those of all layers stacked, of which a scan cuts out one.
+
+    A kind creates its arrays as `nnx.Param` with the metadata `axes` (logical axes, `layers` first where they
+    are stacked), and defines `dense` and `pack`. The arrays of an embedding have the
+    vocabulary as their first axis.
+    """
+
+    differentiable: ClassVar[bool] = False
+    """Whether `dense` is just a cast of the only array, which then has a gradient; other kinds are frozen."""
+
+    def __init__(self, parameter: Parameter, mesh: Mesh) -> None:
+        self.parameter, self.mesh = parameter, mesh
+
+    def dense(self, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
+        """The dense array of one layer; of the weight's own float dtype where none is given.
+
+        Where the arrays are some rows, or a device's part, it is the dense array of these.
+        """
+        raise NotImplementedError
+
+    def pack(self, array: jax.Array) -> dict[str, jax.Array]:
+        """What this weight's arrays, by name, hold to represent the dense array of one layer.
+
+        Arrays that are left out keep their initial values when a checkpoint is loaded.
+        """
+        raise NotImplementedError
+
+    def parts(self) -> tuple[Structure, list[jax.Array]]:
+        """The weight of one layer in two: what is static, and its arrays."""
+        graphdef, state = nnx.split(self)
+        leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+        arrays, treedef = jax.tree.flatten(state)
+        all_axes = [logical_axes(leaf) for leaf in leaves]
+        # One layer, cut out of the stack by a scan, has no axis `layers` any more.
+        axes = tuple(names[len(names) - x.ndim :] for names, x in zip(all_axes, arrays, strict=True))
+        about = (self.parameter, self.mesh, self.differentiable)
+        return Structure(*about, graphdef, treedef, axes), arrays
+
+    def matmul(self, x: jax.Array, context: Context) -> jax.Array:
+        """[B, L, *C] activations -> [B, L, *O] in their dtype."""
+        with jax.named_scope(self.parameter.name):
+            # A single row is on all devices; then the partitioner may rather send activations than weights.
+            if self.mesh.shape[fsdp.AXIS] == 1 or len(x) == 1:
+                return matmul(x, self.dense(x.dtype), self.parameter.inputs)
+            structure, arrays = self.parts()
+            if self.differentiable:  # what is sent, and what its gradient is summed in
+                arrays = [array.astype(x.dtype) for array in arrays]
+            return sharded_matmul(x, arrays, structure)
+
+    def embedding_lookup(
+        self, tokens: jax.Array | np.ndarray, dtype: jax.typing.DTypeLike, context: Context
+    ) -> jax.Array:
+        """The row of each token.
+
+        Each device looks up its own columns for the rows of the whole fsdp group, then they change places.
+        XLA's partitioner does the same within a slice, but between slices it gathers the gradient of all
+        activations.
+
+        Args:
+          tokens: [B, L] integers below V; a table in parts does not check whether they are.
+          dtype: of the result, and of what devices exchange; the table's gradient is summed in its own.
+          context: of the model's call.
+
+        Returns:
+          [B, L, D].
+        """
+        structure, arrays = self.parts()
+        mesh, table = self.mesh, self.parameter
+
+        def rows_of(parts: Sequence[jax.Array], rows: Any, mode: str | None = None) -> jax.Array:
+            return structure.weight([jnp.take(x, rows, axis=0, mode=mode) for x in parts]).dense(dtype)
+
+        with jax.named_scope(table.name):
+            rows = partition_spec(("batch", "length"), tokens.shape, mesh, "tokens")
+            if mesh.size == 1 or rows[0] is None:
+                return rows_of(arrays, tokens)
+
+            def of_device(parts: list[jax.Array], own: jax.Array) -> jax.Array:
+                all_rows = lax.all_gather(own, fsdp.AXIS, tiled=True)
+                if mesh.shape["tensor"] == 1:
+                    columns = rows_of(parts, all_rows, "clip")
+                else:
+                    index = all_rows - lax.axis_index("tensor") * len(parts[0])
+                    here = (index >= 0) & (index < len(parts[0]))
+                    found = jnp.where(here[..., None], rows_of(parts, index, "clip"), 0)
+                    columns = lax.psum(found, "tensor")
+                # With the length last: a part of D may be 8 wide, where a row of a TPU's tile is 128.
+                columns = columns.swapaxes(1, 2)
+                moved = lax.all_to_all(columns, fsdp.AXIS, split_axis=0, concat_axis=1, tiled=True)
+                return moved.swapaxes(1, 2)
+
+            shape = (*tokens.shape, table.shape[1])
+            out = partition_spec(("batch", "length", "residual"), shape, mesh, "activations")
+            specs = (structure.specs(arrays), rows)
+            mapped = jax.shard_map(of_device, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)
+            return mapped(arrays, jnp.asarray(tokens))
+
+    def unembed(self, x: jax.Array, dtype: jax.typing.DTypeLike, context: Context) -> jax.Array:
+        """[..., D] activations times the transposed table -> [..., V] in `dtype`."""
+        with jax.named_scope(self.parameter.name):
+            return matmul(x, self.dense().T, dtype=dtype)
+
+
+Kind = Callable[[Parameter, Mesh, nnx.Rngs, jnp.dtype], Weight]
+"""Makes a weight with initial values, all layers stacked."""
+
+
+class Dense(Weight):
+    """One array of floating-point numbers, which bears the name of the parameter itself."""
+
+    differentiable: ClassVar[bool] = True
+
+    def __init__(self, parameter: Parameter, mesh: Mesh, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+        super().__init__(parameter, mesh)
+        values = initial_values(parameter, rngs.params(), dtype)
+        self.array = nnx.Param(values, axes=parameter.stacked_axes)
+
+    def dense(self, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
+        """See `Weight.dense`."""
+        array = self.array[...]
+        return array if dtype is None else array.astype(dtype)
+
+    def pack(self, array: jax.Array) -> dict[str, jax.Array]:
+        """See `Weight.pack`."""
+        return {"array": array.astype(self.array.dtype)}
+
+
+def initial_values(parameter: Parameter, key: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Random numbers of variance 1 / fan_in, from a normal distribution cut at two standard deviations.
+
+    They are made one layer at a time, and those of an embedding some rows at a time: random bits and what
+    becomes of them on the way take several times the memory of the result.
+
+    Returns:
+      The array of all layers.
+    """
+    shape = parameter.shape
+    count = parameter.layers
+    if not count:
+        rows = next(n for n in range(min(INITIAL_ROWS, shape[0]), 0, -1) if shape[0] % n == 0)
+        count, shape = shape[0] // rows, (rows, *shape[1:])
+    # 0.8796 is the standard deviation of a standard normal cut at +-2.
+    scale = jnp.asarray(1 / (0.87962566 * math.sqrt(parameter.fan_in)), dtype)
+
+    def block(number: jax.Array) -> jax.Array:
+        return jax.random.truncated_normal(jax.random.fold_in(key, number), -2.0, 2.0, shape, dtype) * scale
+
+    return lax.map(block, jnp.arange(count)).reshape(parameter.stacked_shape)

@@ -1,0 +1,218 @@
+"""Kinds of weight that only these tests define train, sample, shard, load and save as the dense one does."""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from gemma_jax import Gemma
+from gemma_jax.config import PRESETS, ComputeConfig, replace
+from gemma_jax.model import ModelSpec
+from gemma_jax.model.scoring import token_log_probs
+from gemma_jax.pretrained.checkpoint import open_checkpoint
+from gemma_jax.sharding import named_arrays, with_arrays
+from gemma_jax.testing import assert_same, assert_same_on_meshes, cpu_mesh
+from gemma_jax.training.loss import LossSettings, next_token_loss
+from gemma_jax.weights import Context, Weight, parameter_table
+from tests.pretrained.published import MULTI_QUERY, random_tensors, write_huggingface
+from tests.weights.kinds import Adapted, Int8, dense_weight, is_adapter, with_random_adapters
+
+# Every dimension that a mesh of eight may split is divisible by it.
+CONFIG = replace(PRESETS["gemma_tiny"], {"num_kv_heads": 1})
+TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (8, 12))
+POSITIONS, SEGMENTS = np.broadcast_to(np.arange(12), (8, 12)), np.ones((8, 12), np.int32)
+MESHES = (cpu_mesh(1), cpu_mesh(8, data=2, fsdp=2, tensor=2))
+
+
+def spec_of(kind: Any, mesh: Mesh) -> ModelSpec:
+    return ModelSpec(CONFIG, ComputeConfig(loss_vocab_block=64), mesh, kind)
+
+
+def log_probs(spec: ModelSpec, params: Any, context: Context = Context()) -> jax.Array:  # noqa: B008
+    """Of each token given those before it, in the rows of TOKENS."""
+
+    def scored(params: Any, context: Context) -> jax.Array:
+        model = spec.merge(params)
+        hidden = model(TOKENS[:, :-1], POSITIONS[:, :-1], SEGMENTS[:, :-1], context)
+        return token_log_probs(model, hidden, TOKENS[:, 1:])
+
+    return jax.jit(scored)(params, context)
+
+
+def densified(spec: ModelSpec, params: Any, adapter: int | None = None) -> tuple[ModelSpec, Any]:
+    """The dense model that computes the same, made here by numpy."""
+    held = {name: np.asarray(x, np.float64) for name, x in named_arrays(params).items()}
+    dense = ModelSpec(spec.config, spec.compute, spec.mesh)
+    arrays: dict[str, np.ndarray] = {}
+    for name, about in parameter_table(spec.config).items():
+        base = f"{name}.base" if f"{name}.base.codes" in held else name
+        arrays[name] = held[name] if name in held else held[f"{base}.codes"] * held[f"{base}.scale"]
+        if adapter is not None and f"{name}.a" in held:
+            a, b = held[f"{name}.a"][:, adapter], held[f"{name}.b"][:, adapter]
+            low = np.einsum("lir,lro->lio", a.reshape(len(a), -1, a.shape[-1]), b.reshape(*b.shape[:2], -1))
+            arrays[name] = arrays[name] + low.reshape(about.stacked_shape)
+    placed = {name: jnp.asarray(x, jnp.float32) for name, x in arrays.items()}
+    return dense, with_arrays(dense.params, placed)
+
+
+def test_a_quantised_model_is_its_dense_one_on_every_mesh() -> None:
+    one = spec_of(Int8, MESHES[0])
+    assert_same(log_probs(one, one.init(0)), log_probs(*densified(one, one.init(0))), 1e-5)
+    assert_same_on_meshes(lambda mesh: log_probs(spec_of(Int8, mesh), spec_of(Int8, mesh).init(0)), MESHES)
+
+
+def test_packed_arrays_are_what_devices_exchange() -> None:
+    spec = spec_of(Int8, cpu_mesh(8))
+    lowered = jax.jit(lambda params: log_probs(spec, params)).lower(spec.params).as_text()
+    gathers = [line for line in lowered.splitlines() if "stablehlo.all_gather" in line]
+    large = [line for line in gathers if "xi8>" in line]
+    # Seven projections and the embedding, gathered for the logits once for a look and once for the sum.
+    assert len(large) >= 9
+    # Whatever else is gathered is token ids and scales.
+    weights = 32 * 16
+    for line in set(gathers) - set(large):
+        result = line.rsplit("tensor<", 1)[1].split(">")[0]
+        sizes = [int(size) for size in result.split("x")[:-1]]
+        assert np.prod(sizes) < weights, line
+
+
+def test_each_row_has_its_own_adapter() -> None:
+    kind = Adapted(adapters=2)
+    adapters = np.array([0, 1, 1, 0, 1, 0, 0, 1], np.int32)
+
+    def on(mesh: Mesh) -> jax.Array:
+        spec = spec_of(kind, mesh)
+        return log_probs(spec, with_random_adapters(spec.init(0), 1), Context(adapters=jnp.asarray(adapters)))
+
+    assert_same_on_meshes(on, MESHES)
+    spec = spec_of(kind, MESHES[0])
+    params = with_random_adapters(spec.init(0), 1)
+    each = [np.asarray(log_probs(*densified(spec, params, adapter))) for adapter in (0, 1)]
+    assert np.abs(each[0] - each[1]).max() > 0.01
+    assert_same(on(MESHES[0]), np.where(adapters[:, None] == 0, *each), 1e-5)
+
+
+def test_dropout_differs_by_layer_and_key_and_not_by_mesh() -> None:
+    kind = Adapted(dropout=0.5)
+
+    def on(mesh: Mesh, key: int | None = 0) -> jax.Array:
+        spec = spec_of(kind, mesh)
+        params = with_random_adapters(spec.init(0), 1)
+        return log_probs(spec, params, Context(None if key is None else jax.random.key(key)))
+
+    assert_same_on_meshes(on, MESHES)
+    assert np.abs(on(MESHES[0]) - on(MESHES[0], 1)).max() > 1e-3
+    spec = spec_of(kind, MESHES[0])
+    params = with_random_adapters(spec.init(0), 1)
+    assert_same(on(MESHES[0], None), log_probs(*densified(spec, params, 0)), 1e-5)
+    layers = [jax.random.key_data(Context(jax.random.key(0)).of_layer(jnp.int32(i)).key) for i in (0, 1)]
+    assert (layers[0] != layers[1]).any()
+
+
+def gradients(spec: ModelSpec, params: Any, names: Collection[str]) -> dict[str, jax.Array]:
+    """Of the loss with respect to some arrays alone."""
+    arrays = named_arrays(params)
+
+    def loss(trained: dict[str, jax.Array], arrays: dict[str, jax.Array]) -> jax.Array:
+        model = spec.merge(with_arrays(spec.params, arrays | trained))
+        hidden = model(TOKENS[:, :-1], POSITIONS[:, :-1], SEGMENTS[:, :-1])
+        weights = np.ones((8, 11), np.float32)
+        settings = LossSettings(CONFIG.vocab_size, 256, spec.compute.loss_vocab_block, 0.0)
+        return next_token_loss(hidden, model.embedding, TOKENS[:, 1:], weights, settings)[0]
+
+    return jax.jit(jax.grad(loss))({name: arrays[name] for name in names}, arrays)
+
+
+@pytest.mark.parametrize("vocab_block", [0, 64])
+def test_adapters_over_frozen_integers_have_the_gradients_of_dense_weights(vocab_block: int) -> None:
+    def on(mesh: Mesh) -> dict[str, jax.Array]:
+        spec = ModelSpec(CONFIG, ComputeConfig(loss_vocab_block=vocab_block), mesh, Adapted())
+        params = with_random_adapters(spec.init(0), 1)
+        return gradients(spec, params, [name for name in named_arrays(params) if is_adapter(name)])
+
+    assert_same_on_meshes(on, MESHES)
+    # d loss / d b is a^T d loss / d W, and d loss / d a is d loss / d W b^T, of the merged dense model.
+    spec = spec_of(Adapted(), MESHES[0])
+    params = with_random_adapters(spec.init(0), 1)
+    d_dense = gradients(*densified(spec, params, 0), parameter_table(CONFIG).keys())
+    held, found = named_arrays(params), on(MESHES[0])
+    for name, about in parameter_table(CONFIG).items():
+        if about.inputs:
+            layers, inward = about.layers, int(np.prod(about.shape[: about.inputs]))
+            d = np.asarray(d_dense[name]).reshape(layers, inward, -1)
+            a = np.asarray(held[f"{name}.a"]).reshape(layers, inward, -1)
+            b = np.asarray(held[f"{name}.b"]).reshape(layers, a.shape[-1], -1)
+            assert_same(found[f"{name}.b"].reshape(b.shape), np.einsum("lir,lio->lro", a, d), 1e-4)
+            assert_same(found[f"{name}.a"].reshape(a.shape), np.einsum("lio,lro->lir", d, b), 1e-4)
+
+
+def test_what_has_no_gradient_must_be_frozen() -> None:
+    """Silence would train an embedding, or a weight in parts, by a gradient of zero."""
+    spec = spec_of(Int8, cpu_mesh(8))
+
+    def loss(scale: jax.Array, of: str) -> jax.Array:
+        arrays = named_arrays(spec.init(0)) | {f"{of}.scale": scale}
+        model = spec.merge(with_arrays(spec.params, arrays))
+        hidden = model(TOKENS, POSITIONS, SEGMENTS)
+        settings = LossSettings(CONFIG.vocab_size, 256, 0, 0.0)
+        return next_token_loss(hidden, model.embedding, TOKENS, SEGMENTS * 1.0, settings)[0]
+
+    for name in ("embedding", "blocks.attention.q"):
+        scale = jnp.ones(named_arrays(spec.params)[f"{name}.scale"].shape)
+        with pytest.raises(ValueError, match=name):
+            jax.grad(loss)(scale, name)
+
+
+def test_samples_are_the_same_on_one_and_on_eight_devices() -> None:
+    texts = []
+    for mesh in MESHES:
+        spec = spec_of(Adapted(), mesh)
+        gemma = Gemma(spec, with_random_adapters(spec.init(0), 1), None)
+        settings: dict[str, Any] = {"max_new_tokens": 9, "temperature": 1.0, "seed": 3}
+        texts.append([g.token_ids for g in gemma.generate([[2, 5, 6], [2, 9]], **settings)])
+    assert texts[0] == texts[1]
+    dense, params = densified(spec_of(Adapted(), MESHES[0]), with_random_adapters(spec.init(0), 1), 0)
+    assert [
+        g.token_ids for g in Gemma(dense, params, None).generate([[2, 5, 6], [2, 9]], **settings)
+    ] == texts[0]
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=["one", "eight"])
+def test_published_weights_are_packed_layer_by_layer_when_loaded(tmp_path: Path, mesh: Mesh) -> None:
+    write_huggingface(tmp_path, MULTI_QUERY, random_tensors(MULTI_QUERY))
+    found = open_checkpoint(tmp_path)
+    spec = ModelSpec(found.config, ComputeConfig(), mesh, Adapted())
+    loaded = named_arrays(found.params(spec))
+    dense = named_arrays(found.params(ModelSpec(found.config, ComputeConfig(), mesh)))
+    for name, about in parameter_table(found.config).items():
+        if about.fan_in:
+            holder = spec.weight(name)
+            assert isinstance(holder, Weight)
+            layers = [holder.pack(x) for x in (dense[name] if about.layers else dense[name][None])]
+            for key in layers[0]:
+                packed = jnp.stack([layer[key] for layer in layers])
+                np.testing.assert_array_equal(
+                    loaded[f"{name}.{key}"], packed.reshape(loaded[f"{name}.{key}"].shape)
+                )
+    initial = named_arrays(spec.create(jax.random.key(0)))
+    for name in filter(is_adapter, loaded):
+        np.testing.assert_allclose(loaded[name], initial[name], rtol=1e-6)
+
+
+def test_a_dense_weight_gets_no_gradient_where_it_is_frozen() -> None:
+    """The compiled gradient of the activations alone neither sums nor scatters anything for the weight."""
+    mesh = cpu_mesh(8)
+    x, w = jnp.ones((8, 4, 32)), jnp.ones((32, 64))
+
+    def loss(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jnp.sum(dense_weight(w, ("embed", "mlp"), mesh, 1).matmul(x, Context()) ** 2)
+
+    def scatters(argnums: Any) -> int:
+        return jax.jit(jax.grad(loss, argnums)).lower(x, w).as_text().count("reduce_scatter")
+
+    assert scatters(0) == 0 < scatters((0, 1))
