@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -11,8 +12,10 @@ from jax.sharding import Mesh
 from gemma_jax.config import ComputeConfig, TransformerConfig
 from gemma_jax.memory import require_memory
 from gemma_jax.model.transformer import Transformer
-from gemma_jax.sharding import with_shardings
+from gemma_jax.sharding import Arrays, named_arrays, with_arrays, with_shardings
 from gemma_jax.weights import Dense, Kind, Weight
+
+SMALL = 2**27  # parameters that are made in one program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +60,10 @@ class ModelSpec:
             found = getattr(found, attribute)
         return found
 
-    def create(self, key: jax.Array) -> nnx.State:
-        """Random parameters, to be called under jit with the shardings of `params` for the result."""
-        return nnx.state(self._create(key), nnx.Param)
+    def create(self, key: jax.Array, names: Collection[str] | None = None) -> Arrays:
+        """Random values of some arrays by their names, or of all, to be called under jit."""
+        arrays = named_arrays(nnx.state(self._create(key), nnx.Param))
+        return arrays if names is None else {name: arrays[name] for name in names}
 
     def init(self, seed: int) -> nnx.State:
         """Random parameters, each made in place on the mesh: no device or host ever holds the whole model.
@@ -68,5 +72,13 @@ class ModelSpec:
           UserError: they do not fit into memory.
         """
         require_memory(self.params, "the model")
-        out = jax.tree.map(lambda leaf: leaf.sharding, self.params)
-        return jax.jit(self.create, out_shardings=out)(jax.random.key(seed))
+        out = {name: x.sharding for name, x in named_arrays(self.params).items()}
+        sizes = {name: x.size for name, x in named_arrays(self.params).items()}
+        # What runs at one time has all its temporaries at one time: several times the memory of a layer.
+        groups = [[name] for name in out] if sum(sizes.values()) > SMALL else [[*out]]
+        made: Arrays = {}
+        for group in groups:
+            create = functools.partial(self.create, names=group)
+            made |= jax.jit(create, out_shardings={name: out[name] for name in group})(jax.random.key(seed))
+            jax.block_until_ready(made)
+        return with_arrays(self.params, made)

@@ -1,5 +1,6 @@
 """Weights from disk to their place on the mesh, one array at a time."""
 
+import functools
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -84,10 +85,7 @@ def _initial(spec: ModelSpec, names: Collection[str]) -> Arrays:
         return {}
     out = {name: x.sharding for name, x in named_arrays(spec.params).items() if name in names}
 
-    def initial(key: jax.Array) -> Arrays:
-        return {name: x for name, x in named_arrays(spec.create(key)).items() if name in names}
-
-    return jax.jit(initial, out_shardings=out)(jax.random.key(0))
+    return jax.jit(functools.partial(spec.create, names=[*out]), out_shardings=out)(jax.random.key(0))
 
 
 def _sent(part: np.ndarray, shape: list[int], split: list[Any], mesh: Mesh) -> jax.Array:

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from gemma_jax.config import TrainingConfig
 from gemma_jax.model import ModelSpec
-from gemma_jax.sharding import with_shardings
+from gemma_jax.sharding import with_arrays, with_shardings
 from gemma_jax.training.optimizer import make_optimizer
 
 
@@ -25,7 +25,8 @@ class TrainState:
 
 
 def _create(config: TrainingConfig, mesh: Mesh, key: jax.Array) -> TrainState:
-    params = ModelSpec(config.model, config.compute, mesh).create(key)
+    spec = ModelSpec(config.model, config.compute, mesh)
+    params = with_arrays(spec.params, spec.create(key))
     optimizer = make_optimizer(config.optimizer, config.steps)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
