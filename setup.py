@@ -5,7 +5,7 @@ from setuptools import find_packages, setup
 setup(
     name="gemma_jax",
     version="0.1.0",
-    description="Gemma in JAX: pretrain, fine-tune, sample, evaluate and serve on TPUs, GPUs and CPU meshes",
+    description="Gemma in JAX: pretrain, plan, convert and sample on TPUs, GPUs and CPU meshes",
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
@@ -31,9 +31,6 @@ setup(
         "cuda": ["jax[cuda13]"],
         "data": ["gcsfs", "s3fs", "zstandard"],
         "kaggle": ["kagglehub"],
-        # No code needs anything for these two yet.
-        "eval": [],
-        "serve": [],
         "test": ["hypothesis", "import-linter", "mypy", "pytest", "ruff", "zstandard"],
     },
     entry_points={"console_scripts": ["gemma = gemma_jax.cli:main"]},

@@ -5,26 +5,27 @@ import os
 import select
 import signal
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 from gemma_jax.config import suggestion
 from gemma_jax.errors import UserError
 
 COMMANDS = {
-    "pretrain": "train a model from random weights: gemma pretrain CONFIG [--FIELD VALUE ...]",
-    "sample": "continue prompts: gemma sample CHECKPOINT --prompt TEXT [--FIELD VALUE ...]",
-    "chat": "talk with an instruction-tuned model: gemma chat CHECKPOINT [--FIELD VALUE ...]",
-    "convert": "weights into another form: gemma convert SOURCE DESTINATION --format huggingface|flax|run",
-    "verify": "what is in a checkpoint, and a verdict: gemma verify CHECKPOINT [--against DIRECTORY]",
-    "replay": "the batch of a step with the loss of each token: gemma replay RUN STEP [--rows N] [--json]",
-    "runs": "a table of the runs under a directory: gemma runs DIR [--plot FILE.png]",
-    "plan": "memory, traffic and time on TPUs that are not here: gemma plan CONFIG --topology v5e-256",
-    "inspect": "each parameter's shape and place on the mesh: gemma inspect CONFIG_OR_CHECKPOINT",
+    "pretrain": ("train a model from random weights", "CONFIG [--FIELD VALUE ...]"),
+    "sample": ("continue prompts", "CHECKPOINT --prompt TEXT [--FIELD VALUE ...]"),
+    "chat": ("talk with an instruction-tuned model", "CHECKPOINT [--FIELD VALUE ...]"),
+    "convert": ("weights into another form", "SOURCE DESTINATION --format huggingface|flax|run"),
+    "verify": ("what is in a checkpoint, and a verdict", "CHECKPOINT [--against DIRECTORY]"),
+    "replay": ("the batch of a step with the loss of each token", "RUN STEP [--rows N] [--json]"),
+    "runs": ("a table of the runs under a directory", "DIRECTORY [--plot FILE.png]"),
+    "plan": ("memory, traffic and time on TPUs that are not here", "CONFIG --topology v5e-256"),
+    "inspect": ("each parameter's shape and place on the mesh", "CONFIG_OR_CHECKPOINT"),
 }
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "gemma", commands: Sequence[str] = ()) -> int:
-    """Run a command and give its exit status: 2 after a mistake of the user, which is told in a sentence.
+    """Run a command and return its exit status: 2 after a mistake of the user, which is one sentence.
 
     Args:
       arguments: the command and its own arguments; those of the process if left out.
@@ -32,31 +33,64 @@ def main(arguments: Sequence[str] | None = None, prog: str = "gemma", commands: 
       commands: those that this program has; all if left out.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    known = {name: COMMANDS[name] for name in commands or COMMANDS}
+    known = commands or list(COMMANDS)
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(f"usage: {prog} COMMAND ...  ({prog} COMMAND --help tells more)\n")
-        for name, meaning in known.items():
-            print(f"  {name:10} {meaning}")
-        return 0
+        return _status(lambda: _print(_usage(prog, known)))
     name, *rest = arguments
+    if name == "--version":
+        return _status(lambda: _print(_version()))
     if name not in known:
         return _tell(f"{prog} has no command {name!r}{suggestion(name, known)}; see `{prog} --help`.")
     return run_command(name, rest, f"{prog} {name}")
 
 
-def run_command(name: str, arguments: Sequence[str], prog: str) -> int:
-    """Run one command and give its exit status.
+def _usage(prog: str, commands: Sequence[str]) -> str:
+    lines = [f"usage: {prog} COMMAND ... (`{prog} COMMAND --help` lists its options) or {prog} --version\n"]
+    for name in commands:
+        meaning, usage = COMMANDS[name]
+        lines.append(f"  {name:10} {meaning}: {prog} {name} {usage}")
+    return "\n".join(lines)
 
-    130 after Ctrl-C, where the command has no way of its own; 141 when nobody reads on, as in `| head`.
+
+def _version() -> str:
+    """Versions of this package and of jax, and the devices that jax finds."""
+    import jax
+
+    from gemma_jax import __version__
+
+    try:
+        kinds = Counter(device.device_kind for device in jax.devices())
+        devices = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+    except RuntimeError as error:  # as for JAX_PLATFORMS=tpu without one
+        devices = f"none ({' '.join(str(error).split())})"
+    return f"gemma_jax {__version__}\njax {jax.__version__}\ndevices: {devices}"
+
+
+def run_command(name: str, arguments: Sequence[str], prog: str) -> int:
+    """Run one command and return its exit status.
 
     Args:
       name: of the command.
       arguments: its own.
       prog: what it is called in messages.
     """
+    # A command imports what it needs only after its config has been read: mistakes are reported at once.
+    return _status(lambda: importlib.import_module(f"gemma_jax.commands.{name}").run(arguments, prog))
+
+
+def _print(text: str) -> int:
+    print(text)
+    return 0
+
+
+def _status(work: Callable[[], int]) -> int:
+    """The exit status of some work: its own; 2 after a mistake of the user; 130 after Ctrl-C; 141 when nobody
+    reads its output any longer, as in `| head`."""
     try:
-        # A command imports what it needs only after its config has been read: mistakes are told at once.
-        status: int = importlib.import_module(f"gemma_jax.commands.{name}").run(arguments, prog)
+        try:
+            status = work()
+        except SystemExit as end:  # after --help
+            status = int(end.code or 0)
         sys.stdout.flush()
         return status
     except BrokenPipeError:

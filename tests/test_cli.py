@@ -6,36 +6,36 @@ import signal
 import subprocess
 import sys
 
+import jax
 import pytest
 
-from gemma_jax import cli
+from gemma_jax import __version__, cli
 from gemma_jax.cli import main
-from gemma_jax.errors import UserError
 
 
+@pytest.mark.parametrize("prog", ["gemma", "python train.py"])
 @pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"]])
-def test_help_names_every_command(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(arguments) == 0
-    output = capsys.readouterr().out
-    assert all(f"\n  {name} " in output and meaning in output for name, meaning in cli.COMMANDS.items())
-
-
-def test_every_command_is_there() -> None:
-    for name in cli.COMMANDS:
+def test_usage_names_the_program_and_its_commands(
+    prog: str, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [] if prog == "gemma" else ["pretrain"]
+    assert main(arguments, prog=prog, commands=names) == 0
+    first, _, *lines = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"usage: {prog} COMMAND")
+    for name, line in zip(names or cli.COMMANDS, lines, strict=True):
+        assert line.split()[0] == name and f": {prog} {name} " in line
         assert callable(importlib.import_module(f"gemma_jax.commands.{name}").run)
 
 
-def test_a_program_of_some_commands_has_no_others(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["sample"], prog="python train.py", commands=["pretrain"]) == 2
-    assert "python train.py has no command 'sample'" in capsys.readouterr().err
-    assert main([], prog="python train.py", commands=["pretrain"]) == 0
-    assert "sample" not in capsys.readouterr().out
+def test_version_names_the_devices(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"gemma_jax {__version__}\njax {jax.__version__}\ndevices: 8 cpu\n"
 
 
 @pytest.mark.parametrize(("arguments", "told"), [
     (["pretrian"], "gemma has no command 'pretrian'; did you mean pretrain?"),
     (["pretrain"], "name a config first: gemma pretrain CONFIG"),
-    (["pretrain", "--steps", "5"], "name a config first: gemma pretrain CONFIG"),
+    (["convert", "runs/demo", "--format", "flax"], "name a source and a destination first: gemma convert "),
     (["pretrain", "demo", "--a\nb", "5"], "unknown option --a b"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line_and_status_2(
@@ -45,54 +45,24 @@ def test_a_mistake_is_one_line_and_status_2(
     captured = capsys.readouterr()
     (line,) = captured.err.splitlines()
     assert line.startswith(f"error: {told}") and captured.out == ""
+    assert main(["sample"], prog="python train.py", commands=["pretrain"]) == 2
+    assert "python train.py has no command 'sample'" in capsys.readouterr().err
 
 
-def test_a_bug_keeps_its_traceback(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    module = importlib.import_module("gemma_jax.commands.pretrain")
+@pytest.mark.parametrize("error", [KeyError("a bug"), BrokenPipeError("of a worker")])
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def run(arguments: object, prog: str) -> int:
+        raise error
 
-    def fails(error: Exception) -> None:
-        def run(arguments: object, prog: str) -> int:
-            raise error
-
-        monkeypatch.setattr(module, "run", run)
-
-    fails(KeyError("a bug"))
-    with pytest.raises(KeyError):
-        main(["pretrain"])
-    fails(UserError("two\nlines"))
-    assert main(["pretrain"]) == 2
-    assert capsys.readouterr().err == "error: two lines\n"
+    monkeypatch.setattr("gemma_jax.commands.runs.run", run)
+    with pytest.raises(type(error)):
+        main(["runs"])
 
 
 def test_a_reader_that_has_gone_ends_the_command_quietly() -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    program = """
-import sys
-from gemma_jax import cli
-
-class Command:
-    def run(*_):
-        print("text")
-        return 0
-
-cli.importlib.import_module = lambda _: Command
-sys.exit(cli.run_command("sample", [], "gemma sample"))
-"""
-    command = [sys.executable, "-c", program]
+    command = [sys.executable, "-m", "gemma_jax.cli", "--help"]
     run = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False, timeout=120)
     os.close(writer)
     assert (run.returncode, run.stderr) == (128 + signal.SIGPIPE, "")
-
-
-def test_another_broken_pipe_is_not_taken_for_that(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Command:
-        @staticmethod
-        def run(*_: object) -> int:
-            raise BrokenPipeError("of a worker")
-
-    monkeypatch.setattr(cli.importlib, "import_module", lambda _: Command)
-    with pytest.raises(BrokenPipeError, match="of a worker"):
-        cli.run_command("inspect", [], "gemma inspect")

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gemma_jax.config import ChatConfig, SamplingConfig, parse, suggestion, validate_chat
+from gemma_jax.config import ChatConfig, SamplingConfig, read_command, suggestion, validate_chat
 from gemma_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,12 +23,7 @@ HELP = {
 
 def run(arguments: Sequence[str], prog: str) -> int:
     """Answer each line. In a terminal a mistake is told and the dialogue goes on; in a pipe it ends it."""
-    if not arguments or arguments[0].startswith("-"):
-        parse(ChatConfig(), [a for a in arguments if a in ("-h", "--help")], f"{prog} CHECKPOINT")
-        raise UserError(f"name a checkpoint first: {prog} CHECKPOINT.")
-    checkpoint, *rest = arguments
-    config = parse(ChatConfig(), rest, f"{prog} CHECKPOINT")
-    validate_chat(config)
+    (checkpoint,), config = read_command(arguments, prog, "CHECKPOINT", ChatConfig(), validate=validate_chat)
 
     from gemma_jax.api import Gemma
     from gemma_jax.pretrained.checkpoint import require_tokenizer

@@ -2,19 +2,12 @@
 
 from collections.abc import Sequence
 
-from gemma_jax.config import ComputeConfig, ConvertConfig, MeshConfig, parse
-from gemma_jax.errors import UserError
+from gemma_jax.config import ComputeConfig, ConvertConfig, MeshConfig, read_command
 
 
 def run(arguments: Sequence[str], prog: str) -> int:
     """Write the checkpoint SOURCE as the directory DESTINATION; nothing of it is left where that fails."""
-    names = [argument for argument in arguments[:2] if not argument.startswith("-")]
-    if len(names) < 2:
-        helps = [a for a in arguments if a in ("-h", "--help")]
-        parse(ConvertConfig(), helps, f"{prog} SOURCE DESTINATION")
-        raise UserError(f"name a checkpoint and a directory to write: {prog} SOURCE DESTINATION.")
-    source, destination = names
-    config = parse(ConvertConfig(), arguments[2:], f"{prog} SOURCE DESTINATION")
+    (source, destination), config = read_command(arguments, prog, "SOURCE DESTINATION", ConvertConfig())
 
     from gemma_jax.model import ModelSpec
     from gemma_jax.pretrained.checkpoint import open_checkpoint

@@ -10,8 +10,8 @@ from gemma_jax.config import (
     PretrainConfig,
     from_record,
     mesh_text,
-    parse,
     preset,
+    read_command,
     validate_mesh,
     validate_model,
 )
@@ -21,13 +21,7 @@ from gemma_jax.paths import user_path
 
 def run(arguments: Sequence[str], prog: str) -> int:
     """Print a line a parameter: shape, dtype, logical axes, partition, bytes on one device."""
-    if not arguments or arguments[0].startswith("-"):
-        parse(
-            PretrainConfig(), [a for a in arguments if a in ("-h", "--help")], f"{prog} CONFIG_OR_CHECKPOINT"
-        )
-        raise UserError(f"name a config, a preset or a checkpoint: {prog} CONFIG_OR_CHECKPOINT.")
-    name, *rest = arguments
-    config = parse(_config(name), rest, f"{prog} {name}")
+    _, config = read_command(arguments, prog, "CONFIG_OR_CHECKPOINT", PretrainConfig(), load=_config)
     validate_model(config.model)
     validate_mesh(config.mesh)
 

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import math
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from gemma_jax.config import PretrainConfig, TrainingConfig, load, parse, replace, validate
+from gemma_jax.config import PretrainConfig, TrainingConfig, load, read_command, replace, validate
 from gemma_jax.config.sections import setting
 from gemma_jax.errors import UserError
 
@@ -25,7 +26,7 @@ class PlanOptions(PretrainConfig):
         "The slice: v5e-256, v6e-8; v4-32, v5p-128 and tpu7x-64 count TensorCores; or a layout, v5p-4x4x8.",
     )
     slices: int = setting(1, "So many of it, connected by the data-centre network.")
-    mode: Literal["pretrain", "prefill", "decode", "finetune"] = setting(
+    mode: Literal["pretrain", "prefill", "decode"] = setting(
         "pretrain",
         "The step of training; or, for data.batch_size prompts of data.sequence_length tokens, prefill or a "
         "step of decode.",
@@ -42,22 +43,17 @@ class PlanOptions(PretrainConfig):
     json: bool = setting(False, "Print one JSON object a plan and nothing else.")
     dump_hlo: str = setting("", "A file for the text of the compiled program.")
 
+    def config(self) -> PretrainConfig:
+        """The config without the options of planning, over as many slices as those say."""
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(PretrainConfig)}
+        config = PretrainConfig(**own)
+        return replace(config, {"mesh.slice": self.slices}) if config.mesh.slice == 1 else config
+
 
 def run(arguments: Sequence[str], prog: str) -> int:
     """Print the plan of a config; status 1 if it does not fit."""
-    if not arguments or arguments[0].startswith("-"):
-        parse(PlanOptions(), [a for a in arguments if a in ("-h", "--help")], f"{prog} CONFIG")
-        raise UserError(f"name a config first: {prog} CONFIG --topology v5e-256.")
-    name, *rest = arguments
-    base, name = load(name, PretrainConfig)
-    sections = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
-    options = parse(PlanOptions(**sections), rest, f"{prog} {name}")
-    config = PretrainConfig(**{field: getattr(options, field) for field in sections})
-    if config.mesh.slice == 1:
-        config = replace(config, {"mesh.slice": options.slices})
-    validate(config)
-    if not options.topology:
-        raise UserError(f"name the TPUs to plan for, such as: {prog} {name} --topology v5e-256.")
+    (name,), options = read_command(arguments, prog, "CONFIG", PlanOptions(), load=_load, validate=_validate)
+    config = options.config()
     tokens = token_count(options.tokens) if options.tokens else _tokens_of(config)
 
     from gemma_jax.planning.compiler import prepare
@@ -90,6 +86,23 @@ def run(arguments: Sequence[str], prog: str) -> int:
     else:
         print_plan(name, config, plan, options.mode, tokens, options.price, options.explain)
     return 0 if plan.analysis else 1
+
+
+def _load(name: str) -> PlanOptions:
+    base, _ = load(name, PretrainConfig)
+    return PlanOptions(**{field.name: getattr(base, field.name) for field in dataclasses.fields(base)})
+
+
+def _validate(options: PlanOptions) -> None:
+    validate(options.config())
+    if not options.topology:
+        raise UserError("topology is empty; name the TPUs to plan for, such as --topology v5e-256.")
+    if not 0 <= options.price < math.inf:
+        raise UserError(f"price is {options.price}, but must be 0 or more for a chip and hour.")
+    for field in ("new_tokens", "sweep_data", "sweep_tensor", "sweep_rows"):
+        value = getattr(options, field)
+        if min(value if isinstance(value, tuple) else (value,)) < 1:
+            raise UserError(f"{field} is {value}, but must be at least 1.")
 
 
 def token_count(text: str) -> float:

@@ -16,8 +16,8 @@ from gemma_jax.config import (
     PretrainConfig,
     differences,
     mesh_text,
-    parse,
     profiled_steps,
+    read_command,
     replace,
     to_json,
     validate,
@@ -58,16 +58,9 @@ MAY_CHANGE = (
 
 def run(arguments: Sequence[str], prog: str) -> int:
     """Train to the end of the config's steps; status 75 if a signal asked for a stop before it."""
-    if not arguments or arguments[0].startswith("-"):
-        parse(PretrainConfig(), [a for a in arguments if a in ("-h", "--help")], f"{prog} CONFIG")
-        raise UserError(
-            f"name a config first: {prog} CONFIG, where CONFIG is a file or a name under configs/."
-        )
-    name, *rest = arguments
-    config, name = load_config(name)
-    config = parse(config, rest, f"{prog} {name}")
-    config = replace(config, {"run_dir": config.run_dir or f"runs/{name}"})
-    validate(config)
+    _, config = read_command(arguments, prog, "CONFIG", PretrainConfig(), load=_load, validate=validate)
+    if not config.run_dir:
+        raise UserError("run_dir is empty; name the directory of the run.")
 
     from gemma_jax.data.documents import check_source
     from gemma_jax.training.interruption import EndSignals
@@ -76,6 +69,11 @@ def run(arguments: Sequence[str], prog: str) -> int:
         for source in config.data.sources:
             check_source(source)
         return pretrain(config)
+
+
+def _load(name: str) -> PretrainConfig:
+    config, experiment = load_config(name)
+    return replace(config, {"run_dir": config.run_dir or f"runs/{experiment}"})
 
 
 def pretrain(config: PretrainConfig) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from gemma_jax.commands.fork import forked_after
 from gemma_jax.commands.run_directory import check_data, open_run
-from gemma_jax.config import MeshConfig, PretrainConfig, parse, replace, validate_on_devices
+from gemma_jax.config import MeshConfig, PretrainConfig, read_command, replace, validate_on_devices
 from gemma_jax.config.sections import setting
 from gemma_jax.errors import UserError
 
@@ -34,14 +34,15 @@ class ReplayOptions:
 
 def run(arguments: Sequence[str], prog: str) -> int:
     """Print the batch of a step, or a JSON object for the step and one for each row with `--json`."""
-    if len(arguments) < 2 or any(argument.startswith("-") for argument in arguments[:2]):
-        wants_help = [a for a in arguments if a in ("-h", "--help")]
-        parse(ReplayOptions(), wants_help, f"{prog} RUN STEP")
-        raise UserError(f"name a run's directory and a step of it: {prog} RUN STEP.")
-    name, number, *rest = arguments
+    # The run's own mesh, where it fits, makes the run's own numbers.
+    (name, number), options = read_command(
+        arguments,
+        prog,
+        "RUN STEP",
+        ReplayOptions(),
+        load=lambda name, step: ReplayOptions(mesh=open_run(name)[1].mesh),
+    )
     run_dir, config = open_run(name)
-    # The run's own mesh, where it fits, gives the run's own numbers.
-    options = parse(ReplayOptions(mesh=config.mesh), rest, f"{prog} {name} {number}")
     config = replace(config, {"mesh": options.mesh})
     if not number.isdecimal() or not 1 <= int(number) <= config.steps:
         raise UserError(f"{name} has no step {number}; its steps are 1 to {config.steps}.")

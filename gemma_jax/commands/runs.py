@@ -1,4 +1,4 @@
-"""`gemma runs DIR`: the runs under a directory as a table, and their curves in one picture."""
+"""`gemma runs DIRECTORY`: the runs under a directory as a table, and their curves in one picture."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from gemma_jax.commands.run_directory import CONFIG_FILE
-from gemma_jax.config import PretrainConfig, from_record, parse
+from gemma_jax.config import PretrainConfig, from_record, read_command
 from gemma_jax.config.sections import setting
 from gemma_jax.errors import UserError
 from gemma_jax.paths import user_path
@@ -26,11 +26,7 @@ class RunsOptions:
 
 def run(arguments: Sequence[str], prog: str) -> int:
     """Print a line a run: step, losses, tokens and time."""
-    if not arguments or arguments[0].startswith("-"):
-        parse(RunsOptions(), [a for a in arguments if a in ("-h", "--help")], f"{prog} DIR")
-        raise UserError(f"name a directory that holds runs: {prog} DIR.")
-    name, *rest = arguments
-    options = parse(RunsOptions(), rest, f"{prog} {name}")
+    (name,), options = read_command(arguments, prog, "DIRECTORY", RunsOptions())
     if options.plot and not options.plot.lower().endswith(".png"):
         raise UserError(f"plot is {options.plot}, but pictures are PNG; give it a name that ends in .png.")
 
@@ -71,7 +67,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
             plot_losses(curves, user_path(options.plot))
         except OSError as error:
             raise UserError(f"{options.plot} cannot be written: {error.strerror}.") from error
-        print(f"the curves of {len(curves)} runs are in {options.plot}", file=sys.stderr)
+        print(f"loss curves of {', '.join(curves) or 'no run'}: {options.plot}", file=sys.stderr)
     return 0
 
 

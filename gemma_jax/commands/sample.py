@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from gemma_jax.config import SampleConfig, SamplingConfig, parse, validate_sample
+from gemma_jax.config import SampleConfig, SamplingConfig, read_command, validate_sample
 from gemma_jax.errors import UserError
 
 
@@ -14,12 +14,9 @@ def run(arguments: Sequence[str], prog: str) -> int:
 
     An instruction-tuned model gets each prompt as a turn of the user, unless `--raw` is given.
     """
-    if not arguments or arguments[0].startswith("-"):
-        parse(SampleConfig(), [a for a in arguments if a in ("-h", "--help")], f"{prog} CHECKPOINT")
-        raise UserError(f"name a checkpoint first: {prog} CHECKPOINT --prompt TEXT.")
-    checkpoint, *rest = arguments
-    config = parse(SampleConfig(), rest, f"{prog} CHECKPOINT")
-    validate_sample(config)
+    (checkpoint,), config = read_command(
+        arguments, prog, "CHECKPOINT", SampleConfig(), validate=validate_sample
+    )
     if not config.prompt:
         raise UserError(f"there is nothing to continue; add --prompt TEXT (see `{prog} --help`).")
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gemma_jax.config import PRESETS, TransformerConfig, VerifyConfig, parse, replace, validate_verify
+from gemma_jax.config import PRESETS, TransformerConfig, VerifyConfig, read_command, replace, validate_verify
 from gemma_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -58,12 +58,7 @@ class Report:
 
 def run(arguments: Sequence[str], prog: str) -> int:
     """Print the report. The status is 0 where nothing speaks against the checkpoint, otherwise 1."""
-    if not arguments or arguments[0].startswith("-"):
-        parse(VerifyConfig(), [a for a in arguments if a in ("-h", "--help")], f"{prog} CHECKPOINT")
-        raise UserError(f"name a checkpoint first: {prog} CHECKPOINT.")
-    name, *rest = arguments
-    config = parse(VerifyConfig(), rest, f"{prog} CHECKPOINT")
-    validate_verify(config)
+    (name,), config = read_command(arguments, prog, "CHECKPOINT", VerifyConfig(), validate=validate_verify)
 
     from gemma_jax.pretrained.checkpoint import open_checkpoint
 

@@ -1,6 +1,6 @@
 """Configs: frozen dataclasses, presets, validation, JSON and the command line. Standard library only."""
 
-from gemma_jax.config.command_line import load, parse
+from gemma_jax.config.command_line import load, parse, read_command
 from gemma_jax.config.experiments import (
     ChatConfig,
     ConvertConfig,
@@ -9,7 +9,6 @@ from gemma_jax.config.experiments import (
     TrainingConfig,
     VerifyConfig,
 )
-from gemma_jax.config.parameter_groups import parameter_groups, settings_by_parameter
 from gemma_jax.config.presets import PRESETS, preset
 from gemma_jax.config.sections import (
     CheckpointConfig,
@@ -20,6 +19,7 @@ from gemma_jax.config.sections import (
     LoggingConfig,
     MeshConfig,
     OptimizerConfig,
+    ParameterGroup,
     SamplingConfig,
     StabilityConfig,
     TokenizerConfig,
@@ -63,6 +63,7 @@ __all__ = [
     "LoggingConfig",
     "MeshConfig",
     "OptimizerConfig",
+    "ParameterGroup",
     "PretrainConfig",
     "SampleConfig",
     "SamplingConfig",
@@ -77,12 +78,11 @@ __all__ = [
     "load",
     "mesh_shape",
     "mesh_text",
-    "parameter_groups",
     "parse",
     "preset",
     "profiled_steps",
+    "read_command",
     "replace",
-    "settings_by_parameter",
     "suggestion",
     "to_dict",
     "to_json",

@@ -3,22 +3,41 @@
 import argparse
 import dataclasses
 import importlib.util
+import itertools
 import os
 import re
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
-from gemma_jax.config.serialization import EXPERIMENTS, from_json, from_record, replace, suggestion, to_dict
+from gemma_jax.config.serialization import (
+    EXPERIMENTS,
+    from_dict,
+    from_json,
+    from_record,
+    replace,
+    suggestion,
+    to_dict,
+)
 from gemma_jax.errors import UserError
 
 Config = TypeVar("Config")
 
 
+# argparse drops a value `--` (cpython issue 109475), so it is passed as another word.
+_DASHES, _MARKED_DASHES = "--", "--\0"
+
+
 class _Parser(argparse.ArgumentParser):
+    given: Sequence[str] = ()  # the words that are parsed
+
     def error(self, message: str) -> NoReturn:
+        if missing := re.match(r"argument (--\S+): expected", message):
+            following = [b for a, b in itertools.pairwise(self.given) if a == missing[1]]
+            if following and following[-1] not in self._option_string_actions:
+                message += f"; a value that begins with a dash is written {missing[1]}={following[-1]}"
         raise UserError(f"{message} (see `{self.prog} --help`).")
 
 
@@ -36,7 +55,7 @@ def _add_options(parser: argparse.ArgumentParser, config: Any) -> None:
         default: Any = config
         for part in name.split("."):
             default = getattr(default, part)
-        shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+        shown = " ".join(map(_shown, default)) if isinstance(default, tuple) else str(default)
         # argparse formats help with %, so a literal one is doubled.
         meaning = f"{field.metadata['help']} (default: {shown or 'empty'})".replace("%", "%%")
         options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": meaning}
@@ -47,11 +66,80 @@ def _add_options(parser: argparse.ArgumentParser, config: Any) -> None:
             options["choices"] = arguments
         elif origin is tuple:
             # `--prompt A --prompt B` and `--data.sources A B` are both what people write.
-            kind = arguments[0]
-            options |= {"type": kind, "nargs": "+", "action": "extend", "metavar": kind.__name__.upper()}
+            options |= {"type": _reader(arguments[0]), "nargs": "+", "action": "extend"}
+            options["metavar"] = _form(arguments[0])
         else:
-            options |= {"type": field.type, "metavar": field.type.__name__.upper()}
+            options |= {"type": _reader(field.type), "metavar": _form(field.type)}
         group.add_argument(f"--{name}", **options)
+
+
+def _form(kind: Any) -> str:
+    """How a value is written, for `--help`: FLOAT; or of a small dataclass 'PATTERN weight_decay=FLOAT'."""
+    if not dataclasses.is_dataclass(kind):
+        return str(_scalar(kind).__name__).upper()
+    first, *rest = dataclasses.fields(kind)
+    return " ".join([f"'{first.name.upper()}", *(f"{f.name}={_form(f.type)}" for f in rest)]) + "'"
+
+
+def _scalar(annotation: Any) -> Any:
+    """The type that makes a value from text: of `X | None` that is X, of a choice a string."""
+    if typing.get_origin(annotation) is Literal:
+        return str
+    return (typing.get_args(annotation) or (annotation,))[0]
+
+
+def _shown(value: Any) -> str:
+    """An element of a tuple as it is written on a command line."""
+    if not dataclasses.is_dataclass(value):
+        return str(value)
+    first, *rest = (getattr(value, field.name) for field in dataclasses.fields(value))
+    names = [field.name for field in dataclasses.fields(value)][1:]
+    words = [f"{name}={x}" for name, x in zip(names, rest, strict=True) if x is not None]
+    return repr(" ".join([str(first), *words]))
+
+
+def _reader(kind: Any) -> Callable[[str], Any]:
+    """What makes a value of `kind` from the text of an option."""
+
+    def read(text: str) -> Any:
+        text = _DASHES if text == _MARKED_DASHES else text
+        return _element(kind, text) if dataclasses.is_dataclass(kind) else kind(text)
+
+    read.__name__ = kind.__name__  # argparse's messages name it
+    return read
+
+
+def _element(kind: Any, text: str) -> Any:
+    """A small dataclass from its first field and `name=value` words behind it: 'embedding weight_decay=0'.
+
+    The first field may hold spaces and equals signs: only words at the end are taken, and only known names.
+
+    Raises:
+      argparse.ArgumentTypeError: a name that is unknown or given twice, or a value of another type.
+    """
+    first, *rest = dataclasses.fields(kind)
+    types = {field.name: field.type for field in rest}
+    values: dict[str, Any] = {}
+    text = text.strip()
+    while word := re.search(r"(?:^|\s)(\w+)=(\S*)$", text):
+        name, value = word.groups()
+        if name not in types and not word.start():
+            break
+        hint = suggestion(name, types) or f"; the names are {', '.join(types)}"
+        if name not in types:
+            raise argparse.ArgumentTypeError(f"{text!r} sets {name!r}{hint}")
+        if name in values:
+            raise argparse.ArgumentTypeError(f"{name} is given twice")
+        try:
+            values[name] = _scalar(types[name])(value)
+        except ValueError as error:
+            wanted = _scalar(types[name]).__name__
+            raise argparse.ArgumentTypeError(f"invalid {wanted} value of {name}: {value!r}") from error
+        text = text[: word.start()].rstrip()
+    try:
+        return from_dict(kind, {first.name: text, **values}, kind.__name__)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error).rstrip(".")) from error
 
 
 def parse(config: Config, arguments: Sequence[str], prog: str) -> Config:
@@ -76,7 +164,9 @@ def parse(config: Config, arguments: Sequence[str], prog: str) -> Config:
     spelled = []
     for argument in arguments:
         name, equals, value = argument.partition("=")
+        value = _MARKED_DASHES if value == _DASHES else value
         spelled.append(spellings.get(_underscored(name), name) + equals + value)
+    parser.given = spelled
     values, unknown = parser.parse_known_args(spelled)
     if unknown:
         word = unknown[0].split("=")[0]
@@ -84,9 +174,49 @@ def parse(config: Config, arguments: Sequence[str], prog: str) -> Config:
         # The commonest slips: a field without its section (--learning_rate), or cut short (--temp).
         likely = [o for o in options if bare and (o.endswith(f".{bare}") or o.startswith(f"--{bare}"))]
         hint = f"; did you mean {likely[0]}?" if likely else suggestion(word, options)
+        if not hint and re.match(r"-[^-]", word):
+            hint = f"; a value that begins with a dash is written --OPTION={word}"
         raise UserError(f"unknown option {word}{hint} (see `{prog} --help`).")
     changes = {name: tuple(v) if isinstance(v, list) else v for name, v in vars(values).items()}
     return replace(config, changes)
+
+
+def read_command(
+    arguments: Sequence[str],
+    prog: str,
+    words: str,
+    default: Config,
+    *,
+    load: Callable[..., Config] | None = None,
+    validate: Callable[[Config], None] = lambda config: None,
+) -> tuple[list[str], Config]:
+    """What stands in front of every command: the words that it needs first, then the options of its config.
+
+    `--help` prints every option and exits, also without the words.
+
+    Args:
+      arguments: of the command.
+      prog: what it is called in messages.
+      words: what it needs first, by names that say what they are: "CHECKPOINT", "SOURCE DESTINATION".
+      default: the config whose fields are the options.
+      load: makes another default from the words, such as the config that they name.
+      validate: raises UserError for values that contradict each other.
+
+    Returns:
+      The words, and the config with the fields that the options override.
+
+    Raises:
+      UserError: words are missing, or as `parse`, `load` and `validate` do.
+    """
+    wanted = words.split()
+    given = list(itertools.takewhile(lambda word: not word.startswith("-"), arguments[: len(wanted)]))
+    if len(given) < len(wanted):
+        parse(default, [a for a in arguments if a in ("-h", "--help")], f"{prog} {words}")
+        things = " and ".join(f"a {word.lower().replace('_or_', ' or a ')}" for word in wanted)
+        raise UserError(f"name {things} first: {prog} {words} [--FIELD VALUE ...] (see `{prog} --help`).")
+    config = parse(load(*given) if load else default, arguments[len(wanted) :], " ".join([prog, *given]))
+    validate(config)
+    return given, config
 
 
 def _underscored(name: str) -> str:

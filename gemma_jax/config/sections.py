@@ -1,7 +1,8 @@
 """The sections that experiments are built of: what can be set, its type, default and meaning.
 
-Every field is a plain number, string, choice or tuple of those, so that a config can be written on
-a command line and stored as JSON. Standard library only: reading a config must not need jax.
+Every field is a number, a string, a choice or a tuple of those, or a tuple of small dataclasses of such
+fields, so that a config can be written on a command line and stored as JSON. Standard library only: reading
+a config must not need jax.
 """
 
 import dataclasses
@@ -73,6 +74,15 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ParameterGroup:
+    """Settings of their own for the parameters whose dotted name matches a pattern."""
+
+    pattern: str = setting("", "Of names that `gemma inspect` prints, with *, ? and [...].")
+    learning_rate_factor: float | None = setting(None, "Multiplies the learning rate; 0 freezes.")
+    weight_decay: float | None = setting(None, "In the place of optimizer.weight_decay.")
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """How gradients become updates."""
 
@@ -93,11 +103,11 @@ class OptimizerConfig:
     )
     epsilon: float = setting(1e-8, "Added to the root of the second moment.")
     weight_decay: float = setting(0.1, "Decoupled decay of weight matrices; norm scales do not decay.")
-    groups: tuple[str, ...] = setting(
+    groups: tuple[ParameterGroup, ...] = setting(
         (),
-        "Parameters that are trained otherwise, as in 'embedding learning_rate_factor=0.1 weight_decay=0': a "
-        "pattern of names that `gemma inspect` prints, then a factor of the learning rate (0 freezes), a "
-        "decay of their own, or both.",
+        "Parameters with a factor of the learning rate (0 freezes) or a decay of their own, by a pattern of "
+        "the names that `gemma inspect` prints, as in 'embedding learning_rate_factor=0.1 weight_decay=0'; "
+        "where several groups set the same, the last one counts.",
     )
     clip_norm: float = setting(1.0, "Largest global gradient norm; 0 turns clipping off.")
     z_loss: float = setting(0.0, "Weight of the squared log-partition penalty (PaLM, 2022: 1e-4).")

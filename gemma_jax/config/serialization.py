@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import json
 import reprlib
+import types
 import typing
 from typing import Any, Literal, TypeVar
 
@@ -47,10 +48,18 @@ def from_json(text: str, origin: str) -> Any:
       UserError: broken JSON, an unknown experiment or key, a value of another type.
     """
     try:
-        data = json.loads(text)
+        data = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{origin} is not valid JSON ({error}); give the config.json of a run.") from error
     return from_record(data, origin)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; json.loads would keep the last of several values of a key."""
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        raise ValueError("an object has the same key twice")
+    return data
 
 
 def from_record(data: Any, origin: str) -> Any:
@@ -70,39 +79,40 @@ def from_dict(cls: type[Config], data: Any, origin: str, prefix: str = "") -> Co
     Raises:
       UserError: an unknown key or a value of another type.
     """
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]  # cls is a dataclass
     if not isinstance(data, dict):
         raise UserError(
-            f"{origin}: {prefix.rstrip('.') or 'the config'} must be an object, not {_shown.repr(data)}."
+            f"{origin}: {prefix.rstrip('.') or 'the config'} must be an object with {', '.join(fields)}, not "
+            f"{_shown.repr(data)}."
         )
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]  # cls is a dataclass
     values: dict[str, Any] = {}
     for key, value in data.items():
         if key not in fields:
             raise UserError(
                 f"{origin}: unknown key {_shown.repr(f'{prefix}{key}')}{suggestion(str(key), fields) or '.'}"
             )
-        annotation = fields[key].type
-        if dataclasses.is_dataclass(annotation):
-            values[key] = from_dict(typing.cast(type, annotation), value, origin, f"{prefix}{key}.")
-        else:
-            values[key] = _checked(annotation, value, f"{origin}: {prefix}{key}")
+        values[key] = _checked(fields[key].type, value, origin, f"{prefix}{key}")
     return cls(**values)
 
 
-def _checked(annotation: Any, value: Any, name: str) -> Any:
-    """`value` as `annotation` wants it: int, float, str, bool, Literal or tuple[X, ...]."""
-    origin = typing.get_origin(annotation)
-    if origin is Literal:
-        choices = typing.get_args(annotation)
-        if value not in choices:
+def _checked(annotation: Any, value: Any, origin: str, field: str) -> Any:
+    """`value` as `annotation` wants it: int, float, str, bool, Literal, X | None, tuple, dataclass."""
+    name = f"{origin}: {field}"
+    kind, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if dataclasses.is_dataclass(annotation):
+        return from_dict(typing.cast(type, annotation), value, origin, f"{field}.")
+    if kind is types.UnionType:
+        return None if value is None else _checked(arguments[0], value, origin, field)
+    if kind is Literal:
+        if value not in arguments:
             raise UserError(
-                f"{name} must be one of {', '.join(map(str, choices))}, not {_shown.repr(value)}."
+                f"{name} must be one of {', '.join(map(str, arguments))}, not {_shown.repr(value)}."
             )
         return value
-    if origin is tuple:
+    if kind is tuple:
         if not isinstance(value, list | tuple):
             raise UserError(f"{name} must be a list, not {_shown.repr(value)}.")
-        return tuple(_checked(typing.get_args(annotation)[0], item, name) for item in value)
+        return tuple(_checked(arguments[0], item, origin, f"{field}[{i}]") for i, item in enumerate(value))
     if annotation is float and isinstance(value, int) and not isinstance(value, bool):
         try:
             return float(value)

@@ -12,11 +12,11 @@ from gemma_jax.config.experiments import (
     TrainingConfig,
     VerifyConfig,
 )
-from gemma_jax.config.parameter_groups import parameter_groups
 from gemma_jax.config.sections import (
     ComputeConfig,
     HostsConfig,
     MeshConfig,
+    ParameterGroup,
     SamplingConfig,
     TransformerConfig,
 )
@@ -109,13 +109,18 @@ def validate(config: TrainingConfig) -> None:
         | {"rollback_margin": 0, "skip_batches": 0, "max_rollbacks": 0},
     )
     _validate_hosts(config.hosts)
-    profiled_steps(config.profile)
+    profiled = profiled_steps(config.profile)
+    _require(
+        not profiled or profiled[-1] <= config.steps,
+        f"profile is {config.profile}, but the run has {config.steps} steps.",
+    )
     if isinstance(config, PretrainConfig):
         _require_at_least(config.tokenizer, "tokenizer.", {"train_megabytes": 0.001})
     for name in ("b1", "b2"):
         value = getattr(optimizer, name)
         _require(value < 1, f"optimizer.{name} is {value}, but must be below 1.")
-    parameter_groups(optimizer.groups)
+    for group in optimizer.groups:
+        _validate_group(group)
     for section, name, value in [
         ("data", "held_out", data.held_out),
         ("optimizer", "final_fraction", optimizer.final_fraction),
@@ -145,6 +150,7 @@ def validate(config: TrainingConfig) -> None:
         f"data.batch_size is {data.batch_size} rows of {data.sequence_length} tokens, but a batch has at "
         f"most {MOST_ROWS} rows and fewer than {TOO_LARGE} tokens.",
     )
+    _require(bool(data.text_field), "data.text_field is empty; name the field that holds the text.")
     _require(len(data.sources) > 0, "data.sources is empty; name a corpus, such as python-stdlib.")
     _require(
         len(data.weights) in (0, len(data.sources)),
@@ -158,6 +164,21 @@ def validate(config: TrainingConfig) -> None:
     validate_mesh(config.mesh)
     if config.mesh.cpu_devices:
         validate_on_devices(config, config.mesh.cpu_devices)
+
+
+def _validate_group(group: ParameterGroup) -> None:
+    settings = {"learning_rate_factor": group.learning_rate_factor, "weight_decay": group.weight_decay}
+    given = {name: value for name, value in settings.items() if value is not None}
+    _require(
+        bool(group.pattern and given),
+        f"optimizer.groups has {group.pattern!r} with {given or 'no settings'}, but a group is a pattern of "
+        f"parameter names and {' or '.join(settings)}.",
+    )
+    for name, value in given.items():
+        _require(
+            0 <= value < math.inf,
+            f"optimizer.groups: {name} of {group.pattern!r} is {value}, but must be at least 0 and finite.",
+        )
 
 
 def validate_sampling(config: SamplingConfig) -> None:

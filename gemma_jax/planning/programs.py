@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,6 @@ from jax.sharding import Mesh, NamedSharding
 
 from gemma_jax.config import TrainingConfig
 from gemma_jax.data.packing import Batch
-from gemma_jax.errors import UserError
 from gemma_jax.model import ModelSpec
 from gemma_jax.model.cache import KEYS_AXES
 from gemma_jax.planning.traffic import Parameter, parameters
@@ -20,8 +19,7 @@ from gemma_jax.training.hardware import training_flops_a_token
 from gemma_jax.training.state import abstract_train_state
 from gemma_jax.training.step import make_train_step
 
-Mode = Literal["pretrain", "prefill", "decode", "finetune"]
-MODES = get_args(Mode)
+Mode = Literal["pretrain", "prefill", "decode"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,14 +44,10 @@ def lower(mode: Mode, config: TrainingConfig, mesh: Mesh, new_tokens: int) -> Pr
       new_tokens: that the cache has room for behind the prompts.
 
     Raises:
-      UserError: the mesh does not divide a parameter, or the mode has no program yet.
+      UserError: the mesh does not divide a parameter.
     """
     if mode == "pretrain":
         return _pretrain(config, mesh)
-    if mode == "finetune":
-        raise UserError(
-            "gemma_jax has no fine-tuning step yet, so there is nothing to plan; use --mode pretrain."
-        )
     return _sampling(mode, config, mesh, new_tokens)
 
 

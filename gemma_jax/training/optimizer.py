@@ -1,5 +1,6 @@
 """Update rules and learning-rate schedules, from optax, as the config names them."""
 
+import fnmatch
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +8,8 @@ import jax
 import optax
 from flax import nnx
 
-from gemma_jax.config import OptimizerConfig, parameter_groups, settings_by_parameter
+from gemma_jax.config import OptimizerConfig
+from gemma_jax.errors import UserError
 from gemma_jax.sharding import logical_axes, named_arrays, with_arrays
 
 
@@ -58,11 +60,21 @@ def settings_of(params: nnx.State, config: OptimizerConfig) -> dict[str, dict[st
     Raises:
       UserError: a group that no parameter belongs to.
     """
-    defaults = {
+    settings: dict[str, dict[str, float]] = {
         name: {"learning_rate_factor": 1.0, "weight_decay": config.weight_decay * decay}
         for name, decay in named_arrays(decays(params)).items()
     }
-    return settings_by_parameter(parameter_groups(config.groups), defaults)
+    for group in config.groups:
+        matched = fnmatch.filter(settings, group.pattern)
+        if not matched:
+            raise UserError(
+                f"optimizer.groups: no parameter is called {group.pattern!r}; "
+                f"the names are {', '.join(sorted(settings))}."
+            )
+        own = {"learning_rate_factor": group.learning_rate_factor, "weight_decay": group.weight_decay}
+        for name in matched:
+            settings[name] |= {key: value for key, value in own.items() if value is not None}
+    return settings
 
 
 def _by_parameter(

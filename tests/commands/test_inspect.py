@@ -99,8 +99,8 @@ def save(run: Path, config: PretrainConfig | SampleConfig) -> None:
 
 
 BAD = {
-    "nothing": ([], "name a config, a preset or a checkpoint"),
-    "only options": (["--mesh.fsdp", "2"], "name a config, a preset or a checkpoint"),
+    "nothing": ([], "name a config or a checkpoint first"),
+    "only options": (["--mesh.fsdp", "2"], "name a config or a checkpoint first"),
     "unknown config": (["dmeo"], "did you mean demo?"),
     "unknown preset": (["random:gemma2b"], "did you mean gemma_2b?"),
     "missing": (["{tmp}/nothing"], "no config '{tmp}/nothing'"),

@@ -144,7 +144,10 @@ def test_numbers_that_are_none(text: str) -> None:
 
 
 @pytest.mark.parametrize(("arguments", "told"), [
-    (("--mode", "finetune"), "no fine-tuning step yet"),
+    (("--price", "-1"), "price is -1.0"),
+    (("--price", "nan"), "price is nan"),
+    (("--new_tokens", "0"), "new_tokens is 0"),
+    (("--sweep", "--sweep_rows", "0"), "sweep_rows is (0,)"),
     (("--sweep", "--sweep_remat", "ful"), "sweep_remat has 'ful'"),
     (("--data.batch_size", "5"), "data.batch_size is 5"),
     (("--sweep", "--sweep_tensor", "3"), "no combination of the sweep"),

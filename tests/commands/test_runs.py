@@ -65,12 +65,12 @@ def test_the_picture(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     picture = tmp_path / "curves.png"
     assert main(["runs", str(folder), "--plot", str(picture)]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert f"the curves of 2 runs are in {picture}" in capsys.readouterr().err
+    assert f"first, sweep/deep/second: {picture}" in capsys.readouterr().err
 
 
 def test_mistakes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, told in [
-        ([], "runs DIR"),
+        ([], "name a directory first"),
         ([tmp_path / "nowhere"], "no directory"),
         ([folder / "published"], "no runs under"),
         ([folder, "--plot", "curves.pdf"], "ends in .png"),

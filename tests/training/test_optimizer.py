@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_step import CONFIG, FLOAT64, B, L, packed_batch, three_steps
 
-from gemma_jax.config import PretrainConfig, replace
+from gemma_jax.config import ParameterGroup, PretrainConfig, replace
 from gemma_jax.errors import UserError
 from gemma_jax.sharding import named_arrays, put_batch
 from gemma_jax.testing import assert_same_on_meshes, cpu_mesh
@@ -30,14 +30,14 @@ def moves(config: PretrainConfig, gradient: bool = True) -> dict[str, np.ndarray
     return {name: np.asarray(value) - before[name] for name, value in named_arrays(after.params).items()}
 
 
-def grouped(*groups: str, **changes: Any) -> PretrainConfig:
+def grouped(*groups: ParameterGroup, **changes: Any) -> PretrainConfig:
     return replace(FIRST, {"optimizer.groups": groups, **changes})
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
 def test_what_is_frozen_keeps_every_bit_and_the_rest_moves_as_before(name: str) -> None:
     changes = {"optimizer.name": name}
-    groups = ("embedding learning_rate_factor=0", "*.feed_forward.* learning_rate_factor=0")
+    groups = (ParameterGroup("embedding", 0.0), ParameterGroup("*.feed_forward.*", 0.0))
     frozen = moves(grouped(*groups, **changes))
     free = moves(replace(FIRST, changes))
     for parameter, move in frozen.items():
@@ -52,7 +52,7 @@ def test_a_factor_scales_the_move_and_the_decay_in_it(name: str) -> None:
     changes = {"optimizer.name": name, **FLOAT64}
     with jax.enable_x64(True):
         free, slowed = (
-            moves(grouped(*groups, **changes)) for groups in ((), ("blocks.* learning_rate_factor=0.25",))
+            moves(grouped(*groups, **changes)) for groups in ((), (ParameterGroup("blocks.*", 0.25),))
         )
     for parameter, move in slowed.items():
         factor = 0.25 if parameter.startswith("blocks.") else 1.0
@@ -62,9 +62,9 @@ def test_a_factor_scales_the_move_and_the_decay_in_it(name: str) -> None:
 def test_a_group_has_a_decay_of_its_own() -> None:
     """Without a gradient only decay moves; the later group has the last word, setting by setting."""
     config = grouped(
-        "*attention* weight_decay=0.5 learning_rate_factor=0.5",
-        "blocks.attention.q weight_decay=0",
-        "embedding weight_decay=0",
+        ParameterGroup("*attention*", 0.5, 0.5),
+        ParameterGroup("blocks.attention.q", weight_decay=0.0),
+        ParameterGroup("embedding", weight_decay=0.0),
         **{"optimizer.weight_decay": 0.25, "optimizer.learning_rate": 0.5},
     )
     mesh = cpu_mesh(1)
@@ -83,7 +83,7 @@ def test_a_group_has_a_decay_of_its_own() -> None:
 
 
 def test_groups_are_the_same_on_meshes() -> None:
-    groups = ("embedding learning_rate_factor=0.1 weight_decay=0", "*norm learning_rate_factor=0")
+    groups = (ParameterGroup("embedding", 0.1, weight_decay=0.0), ParameterGroup("*norm", 0.0))
     config = replace(CONFIG, {"optimizer.groups": groups, **FLOAT64})
     with jax.enable_x64(True):
         assert_same_on_meshes(
@@ -92,6 +92,6 @@ def test_groups_are_the_same_on_meshes() -> None:
 
 
 def test_a_pattern_that_matches_nothing_is_told_with_the_names_there_are() -> None:
-    config = grouped("embedding weight_decay=0", "embeding learning_rate_factor=0.1")
+    config = grouped(ParameterGroup("embedding", weight_decay=0.0), ParameterGroup("embeding", 0.1))
     with pytest.raises(UserError, match="is called 'embeding'.*blocks.attention.q, .*final_norm"):
         abstract_train_state(config, cpu_mesh(1))
