@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from gemma_jax.model.ops import Integers
 from gemma_jax.model.transformer import Transformer
 from gemma_jax.sharding import partition_spec
-from gemma_jax.weights import Weight, matmul
+from gemma_jax.weights import Weight, fsdp, matmul
 from gemma_jax.weights.structure import Structure
 
 # Of logits, in nats. exp overflows float32 at 88 and gives 0 at -88, which is nothing beside the largest
@@ -64,7 +64,13 @@ class Table(NamedTuple):
         """[v, D] gathered and dense from some rows [v, ...] of `parts`."""
         if self.structure.differentiable:  # what travels has the dtype of the activations
             parts = [part.astype(dtype) for part in parts]
-        return self.structure.weight(self.structure.gather(parts, self.specs)).dense(dtype)
+        with jax.named_scope(self.structure.parameter.name):
+            return self.structure.weight(self.structure.gather(parts, self.specs)).dense(dtype)
+
+    def scattered(self, gradient: jax.Array, dimension: int) -> jax.Array:
+        """This device's part along `dimension` of a gradient's sum over the devices of a batch."""
+        with jax.named_scope(self.structure.parameter.name):
+            return fsdp.scatter_sum(gradient, dimension, fsdp.stages(self.structure.mesh))
 
     def blocks(self, most: int) -> tuple[list[jax.Array], jax.Array]:
         """`parts` in blocks [blocks, v, ...] of at most `most` rows, and the first row of each block."""

@@ -1,7 +1,6 @@
 """Which parameter a collective is for, and the least that fully sharded data parallelism must send."""
 
 import dataclasses
-import linecache
 import math
 import re
 from collections.abc import Sequence
@@ -15,6 +14,9 @@ from jax.sharding import Mesh
 from gemma_jax.planning.collectives import Collective
 from gemma_jax.planning.hlo import ITEM_BYTES
 from gemma_jax.sharding import RULES, logical_axes, parameter_name
+
+# How parameters and their gradients travel; activations change places by all-to-all.
+PARAMETER_KINDS = ("all-gather", "reduce-scatter", "all-reduce")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +74,7 @@ def fsdp_minimum(
 
 def fsdp_traffic(collectives: Sequence[Collective]) -> float:
     """Bytes that one device receives over the fsdp axis in all-gathers and sums."""
-    kinds = ("all-gather", "reduce-scatter", "all-reduce")
-    return sum(c.bytes for c in collectives if c.axis == "fsdp" and c.kind in kinds)
+    return sum(c.bytes for c in collectives if c.axis == "fsdp" and c.kind in PARAMETER_KINDS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,20 +88,22 @@ class Origin:
 
 
 def origin(collective: Collective, params: Sequence[Parameter]) -> Origin:
-    """What a collective is for, told by the shapes that it has and jax's name for the operation."""
+    """What a collective is for, by jax's name for the operation and by the shapes of its arrays.
+
+    The operations that read a weight are in a `jax.named_scope` with the name of its parameter.
+    """
     shapes = [_shape(array) for array in collective.arrays]
-    places = _own(collective.source)[:3]
-    matches = [p for p in params if any(_same(shape, p) for shape in shapes)]
-    # (Of a gather under a product the place told is that of the product.)
-    staged = re.search(r"/weights/(fsdp|matmul)\.py:", collective.source)
-    if not matches and staged and collective.axis == "fsdp":
-        matches = [p for p in params if any(_stage_of(shape, p) for shape in shapes)]
-    # Of several parameters of one shape, those that the code there names, then those whose axes lie so.
-    for fits in (
-        lambda p: p.name.split(".")[-1] in _named_at(places),
-        lambda p: any(tuple(n for n in shape if n > 1) == p.shape for shape in shapes),
-    ):
-        matches = [p for p in matches if fits(p)] or matches
+    scopes = re.split(r"[/()]", collective.op_name)
+    scoped = [p for p in params if any(f"{p.name}.".startswith(f"{scope}.") for scope in scopes if scope)]
+    in_parts = bool(scoped) and collective.axis == "fsdp" and collective.kind in PARAMETER_KINDS
+    matches = [
+        p
+        for p in scoped or params
+        if any(_same(shape, p) or (in_parts and _stage_of(shape, p)) for shape in shapes)
+    ]
+    # Of several parameters of one shape, those whose axes are in this order.
+    in_order = [p for p in matches if any(tuple(n for n in shape if n > 1) == p.shape for shape in shapes)]
+    matches = in_order or matches
     split = {
         axis
         for axis, mesh_axes in RULES.items()
@@ -111,7 +114,7 @@ def origin(collective: Collective, params: Sequence[Parameter]) -> Origin:
         tuple(p.name for p in matches),
         tuple(sorted(split)),
         work_of(collective.op_name),
-        " < ".join(places),
+        places_of(collective.source),
     )
 
 
@@ -125,8 +128,10 @@ def work_of(op_name: str) -> str:
 
 
 def places_of(source: str) -> str:
-    """The places of a source in this package, innermost first, three at most."""
-    return " < ".join(_own(source)[:3])
+    """The places of a source in this package, innermost first, at most three, without those of weights/."""
+    package = str(PurePath(__file__).parents[1]) + "/"
+    places = [place.removeprefix(package) for place in source.split(" < ") if place.startswith(package)]
+    return " < ".join(([p for p in places if not p.startswith("weights/")] or places)[:3])
 
 
 def _shape(array: str) -> tuple[int, ...]:
@@ -150,20 +155,4 @@ def _same(shape: tuple[int, ...], parameter: Parameter) -> bool:
 def _stage_of(shape: tuple[int, ...], parameter: Parameter) -> bool:
     """Whether an array can be a part of a parameter on its way along one dimension of the torus."""
     parts, rest = divmod(math.prod(parameter.shape), math.prod(shape))
-    return rest == 0 and parts in (2**n for n in range(1, 9))
-
-
-def _named_at(places: Sequence[str]) -> set[str]:
-    """Parameters that are read on these lines of the package: `self.gate[...]` or `self.gate.matmul(`."""
-    package = PurePath(__file__).parents[1]
-    lines = [
-        linecache.getline(str(package / file), int(line)) for file, line in (p.split(":") for p in places)
-    ]
-    return {name for line in lines for name in re.findall(r"\.(\w+)(?:\[\.\.\.\]|\.matmul\()", line)}
-
-
-def _own(source: str) -> list[str]:
-    """Places in this package, without what all layers call."""
-    package = str(PurePath(__file__).parents[1]) + "/"
-    places = [place.removeprefix(package) for place in source.split(" < ") if place.startswith(package)]
-    return [place for place in places if not place.startswith("weights/")] or places
+    return rest == 0 and parts in (2**n for n in range(9))

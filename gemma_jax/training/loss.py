@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 from gemma_jax.model.ops import Integers
 from gemma_jax.model.scoring import Logits, Table, log_partition_and_targets, partition_and_targets
 from gemma_jax.sharding import RULES, partition_spec
-from gemma_jax.weights import Weight, fsdp, matmul
+from gemma_jax.weights import Weight, matmul
 from gemma_jax.weights.matmul import precision
 from gemma_jax.weights.structure import Structure
 
@@ -115,7 +115,7 @@ def _log_partition(largest: jax.Array, summed: jax.Array) -> jax.Array:
 
 def _d_columns(d_logits: jax.Array, h: jax.Array, table: Table) -> jax.Array:
     """[D / fsdp, v]: this device's part of the sum over devices of the gradient of rows of the embedding."""
-    return fsdp.scatter_sum(_d_table(d_logits, h).T.astype(h.dtype), 0, fsdp.stages(table.structure.mesh))
+    return table.scattered(_d_table(d_logits, h).T.astype(h.dtype), 0)
 
 
 def _d_table(d_logits: jax.Array, h: jax.Array) -> jax.Array:
@@ -164,7 +164,7 @@ def _by_positions(
     d_table = jnp.zeros(whole.shape, wide) if trained else None
     (total, reported, d_table), d_h = lax.scan(body, (zero, zero, d_table), blocks)
     if d_table is not None:
-        d_table = fsdp.scatter_sum(d_table.astype(dtype), 1, fsdp.stages(table.structure.mesh))
+        d_table = table.scattered(d_table.astype(dtype), 1)
     return (total, reported), (_whole(d_h[:, None], len(positions.h))[0], d_table)
 
 

@@ -1,13 +1,14 @@
 """Which parameter a collective is for, and the least that must be sent: on the real parameters of 2B."""
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 
-from gemma_jax.config import PRESETS, ComputeConfig
-from gemma_jax.model import ModelSpec, layers
-from gemma_jax.planning.collectives import Collective
+from gemma_jax.config import PRESETS, ComputeConfig, DataConfig, MeshConfig, PretrainConfig
+from gemma_jax.model import ModelSpec
+from gemma_jax.planning.collectives import Collective, collectives
+from gemma_jax.planning.hlo import parse
+from gemma_jax.planning.programs import lower
 from gemma_jax.planning.traffic import Parameter, fsdp_minimum, fsdp_traffic, origin, parameters
 from gemma_jax.testing import cpu_mesh
 
@@ -64,26 +65,41 @@ def test_logical_axis_work_and_place() -> None:
         assert origin(collective("f32[]", name), []).work == work
 
 
-def test_the_source_line_names_the_parameter() -> None:
-    lines = Path(layers.__file__).read_text(encoding="utf-8").splitlines()
-    line = next(number for number, text in enumerate(lines, 1) if "self.q.matmul(" in text)
-    product = layers.__file__.replace("model/layers.py", "weights/matmul.py")
-    why = origin(collective("bf16[2048,2048]", source=f"{product}:3 < {layers.__file__}:{line}"), of_2b())
-    assert why.parameters == ("blocks.attention.q",)
-    assert why.source == f"model/layers.py:{line}"
+@pytest.mark.parametrize(("array", "changes", "names"), [
+    ("bf16[2048,2048]", {}, ["blocks.attention.q"]),  # and not o, which has that shape too
+    ("bf16[128,16384]", {"op_name": "jit(f)/transpose(jvp(blocks.feed_forward.up))/psum_scatter"},
+     ["blocks.feed_forward.up"]),  # a part on its way along one dimension of the torus
+    ("bf16[128,16384]", {"op_name": "jit(f)/jvp()/all_gather"}, []),
+    ("bf16[128,16384]", {"op_name": "jit(f)/blocks.feed_forward.up/mul", "axis": "tensor"}, []),
+    ("bf16[8,2048,1024]", {"op_name": "jit(f)/embedding/all_to_all", "kind": "all-to-all"}, []),
+    ("s32[8,1024]", {"op_name": "jit(f)/embedding/all_gather"}, []),
+])  # fmt: skip
+def test_the_scope_of_an_operation_names_the_parameter(
+    array: str, changes: dict[str, str], names: list[str]
+) -> None:
+    within = collective(array, op_name="jit(f)/jvp()/while/body/blocks.attention.q/all_gather")
+    assert list(origin(dataclasses.replace(within, **changes), of_2b()).parameters) == names
 
 
-def test_parts_on_their_way_through_the_torus_belong_to_a_parameter_too() -> None:
-    """Where the collective is one of fsdp.gather; elsewhere the same shape is one of activations."""
-    lines = Path(layers.__file__).read_text(encoding="utf-8").splitlines()
-    line = next(number for number, text in enumerate(lines, 1) if "self.down.matmul(" in text)
-    fsdp = layers.__file__.replace("model/layers.py", "weights/fsdp.py")
-    part = "bf16[128,16384]"
-    why = origin(collective(part, source=f"{fsdp}:40 < {layers.__file__}:{line}"), of_2b())
-    assert why.parameters == ("blocks.feed_forward.down",)
-    look_up = layers.__file__.replace("model/layers.py", "weights/weight.py")
-    for place in (f"{layers.__file__}:{line}", f"{look_up}:38"):
-        assert origin(collective(part, source=place), of_2b()).parameters == ()
+def test_every_parameter_is_found_in_a_program() -> None:
+    """By the names that a lowered train step gives its operations, whatever its source lines look like."""
+    mesh = cpu_mesh(8)
+    config = PretrainConfig(
+        model=PRESETS["gemma_tiny"],
+        data=DataConfig(batch_size=8, sequence_length=32),
+        mesh=MeshConfig(fsdp=8),
+    )
+    program = lower("pretrain", config, mesh, 0)
+    found: dict[str, set[str]] = {}
+    text = program.lowered.compile().as_text()
+    assert text is not None
+    for found_there in collectives(parse(text), dict(mesh.shape)):
+        why = origin(found_there, program.parameters)
+        for name in why.parameters if len(why.parameters) == 1 else ():
+            found.setdefault(name, set()).add(why.work)
+    matrices = [p.name for p in program.parameters if not p.name.endswith("norm")]
+    assert found.keys() >= set(matrices)
+    assert all("backward" in found[name] for name in matrices if name != "embedding")
 
 
 def test_traffic_over_fsdp_alone_is_compared() -> None:
