@@ -1,4 +1,4 @@
-"""Gemma in JAX: pretrain, fine-tune, sample, evaluate and serve.
+"""Gemma in JAX: pretrain, plan, convert and sample.
 
 `from gemma_jax import Gemma` is the way in; nothing heavy is imported before that.
 """

@@ -2,14 +2,21 @@
 
 import dataclasses
 import json
-import math
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from gemma_jax.config import PretrainConfig, TrainingConfig, load, read_command, replace, validate
+from gemma_jax.config import (
+    PretrainConfig,
+    TrainingConfig,
+    load,
+    read_command,
+    replace,
+    validate,
+    validate_bounds,
+)
 from gemma_jax.config.sections import setting
 from gemma_jax.errors import UserError
 
@@ -31,15 +38,15 @@ class PlanOptions(PretrainConfig):
         "The step of training; or, for data.batch_size prompts of data.sequence_length tokens, prefill or a "
         "step of decode.",
     )
-    new_tokens: int = setting(128, "prefill and decode: room in the cache behind the prompts.")
+    new_tokens: int = setting(128, "prefill and decode: room in the cache behind the prompts.", 1)
     tokens: str = setting("", "Tokens of the whole run, such as 20B or 6T; empty means those of the config.")
-    price: float = setting(0.0, "Of a chip and hour, for the cost of the run; 0 leaves it out.")
+    price: float = setting(0.0, "Of a chip and hour, for the cost of the run; 0 leaves it out.", 0)
     explain: bool = setting(False, "Show which code and which parameter each collective is for.")
     sweep: bool = setting(False, "Try meshes, rematerialisation and rows a device, and rank what fits.")
-    sweep_data: tuple[int, ...] = setting((1,), "Sizes of mesh.data to try.")
-    sweep_tensor: tuple[int, ...] = setting((1, 2, 4), "Sizes of mesh.tensor to try.")
+    sweep_data: tuple[int, ...] = setting((1,), "Sizes of mesh.data to try.", 1)
+    sweep_tensor: tuple[int, ...] = setting((1, 2, 4), "Sizes of mesh.tensor to try.", 1)
     sweep_remat: tuple[str, ...] = setting((), "Values of compute.remat to try; empty means all.")
-    sweep_rows: tuple[int, ...] = setting((1, 2, 4), "Rows a device to try.")
+    sweep_rows: tuple[int, ...] = setting((1, 2, 4), "Rows a device to try.", 1)
     json: bool = setting(False, "Print one JSON object a plan and nothing else.")
     dump_hlo: str = setting("", "A file for the text of the compiled program.")
 
@@ -94,15 +101,10 @@ def _load(name: str) -> PlanOptions:
 
 
 def _validate(options: PlanOptions) -> None:
+    validate_bounds(options)
     validate(options.config())
     if not options.topology:
         raise UserError("topology is empty; name the TPUs to plan for, such as --topology v5e-256.")
-    if not 0 <= options.price < math.inf:
-        raise UserError(f"price is {options.price}, but must be 0 or more for a chip and hour.")
-    for field in ("new_tokens", "sweep_data", "sweep_tensor", "sweep_rows"):
-        value = getattr(options, field)
-        if min(value if isinstance(value, tuple) else (value,)) < 1:
-            raise UserError(f"{field} is {value}, but must be at least 1.")
 
 
 def token_count(text: str) -> float:

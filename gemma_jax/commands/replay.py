@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 
 from gemma_jax.commands.fork import forked_after
 from gemma_jax.commands.run_directory import check_data, open_run
-from gemma_jax.config import MeshConfig, PretrainConfig, read_command, replace, validate_on_devices
+from gemma_jax.config import (
+    MeshConfig,
+    PretrainConfig,
+    read_command,
+    replace,
+    validate_bounds,
+    validate_on_devices,
+)
 from gemma_jax.config.sections import setting
 from gemma_jax.errors import UserError
 
@@ -27,7 +34,7 @@ if TYPE_CHECKING:
 class ReplayOptions:
     """Show the batch of a step: its text, the loss of each token, and the gradient norm of each layer."""
 
-    rows: int = setting(4, "Rows to show, of highest loss first; 0 shows all.")
+    rows: int = setting(4, "Rows to show, of highest loss first; 0 shows all.", 0)
     json: bool = setting(False, "Print one JSON object a line and nothing else.")
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
@@ -40,6 +47,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
         prog,
         "RUN STEP",
         ReplayOptions(),
+        validate=validate_bounds,
         load=lambda name, step: ReplayOptions(mesh=open_run(name)[1].mesh),
     )
     run_dir, config = open_run(name)
@@ -50,8 +58,6 @@ def run(arguments: Sequence[str], prog: str) -> int:
         raise UserError(
             f"step {number} of {name} was done before it forked from {config.fork_from}; show it there."
         )
-    if options.rows < 0:
-        raise UserError(f"rows is {options.rows}, but must be 0 for all, or how many to show.")
 
     from rich.console import Console
 

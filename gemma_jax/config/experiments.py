@@ -5,6 +5,7 @@ from dataclasses import field
 from typing import Literal
 
 from gemma_jax.config.sections import (
+    LARGEST_SEED,
     CheckpointConfig,
     ComputeConfig,
     DataConfig,
@@ -34,8 +35,10 @@ class TrainingConfig:
         "Begin this run with the parameters, optimizer state and data position of another: its run directory "
         "(the newest checkpoint) or RUN/checkpoints/STEP.",
     )
-    steps: int = setting(1000, "Optimizer steps in all.")
-    seed: int = setting(0, "Decides the initial weights, the held-out order and the order of the data.")
+    steps: int = setting(1000, "Optimizer steps in all.", 1)
+    seed: int = setting(
+        0, "Decides the initial weights, the held-out order and the order of the data.", 0, LARGEST_SEED
+    )
     profile: str = setting(
         "", "Steps to trace for xprof into RUN/profile: 12, or 10:13 for four steps; empty traces none."
     )

@@ -8,28 +8,40 @@ a config must not need jax.
 import dataclasses
 from typing import Any, Literal
 
+TOO_LARGE = 2**31  # for any number here: on devices, integers have 32 bits
+LARGEST_SEED = 2**32 - 1  # jax.random.key drops higher bits without a word
+MOST_ROWS = 10**6  # of a batch
+MOST_CPU_DEVICES = 1024  # jax needs more than a second to make more
 
-def setting(default: Any, meaning: str) -> Any:
-    """A dataclass field with its meaning, which `--help` shows."""
-    return dataclasses.field(default=default, metadata={"help": meaning})
+
+def setting(default: Any, meaning: str, least: float | None = None, most: float = TOO_LARGE - 1) -> Any:
+    """A dataclass field.
+
+    Args:
+      default: its value where none is given.
+      meaning: what `--help` says of it.
+      least: the smallest number that is allowed; None where the field is no number with bounds of its own.
+      most: the largest.
+    """
+    return dataclasses.field(default=default, metadata={"help": meaning, "least": least, "most": most})
 
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
     """Shape of a Gemma decoder (Gemma: Open Models Based on Gemini Research and Technology, 2024)."""
 
-    vocab_size: int = setting(256_000, "Tokens that the model can read and predict.")
-    num_layers: int = setting(18, "Decoder blocks.")
-    embed_dim: int = setting(2048, "Width of the residual stream.")
-    hidden_dim: int = setting(16_384, "Width of each of the two branches of the gated feed-forward.")
-    num_heads: int = setting(8, "Query heads.")
-    num_kv_heads: int = setting(1, "Key/value heads; must divide num_heads.")
-    head_dim: int = setting(256, "Width of one head; num_heads * head_dim need not be embed_dim.")
-    context_length: int = setting(8192, "Longest sequence that the model is made for, in tokens.")
-    rope_base: float = setting(10_000.0, "Base of the rotary position frequencies.")
-    norm_epsilon: float = setting(1e-6, "Added to the mean square in RMSNorm.")
+    vocab_size: int = setting(256_000, "Tokens that the model can read and predict.", 1)
+    num_layers: int = setting(18, "Decoder blocks.", 1)
+    embed_dim: int = setting(2048, "Width of the residual stream.", 1)
+    hidden_dim: int = setting(16_384, "Width of each of the two branches of the gated feed-forward.", 1)
+    num_heads: int = setting(8, "Query heads.", 1)
+    num_kv_heads: int = setting(1, "Key/value heads; must divide num_heads.", 1)
+    head_dim: int = setting(256, "Width of one head; num_heads * head_dim need not be embed_dim.", 1)
+    context_length: int = setting(8192, "Longest sequence that the model is made for, in tokens.", 1)
+    rope_base: float = setting(10_000.0, "Base of the rotary position frequencies.", 1)
+    norm_epsilon: float = setting(1e-6, "Added to the mean square in RMSNorm.", 0)
     vocab_multiple: int = setting(
-        128, "Embedding rows are stored rounded up to a multiple of this; padding rows are masked."
+        128, "Embedding rows are stored rounded up to a multiple of this; padding rows are masked.", 1
     )
 
     @property
@@ -45,7 +57,9 @@ class TokenizerConfig:
     path: str = setting(
         "", "A SentencePiece model file; empty trains one of model.vocab_size pieces on the corpus."
     )
-    train_megabytes: float = setting(8.0, "Text to train a tokenizer on, sampled evenly from the corpus.")
+    train_megabytes: float = setting(
+        8.0, "Text to train a tokenizer on, sampled evenly from the corpus.", 0.001
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,10 +80,10 @@ class DataConfig:
         "error", "A record that is broken or lacks its text ends the run, or is skipped and counted."
     )
     held_out: float = setting(
-        0.01, "Share of documents held out for evaluation, chosen by their text's hash."
+        0.01, "Share of documents held out for evaluation, chosen by their text's hash.", 0, 1
     )
-    sequence_length: int = setting(2048, "Tokens in a row.")
-    batch_size: int = setting(8, "Rows in a global batch.")
+    sequence_length: int = setting(2048, "Tokens in a row.", 1)
+    batch_size: int = setting(8, "Rows in a global batch.", 1, MOST_ROWS)
     cache_dir: str = setting("~/.cache/gemma_jax", "Where tokenised corpora are kept and found again.")
 
 
@@ -78,8 +92,8 @@ class ParameterGroup:
     """Settings of their own for the parameters whose dotted name matches a pattern."""
 
     pattern: str = setting("", "Of names that `gemma inspect` prints, with *, ? and [...].")
-    learning_rate_factor: float | None = setting(None, "Multiplies the learning rate; 0 freezes.")
-    weight_decay: float | None = setting(None, "In the place of optimizer.weight_decay.")
+    learning_rate_factor: float | None = setting(None, "Multiplies the learning rate; 0 freezes.", 0)
+    weight_decay: float | None = setting(None, "In the place of optimizer.weight_decay.", 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,31 +101,31 @@ class OptimizerConfig:
     """How gradients become updates."""
 
     name: Literal["adamw", "adafactor", "lion"] = setting("adamw", "Update rule.")
-    learning_rate: float = setting(3e-4, "Peak learning rate.")
+    learning_rate: float = setting(3e-4, "Peak learning rate.", 0)
     schedule: Literal["cosine", "linear", "warmup-stable-decay", "constant"] = setting(
         "cosine", "Shape of the learning rate after warm-up."
     )
-    warmup_steps: int = setting(100, "Steps over which the learning rate rises linearly from 0.")
+    warmup_steps: int = setting(100, "Steps over which the learning rate rises linearly from 0.", 0)
     decay_fraction: float = setting(
-        0.2, "warmup-stable-decay: share of all steps in which the rate falls at the end."
+        0.2, "warmup-stable-decay: share of all steps in which the rate falls at the end.", 0, 1
     )
-    final_fraction: float = setting(0.1, "Learning rate at the last step, as a share of the peak.")
-    b1: float = setting(0.9, "Decay of the first moment.")
-    b2: float = setting(0.95, "Decay of the second moment.")
+    final_fraction: float = setting(0.1, "Learning rate at the last step, as a share of the peak.", 0, 1)
+    b1: float = setting(0.9, "Decay of the first moment.", 0)
+    b2: float = setting(0.95, "Decay of the second moment.", 0)
     first_moment_dtype: Literal["param", "float32", "bfloat16"] = setting(
         "param", "Of the stored first moment (AdamW, Lion): compute.param_dtype, or another to save memory."
     )
-    epsilon: float = setting(1e-8, "Added to the root of the second moment.")
-    weight_decay: float = setting(0.1, "Decoupled decay of weight matrices; norm scales do not decay.")
+    epsilon: float = setting(1e-8, "Added to the root of the second moment.", 0)
+    weight_decay: float = setting(0.1, "Decoupled decay of weight matrices; norm scales do not decay.", 0)
     groups: tuple[ParameterGroup, ...] = setting(
         (),
         "Parameters with a factor of the learning rate (0 freezes) or a decay of their own, by a pattern of "
         "the names that `gemma inspect` prints, as in 'embedding learning_rate_factor=0.1 weight_decay=0'; "
         "where several groups set the same, the last one counts.",
     )
-    clip_norm: float = setting(1.0, "Largest global gradient norm; 0 turns clipping off.")
-    z_loss: float = setting(0.0, "Weight of the squared log-partition penalty (PaLM, 2022: 1e-4).")
-    accumulation_steps: int = setting(1, "Parts that a batch is computed in, one after the other.")
+    clip_norm: float = setting(1.0, "Largest global gradient norm; 0 turns clipping off.", 0)
+    z_loss: float = setting(0.0, "Weight of the squared log-partition penalty (PaLM, 2022: 1e-4).", 0)
+    accumulation_steps: int = setting(1, "Parts that a batch is computed in, one after the other.", 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +138,9 @@ class MeshConfig:
     data: int = setting(1, "Devices along which batches are split and parameters copied.")
     fsdp: int = setting(-1, "Devices along which batches and parameters are split.")
     tensor: int = setting(1, "Devices along which heads, feed-forward and vocabulary are split.")
-    cpu_devices: int = setting(0, "Use this many CPU devices in all; 0 uses the devices that there are.")
+    cpu_devices: int = setting(
+        0, "Use this many CPU devices in all; 0 uses the devices that there are.", 0, MOST_CPU_DEVICES
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,15 +158,16 @@ class ComputeConfig:
         "What the backward pass computes again: nothing, all but the products, all but attention and its "
         "projections, all but attention, each block from its input; offload keeps in the host's memory.",
     )
-    scan_unroll: int = setting(1, "Blocks unrolled into one iteration of the scan over layers.")
+    scan_unroll: int = setting(1, "Blocks unrolled into one iteration of the scan over layers.", 1)
     tpu_options: tuple[str, ...] = setting(
         (), "Options of XLA's TPU compiler for the training step, NAME=VALUE; without effect elsewhere."
     )
-    loss_block: int = setting(256, "Positions of a row whose logits exist at one time in the loss.")
+    loss_block: int = setting(256, "Positions of a row whose logits exist at one time in the loss.", 1)
     loss_vocab_block: int = setting(
         0,
         "Or logits of all positions and at most this many vocabulary rows at one time: less memory for "
         "a large vocabulary, a quarter more products in the loss; 0 goes by positions.",
+        0,
     )
     compilation_cache: str = setting(
         "",
@@ -163,9 +180,9 @@ class HostsConfig:
     """The processes of a job: found by themselves on TPU pods, GKE's TPUs and Slurm, named here elsewhere."""
 
     coordinator: str = setting("", "HOST:PORT where the process of index 0 is reached by the others.")
-    count: int = setting(0, "Processes in all; 0 finds out, 1 looks for no others.")
-    index: int = setting(0, "Number of this process, from 0; where a coordinator is named.")
-    heartbeat_seconds: int = setting(20, "A process that was not heard of for so long ends the whole job.")
+    count: int = setting(0, "Processes in all; 0 finds out, 1 looks for no others.", 0)
+    index: int = setting(0, "Number of this process, from 0; where a coordinator is named.", 0)
+    heartbeat_seconds: int = setting(20, "A process that was not heard of for so long ends the whole job.", 5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,45 +190,47 @@ class StabilityConfig:
     """What to do about losses that are not finite, and losses that jump."""
 
     skip_nonfinite: int = setting(
-        5, "Steps in a row that are skipped because loss or gradient is not finite; one more ends the run."
+        5, "Steps in a row that are skipped because loss or gradient is not finite; one more ends the run.", 0
     )
     spike_threshold: float = setting(
-        0.0, "A loss so many standard deviations above the recent median is high; 0 looks for no spikes."
+        0.0, "A loss so many standard deviations above the recent median is high; 0 looks for no spikes.", 0
     )
-    spike_window: int = setting(128, "Losses that the median and the deviation are taken of.")
-    spike_steps: int = setting(4, "So many high losses in a row are a spike: the run is rolled back.")
+    spike_window: int = setting(128, "Losses that the median and the deviation are taken of.", 2)
+    spike_steps: int = setting(4, "So many high losses in a row are a spike: the run is rolled back.", 1)
     rollback_margin: int = setting(
-        0, "Steps that the checkpoint it is rolled back to must be older than the spike's first one."
+        0, "Steps that the checkpoint it is rolled back to must be older than the spike's first one.", 0
     )
     skip_batches: int = setting(
-        0, "Batches passed over after a spike, besides those from the checkpoint to the spike."
+        0, "Batches passed over after a spike, besides those from the checkpoint to the spike.", 0
     )
-    max_rollbacks: int = setting(3, "Spikes that a run is rolled back for; one more ends it.")
+    max_rollbacks: int = setting(3, "Spikes that a run is rolled back for; one more ends it.", 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     """What a run keeps."""
 
-    every: int = setting(1000, "Steps between checkpoints; the last step is always saved.")
-    keep_last: int = setting(2, "Newest checkpoints that are kept.")
-    keep_every: int = setting(0, "Checkpoints at multiples of this step are kept for good; 0 keeps none.")
-    keep_best: int = setting(0, "Checkpoints of lowest held-out loss that are kept besides.")
+    every: int = setting(1000, "Steps between checkpoints; the last step is always saved.", 1)
+    keep_last: int = setting(2, "Newest checkpoints that are kept.", 1)
+    keep_every: int = setting(0, "Checkpoints at multiples of this step are kept for good; 0 keeps none.", 0)
+    keep_best: int = setting(0, "Checkpoints of lowest held-out loss that are kept besides.", 0)
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
     """Held-out loss during training."""
 
-    every: int = setting(500, "Steps between evaluations; the last step is always evaluated; 0 turns it off.")
-    rows: int = setting(256, "Held-out rows that are evaluated, at most.")
+    every: int = setting(
+        500, "Steps between evaluations; the last step is always evaluated; 0 turns it off.", 0
+    )
+    rows: int = setting(256, "Held-out rows that are evaluated, at most.", 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class LoggingConfig:
     """What a run tells."""
 
-    every: int = setting(10, "Steps between lines of the log.")
+    every: int = setting(10, "Steps between lines of the log.", 1)
     tensorboard: Literal["on", "off"] = setting("off", "Write TensorBoard event files into the run.")
     wandb_project: str = setting("", "Weights & Biases project to log to, when wandb is installed.")
 
@@ -220,10 +239,12 @@ class LoggingConfig:
 class SamplingConfig:
     """How new tokens are chosen, and when to end."""
 
-    max_new_tokens: int = setting(64, "Tokens to add, at most.")
-    temperature: float = setting(0.0, "0 takes the likeliest token; 1 samples from the model's distribution.")
-    top_k: int = setting(0, "Sample among this many likeliest tokens; 0 among all.")
+    max_new_tokens: int = setting(64, "Tokens to add, at most.", 1)
+    temperature: float = setting(
+        0.0, "0 takes the likeliest token; 1 samples from the model's distribution.", 0
+    )
+    top_k: int = setting(0, "Sample among this many likeliest tokens; 0 among all.", 0)
     top_p: float = setting(1.0, "Sample among the likeliest tokens that hold this much probability.")
-    seed: int = setting(0, "Decides the samples.")
-    samples: int = setting(1, "Continuations of each prompt.")
+    seed: int = setting(0, "Decides the samples.", 0, LARGEST_SEED)
+    samples: int = setting(1, "Continuations of each prompt.", 1)
     stop: tuple[str, ...] = setting((), "Texts that end a continuation, and are not part of it.")

@@ -1,6 +1,8 @@
 """Each contradiction in a config is found before anything is loaded, and told by its value."""
 
+import dataclasses
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -23,109 +25,80 @@ from gemma_jax.errors import UserError
 NAN, INF = math.nan, math.inf
 
 # What is changed, and what the message must say.
+UNBOUNDED = {"mesh.slice", "mesh.data", "mesh.fsdp", "mesh.tensor", "top_p"}
+
 PRETRAIN: list[tuple[dict[str, Any], str]] = [
     ({"steps": 0}, "steps is 0"),
-    ({"steps": 2**31}, "steps is 2147483648"),
-    ({"steps": 10**400}, "steps is 1000"),
-    ({"seed": -1}, "seed is -1"),
     ({"seed": 2**32}, "seed is 4294967296"),
-    *(
-        ({f"model.{name}": 0}, f"model.{name} is 0, but must be at least 1")
-        for name in (
-            "vocab_size", "num_layers", "embed_dim", "hidden_dim", "num_heads", "num_kv_heads", "head_dim",
-            "context_length", "vocab_multiple",
-        )
-    ),
-    ({"model.rope_base": 0.5}, "model.rope_base is 0.5"),
-    ({"model.rope_base": INF}, "model.rope_base is inf"),
-    ({"model.norm_epsilon": -1e-6}, "model.norm_epsilon is -1e-06"),
-    ({"model.norm_epsilon": NAN}, "model.norm_epsilon is nan"),
     ({"model.num_kv_heads": 3}, "model.num_kv_heads is 3, which does not divide model.num_heads, 8"),
     ({"model.num_kv_heads": 16}, "model.num_kv_heads is 16, which does not divide model.num_heads, 8"),
     ({"model.num_layers": 10**6}, "num_layers 1000000"),
     ({"model.embed_dim": 2 * 10**9}, "embed_dim 2000000000"),
-    ({"data.batch_size": 10**6 + 1}, "data.batch_size is 1000001 rows"),
     ({"data.batch_size": 2**19, "data.sequence_length": 2**13}, "524288 rows of 8192 tokens"),
     ({"mesh.cpu_devices": 100_000}, "mesh.cpu_devices is 100000"),
     ({"model.head_dim": 255}, "model.head_dim is 255"),
-    ({"data.sequence_length": 0}, "data.sequence_length is 0"),
     ({"data.sequence_length": 8193}, "data.sequence_length is 8193, longer than model.context_length, 8192"),
-    ({"data.batch_size": 0}, "data.batch_size is 0"),
-    ({"data.held_out": -0.1}, "data.held_out is -0.1"),
     ({"data.held_out": 1.5}, "data.held_out is 1.5"),
     ({"data.held_out": 1.0}, "data.held_out is 1, which leaves nothing"),
-    ({"data.held_out": NAN}, "data.held_out is nan"),
     ({"data.sources": ()}, "data.sources is empty"),
     ({"data.weights": (1.0, 2.0)}, "data.weights has 2 entries for 1 data.sources"),
     ({"data.weights": (0.0,)}, "data.weights is (0.0,)"),
     ({"data.weights": (INF,)}, "data.weights is (inf,)"),
-    ({"optimizer.accumulation_steps": 0}, "optimizer.accumulation_steps is 0"),
     ({"optimizer.accumulation_steps": 3}, "data.batch_size is 8, which optimizer.accumulation_steps, 3"),
-    ({"optimizer.warmup_steps": -1}, "optimizer.warmup_steps is -1"),
     ({"optimizer.warmup_steps": 6, "steps": 5}, "optimizer.warmup_steps is 6, more than all 5 steps"),
     ({"optimizer.schedule": "warmup-stable-decay", "optimizer.warmup_steps": 60, "steps": 100,
       "optimizer.decay_fraction": 0.5}, "optimizer.warmup_steps is 60 and"),
-    ({"optimizer.learning_rate": -1e-3}, "optimizer.learning_rate is -0.001"),
-    ({"optimizer.learning_rate": NAN}, "optimizer.learning_rate is nan"),
-    ({"optimizer.clip_norm": -1.0}, "optimizer.clip_norm is -1.0"),
-    ({"optimizer.epsilon": -1.0}, "optimizer.epsilon is -1.0"),
-    ({"optimizer.weight_decay": -0.1}, "optimizer.weight_decay is -0.1"),
-    ({"optimizer.z_loss": -1.0}, "optimizer.z_loss is -1.0"),
     ({"optimizer.b1": 1.0}, "optimizer.b1 is 1.0, but must be below 1"),
-    ({"optimizer.b1": -0.1}, "optimizer.b1 is -0.1"),
     ({"optimizer.b2": 1.5}, "optimizer.b2 is 1.5"),
-    ({"optimizer.final_fraction": 1.1}, "optimizer.final_fraction is 1.1"),
-    ({"optimizer.decay_fraction": NAN}, "optimizer.decay_fraction is nan"),
-    ({"compute.scan_unroll": 0}, "compute.scan_unroll is 0"),
-    ({"compute.loss_block": 0}, "compute.loss_block is 0"),
-    ({"checkpoint.every": 0}, "checkpoint.every is 0"),
-    ({"checkpoint.keep_last": 0}, "checkpoint.keep_last is 0"),
-    ({"checkpoint.keep_every": -1}, "checkpoint.keep_every is -1"),
-    ({"checkpoint.keep_best": -1}, "checkpoint.keep_best is -1"),
-    ({"evaluation.every": -1}, "evaluation.every is -1"),
-    ({"evaluation.rows": 0}, "evaluation.rows is 0"),
-    ({"logging.every": 0}, "logging.every is 0"),
     ({"profile": "0"}, "profile is 0, but must be a step or FIRST:LAST"),
     ({"profile": "9:3"}, "profile is 9:3"),
     ({"profile": "3-9"}, "profile is 3-9"),
     ({"profile": "9:11", "steps": 10}, "profile is 9:11, but the run has 10 steps"),
     ({"data.text_field": ""}, "data.text_field is empty"),
-    ({"optimizer.groups": (ParameterGroup("", 1.0),)}, "optimizer.groups has ''"),
-    ({"optimizer.groups": (ParameterGroup("a"),)}, "optimizer.groups has 'a' with no settings"),
-    ({"optimizer.groups": (ParameterGroup("a", 1.0, -1.0),)}, "weight_decay of 'a' is -1.0"),
-    ({"optimizer.groups": (ParameterGroup("a", INF),)}, "learning_rate_factor of 'a' is inf"),
-    ({"optimizer.groups": (ParameterGroup("a", NAN),)}, "learning_rate_factor of 'a' is nan"),
-    ({"stability.skip_nonfinite": -1}, "stability.skip_nonfinite is -1"),
+    ({"optimizer.groups": (ParameterGroup("", 1.0),)}, "has ParameterGroup(pattern=''"),
+    ({"optimizer.groups": (ParameterGroup("a"),)}, "has ParameterGroup(pattern='a'"),
+    ({"optimizer.groups": (ParameterGroup("a", 1.0, -1.0),)}, "optimizer.groups: weight_decay is -1.0"),
+    ({"optimizer.groups": (ParameterGroup("a", INF),)}, "learning_rate_factor is inf"),
     ({"stability.spike_window": 1}, "stability.spike_window is 1"),
-    ({"stability.spike_threshold": NAN}, "stability.spike_threshold is nan"),
     ({"hosts.heartbeat_seconds": 0}, "hosts.heartbeat_seconds is 0"),
     ({"hosts.count": 2}, "hosts.count is 2 and hosts.index 0, but no hosts.coordinator"),
     ({"hosts.index": 1}, "hosts.count is 0 and hosts.index 1, but no hosts.coordinator"),
     ({"hosts.coordinator": "a:1"}, "hosts.coordinator is set, but hosts.count is not"),
     ({"hosts.coordinator": "a", "hosts.count": 2}, "hosts.coordinator is a, but must be HOST:PORT"),
     ({"hosts.coordinator": "a:1", "hosts.count": 2, "hosts.index": 2}, "hosts.index is 2, but 2 processes"),
-    ({"tokenizer.train_megabytes": 0.0}, "tokenizer.train_megabytes is 0.0"),
     ({"mesh.fsdp": 0}, "mesh.fsdp is 0"),
     ({"mesh.cpu_devices": 3}, "data.batch_size is 8, which data 1 x fsdp 3 x accumulation_steps 1 = 3"),
 ]  # fmt: skip
-
-
 SAMPLE: list[tuple[dict[str, Any], str]] = [
     ({"max_new_tokens": 0}, "max_new_tokens is 0"),
-    ({"max_new_tokens": 2**31}, "max_new_tokens is 2147483648"),
     ({"temperature": -0.5}, "temperature is -0.5"),
-    ({"temperature": NAN}, "temperature is nan"),
-    ({"temperature": INF}, "temperature is inf"),
-    ({"top_k": -1}, "top_k is -1"),
-    ({"top_k": 2**31}, "top_k is 2147483648"),
     ({"top_p": 0.0}, "top_p is 0.0"),
     ({"top_p": 1.01}, "top_p is 1.01"),
     ({"top_p": NAN}, "top_p is nan"),
-    ({"seed": -1}, "seed is -1"),
-    ({"seed": 2**32}, "seed is 4294967296"),
-    ({"compute.scan_unroll": 0}, "compute.scan_unroll is 0"),
     ({"mesh.tensor": 0}, "mesh.tensor is 0"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("config", "check"), [(PretrainConfig(), validate), (SampleConfig(), validate_sample)]
+)
+def test_every_number_has_bounds_that_are_checked(config: Any, check: Callable[[Any], None]) -> None:
+    """But for sizes of mesh axes, of which one may be -1, and top_p, which must be above 0."""
+
+    def visit(section: Any, prefix: str) -> None:
+        for field in dataclasses.fields(section):
+            name, value = prefix + field.name, getattr(section, field.name)
+            if dataclasses.is_dataclass(value):
+                visit(value, f"{name}.")
+            if field.type not in (int, float) or name in UNBOUNDED:
+                continue
+            least, most = field.metadata["least"], field.metadata["most"]
+            wrong = [least - 1, most + 1, 10**400] + [NAN, INF, -INF] * (field.type is float)
+            for number in wrong:
+                with pytest.raises(UserError, match=rf"^{re.escape(name)} is .*, but must be from "):
+                    check(replace(config, {name: number}))
+
+    visit(config, "")
 
 
 @pytest.mark.parametrize(

@@ -232,8 +232,8 @@ def test_mistakes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(UserError, match="a run keeps float32 or bfloat16"):
         gemma.save_pretrained(tmp_path / "out", format="run", dtype="float16")
     for arguments, told in [
-        ((), "name a checkpoint and a directory"),
-        (("random:gemma_tiny",), "name a checkpoint and a directory"),
+        ((), "name a source and a destination first"),
+        (("random:gemma_tiny",), "name a source and a destination first"),
         (("random:gemma_tiny", str(tmp_path / "out"), "--format", "gguf"), "gguf"),
         ((str(tmp_path / "nothing"), str(tmp_path / "out")), "there is no checkpoint"),
         (("random:gemma_tini", str(tmp_path / "out")), "did you mean gemma_tiny?"),
