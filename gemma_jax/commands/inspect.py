@@ -27,18 +27,15 @@ def run(arguments: Sequence[str], prog: str) -> int:
 
     import jax
     from flax import nnx
-    from rich.console import Console
-    from rich.table import Table
 
+    from gemma_jax.commands.tables import report_console, table
     from gemma_jax.model import ModelSpec
     from gemma_jax.sharding import logical_axes, make_mesh, parameter_name
 
     mesh = make_mesh(config.mesh)
     abstract = ModelSpec(config.model, config.compute, mesh).params
-    table = Table(box=None, header_style="bold")
-    for title in ("parameter", "shape", "dtype", "logical axes", "partition"):
-        table.add_column(title, overflow="fold")
-    table.add_column("bytes a device", justify="right")
+    titles = ["parameter", "shape", "dtype", "logical axes", "partition", "bytes a device"]
+    rows = table(titles, right=titles[-1:])
     count, bytes_a_device = 0, 0
     leaves = jax.tree_util.tree_leaves_with_path(abstract, is_leaf=lambda x: isinstance(x, nnx.Variable))
     for path, variable in leaves:
@@ -48,10 +45,8 @@ def run(arguments: Sequence[str], prog: str) -> int:
         count, bytes_a_device = count + value.size, bytes_a_device + held
         axes, partition = logical_axes(variable), sharding.spec
         row = (value.shape, value.dtype, " ".join(map(str, axes)), " ".join(str(p or "-") for p in partition))
-        table.add_row(parameter_name(path), *map(str, row), f"{held:,}")
-    # Wide where the output goes to a file or a pipe: rows must not be folded there.
-    console = Console(highlight=False)
-    (console if console.is_terminal else Console(highlight=False, width=160)).print(table)
+        rows.add_row(parameter_name(path), *map(str, row), f"{held:,}")
+    report_console().print(rows)
     shape = mesh_text(mesh.shape)
     print(f"{count:,} parameters; {bytes_a_device:,} bytes a device on {mesh.size} devices ({shape})")
     return 0

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from gemma_jax.commands.tables import report_console, table
 from gemma_jax.config import TrainingConfig, to_dict
 from gemma_jax.planning.compiler import compiler_version
 from gemma_jax.planning.estimate import ASSUMPTIONS, Budget, budget
@@ -54,7 +55,7 @@ def print_plan(
     name: str, config: TrainingConfig, plan: Plan, mode: str, tokens: float, price: float, explain: bool
 ) -> None:
     """A page: does it fit, memory, traffic, time, and what a whole run comes to."""
-    console = _console()
+    console = report_console()
     topology, analysis, figures = plan.topology, plan.analysis, plan.estimate
     chips = f"{topology.chips} chip" + ("s" if topology.chips > 1 else "")
     devices = f"{chips}, {plan.devices} devices" if plan.devices != topology.chips else chips
@@ -125,12 +126,9 @@ def _print_time(console: Console, plan: Plan, mode: str) -> None:
 
 def _collectives(plan: Plan, explain: bool) -> Table:
     assert plan.analysis
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    right = {"a step", "MiB received"}
     titles = ["collective", "mesh axis", "a step", "MiB received"]
     titles += ["array", "for", "logical axis", "in", "asked for by"] if explain else []
-    for title in titles:
-        table.add_column(title, justify="right" if title in right else "left", overflow="fold")
+    shown = table(titles, right=("a step", "MiB received"))
     rows: dict[tuple[str, ...], list[float]] = {}
     for collective in plan.analysis.collectives:
         key: tuple[str, ...] = (collective.kind, collective.axis)
@@ -147,16 +145,14 @@ def _collectives(plan: Plan, explain: bool) -> Table:
         sums[0] += collective.count
         sums[1] += collective.bytes
     for (kind, axis, *more), (count, size) in sorted(rows.items(), key=lambda row: -row[1][1]):
-        table.add_row(kind, axis, f"{count:,.0f}", f"{size / 2**20:,.1f}", *more)
-    return table
+        shown.add_row(kind, axis, f"{count:,.0f}", f"{size / 2**20:,.1f}", *more)
+    return shown
 
 
 def _costs(plan: Plan) -> Table:
     """Where the time goes: the places in the code that have 1% of it or more."""
     assert plan.analysis and plan.estimate
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for title in ("time", "share", "in", "operation", "asked for by"):
-        table.add_column(title, justify="right" if title in ("time", "share") else "left", overflow="fold")
+    shown = table(["time", "share", "in", "operation", "asked for by"], right=("time", "share"))
     total = plan.analysis.cycles
     sums: dict[tuple[str, str, str], int] = {}
     for cost in plan.analysis.costs:
@@ -165,36 +161,33 @@ def _costs(plan: Plan) -> Table:
     for key, cycles in sorted(sums.items(), key=lambda item: -item[1]):
         if cycles >= 0.01 * total:
             seconds = plan.estimate.compiled_seconds * cycles / total
-            table.add_row(_seconds(seconds), f"{cycles / total:.1%}", *key)
-    return table
+            shown.add_row(_seconds(seconds), f"{cycles / total:.1%}", *key)
+    return shown
 
 
 def print_sweep(name: str, found: Sequence[tuple[TrainingConfig, Plan]], tokens: float, price: float) -> None:
     """A line for each plan, best first."""
-    console = _console()
+    console = report_console()
     first = found[0][1]
     console.print(f"[bold]{name}[/] on {first.topology} ({first.topology.chips} chips; {compiler_version()})")
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for title in ("mesh", "remat", "batch"):
-        table.add_column(title)
-    for title in ("GiB a chip", "s a step", "tokens/s a chip", "utilisation", "days"):
-        table.add_column(title, justify="right")
+    figures = ["GiB a chip", "s a step", "tokens/s a chip", "utilisation", "days"]
+    shown = table(["mesh", "remat", "batch", *figures], right=figures)
     for config, plan in found:
         settings = (_mesh(plan), config.compute.remat, f"{config.data.batch_size:,}")
         if plan.analysis is None or plan.estimate is None:
-            table.add_row(*settings, "does not fit", _lack(plan))
+            shown.add_row(*settings, "does not fit", _lack(plan))
             continue
         run = _budget(plan, tokens, price)
-        figures = plan.estimate
-        table.add_row(
+        estimate = plan.estimate
+        shown.add_row(
             *settings,
             f"{sum(plan.analysis.memory.values()) * plan.devices_a_chip / GIB:.2f}",
-            f"{figures.seconds:.3f}" + ("" if figures.calibrated else " uncalibrated"),
-            f"{figures.tokens_per_second / plan.topology.chips:,.0f}",
-            f"{figures.utilisation or 0:.1%}",
+            f"{estimate.seconds:.3f}" + ("" if estimate.calibrated else " uncalibrated"),
+            f"{estimate.tokens_per_second / plan.topology.chips:,.0f}",
+            f"{estimate.utilisation or 0:.1%}",
             f"{run.days:,.1f}" if run else "",
         )
-    console.print(table)
+    console.print(shown)
 
 
 def summary(config: TrainingConfig, plan: Plan) -> str:
@@ -239,9 +232,3 @@ def _count(number: float) -> str:
         if number >= unit:
             return f"{number / unit:.4g}{name}"
     return f"{number:.0f}"
-
-
-def _console() -> Console:
-    console = Console(highlight=False)
-    # Wide where the output goes to a file or a pipe: rows must not be folded there.
-    return console if console.is_terminal else Console(highlight=False, width=200)

@@ -30,9 +30,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
     if options.plot and not options.plot.lower().endswith(".png"):
         raise UserError(f"plot is {options.plot}, but pictures are PNG; give it a name that ends in .png.")
 
-    from rich.console import Console
-    from rich.table import Table
-
+    from gemma_jax.commands.tables import report_console, table
     from gemma_jax.training.metrics import duration, plot_losses, read_metrics
 
     folder = user_path(name)
@@ -41,14 +39,12 @@ def run(arguments: Sequence[str], prog: str) -> int:
     runs = {_relative(path, folder): (config, read_metrics(path)) for path, config in _find(folder, set())}
     if not runs:
         raise UserError(f"there are no runs under {name}; train one there with --run_dir.")
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("run", overflow="fold")
-    for title in ("step", "loss", "held-out", "bits/byte", "tokens", "time"):
-        table.add_column(title, justify="right", no_wrap=True)
+    titles = ["run", "step", "loss", "held-out", "bits/byte", "tokens", "time"]
+    rows = table(titles, right=titles[1:])
     for label, (config, entries) in runs.items():
         # The newest line that has it: training and held-out numbers are on lines of their own.
         last = {key: value for entry in entries for key, value in entry.items()}
-        table.add_row(
+        rows.add_row(
             label,
             f"{last.get('step', 0):,}/{config.steps:,}",
             *(
@@ -58,9 +54,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
             f"{last['tokens']:,}" if "tokens" in last else "-",
             duration(last["seconds"]) if "seconds" in last else "-",
         )
-    console = Console(highlight=False)
-    # Wide where the output goes to a file or a pipe: rows must not be folded there.
-    (console if console.is_terminal else Console(highlight=False, width=200)).print(table)
+    report_console().print(rows)
     if options.plot:
         curves = {label: entries for label, (_, entries) in runs.items() if entries}
         try:

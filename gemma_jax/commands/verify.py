@@ -25,26 +25,22 @@ class Report:
     """Lines and tables on standard output, and what spoke against the checkpoint."""
 
     def __init__(self) -> None:
-        from rich.console import Console
+        from gemma_jax.commands.tables import report_console
 
-        console = Console(highlight=False)
-        # Wide where the output goes to a file or a pipe: rows must not be folded there.
-        self._console = console if console.is_terminal else Console(highlight=False, width=160)
+        self._console = report_console()
         self.faults: list[str] = []
 
     def line(self, title: str, text: str) -> None:
         self._console.print(f"{title:14} {text}", markup=False, soft_wrap=True)
 
     def table(self, titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        from rich.table import Table
+        from gemma_jax.commands.tables import table
 
-        table = Table(box=None, header_style="bold", pad_edge=False)
-        for index, title in enumerate(titles):
-            table.add_column(title, justify="right" if index else "left")
+        shown = table(titles, right=titles[1:])
         for row in rows:
-            table.add_row(*row)
+            shown.add_row(*row)
         self._console.print()
-        self._console.print(table, markup=False)
+        self._console.print(shown, markup=False)
         self._console.print()
 
     def verdict(self, checked: Sequence[str]) -> int:
