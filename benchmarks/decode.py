@@ -22,14 +22,18 @@ def ours(unroll: int) -> Callable[[np.ndarray, int], None]:
     """A function of prompts [B, P] and a number of new tokens."""
     from gemma_jax import Gemma
     from gemma_jax.config import ComputeConfig, MeshConfig, SamplingConfig
+    from gemma_jax.sampling import Completion
+    from gemma_jax.sampling.generate import requests_of
 
     compute = ComputeConfig(dtype="float32", scan_unroll=unroll)
     gemma = Gemma.from_pretrained(f"random:{PRESET}", mesh=MeshConfig(cpu_devices=1), compute=compute)
 
     def run(prompts: np.ndarray, new: int) -> None:
         # No end token: each row makes all of its tokens, as theirs does.
-        config = SamplingConfig(max_new_tokens=new)
-        *_, completions = gemma._generator.run(prompts.tolist(), config, [], stride=new)
+        requests = requests_of(prompts.tolist(), SamplingConfig(max_new_tokens=new), [])
+        completions = [Completion() for _ in requests]
+        for _ in gemma._generator.run(requests, completions):
+            pass
         assert all(len(completion.token_ids) == new for completion in completions)
 
     return run

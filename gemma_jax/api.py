@@ -15,17 +15,20 @@ from gemma_jax.config import (
     ComputeConfig,
     MeshConfig,
     SamplingConfig,
+    mesh_text,
     replace,
-    validate_sampling,
+    sampling_config,
 )
 from gemma_jax.data.chat import Message
 from gemma_jax.errors import UserError
 from gemma_jax.model import ModelSpec
 from gemma_jax.pretrained.checkpoint import open_checkpoint
 from gemma_jax.pretrained.end_tokens import END_OF_TURN, EOS
-from gemma_jax.sampling import Chat, Completion, Generator
-from gemma_jax.sampling.generate import FinishReason
-from gemma_jax.sharding import make_mesh, row_parts
+from gemma_jax.sampling import Chat, Completion, FinishReason, Generator, TextCompletion
+from gemma_jax.sampling.chat import MAX_NEW_TOKENS
+from gemma_jax.sampling.decode import MAX_STEPS
+from gemma_jax.sampling.generate import check_ids, requests_of
+from gemma_jax.sharding import make_mesh, platform, row_parts
 from gemma_jax.startup import keep_programs
 from gemma_jax.tokenizer import Tokenizer
 
@@ -153,6 +156,16 @@ class Gemma:
             terms_source=self._terms_source,
         )
 
+    def __repr__(self) -> str:
+        count = sum(array.size for array in jax.tree.leaves(self.params))
+        kind = "instruction-tuned" if self.instruction_tuned else "pretrained"
+        where = f"{platform(self.mesh)}, mesh {mesh_text(self.mesh.shape)}"
+        tokenizer = "" if self._tokenizer else ", no tokenizer"
+        return (
+            f"<Gemma, {kind}: {count:,} parameters in {self.compute.param_dtype} on {where}; "
+            f"context of {self.config.context_length} tokens{tokenizer}>"
+        )
+
     @property
     def tokenizer(self) -> Tokenizer:
         """Raises:
@@ -167,16 +180,24 @@ class Gemma:
         """Whether the model was trained on dialogues: it ends an answer with `<end_of_turn>`."""
         return END_OF_TURN in self.end_tokens
 
-    def chat(self, *, system: str = "", history: Sequence[Message] = (), **settings: Any) -> Chat:
+    def chat(
+        self,
+        *,
+        system: str = "",
+        history: Sequence[Message] = (),
+        config: SamplingConfig | None = None,
+        **settings: Any,
+    ) -> Chat:
         """A dialogue that remembers what was said.
 
         Args:
           system: an instruction, put in front of the first user turn: Gemma has no turn of its own for it.
           history: messages `{"role": ..., "content": ...}` to go on from.
-          **settings: those of `generate` but for samples, for every answer; max_new_tokens is 1024.
+          config, **settings: those of `generate` but for samples, for every answer; without a config
+            max_new_tokens is 1024.
 
         Raises:
-          UserError: the model is not known to be instruction-tuned, or has no tokenizer.
+          UserError: the model is not known to be instruction-tuned, has no tokenizer, or a setting is wrong.
         """
         if not self.instruction_tuned:
             raise UserError(
@@ -185,10 +206,8 @@ class Gemma:
                 "(--instruction_tuned yes) if it is."
             )
 
-        def pieces(ids: Sequence[int], settings: dict[str, Any]) -> Iterator[tuple[str, FinishReason]]:
-            return ((piece, so_far.finish_reason) for piece, so_far in self._pieces(ids, **settings))
-
-        return Chat(self.tokenizer, pieces, self.config.context_length, system, history, settings)
+        config = sampling_config(config or SamplingConfig(MAX_NEW_TOKENS), settings)
+        return Chat(self.tokenizer, self._pieces, self.config.context_length, system, history, config)
 
     def logits(self, token_ids: Sequence[Sequence[int]] | np.ndarray) -> np.ndarray:
         """Logits of the token after each position.
@@ -217,65 +236,58 @@ class Gemma:
                 f"token_ids has rows of {tokens.shape[1]} tokens, longer than the model's context of "
                 f"{self.config.context_length}; shorten them."
             )
-        wrong = tokens[(tokens < 0) | (tokens >= self.config.vocab_size)]
-        if wrong.size:
-            raise UserError(
-                f"token id {wrong[0]} is out of range; "
-                f"the model's ids go from 0 to {self.config.vocab_size - 1}."
-            )
+        check_ids(tokens.flat, self.config.vocab_size)
         parts = row_parts(self.mesh)
         padded = np.pad(tokens, [(0, -len(tokens) % parts), (0, 0)]).astype(np.int32)
         return np.asarray(self._logits(self.params, padded))[: len(tokens)]
 
     def generate(
-        self,
-        prompts: Sequence[str | Sequence[int]],
-        *,
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        samples: int = 1,
-        stop: Sequence[str] = (),
+        self, prompts: Sequence[str | Sequence[int]], config: SamplingConfig | None = None, **settings: Any
     ) -> list[Generation]:
-        """Continue prompts of any lengths, as one batch.
+        """Continue prompts of any lengths.
 
         Args:
           prompts: texts (`<bos>` is put in front, and nothing in them becomes a control token), or
             token ids as they are.
-          max_new_tokens: at most this many are added to each.
-          temperature: 0 takes the likeliest token.
-          top_k: sample among so many likeliest tokens; 0 among all.
-          top_p: sample among the likeliest tokens that hold this much probability.
-          seed: decides the samples; a prompt's sample depends on its place in the list, not on the others.
-          samples: continuations of each prompt.
-          stop: texts that end a continuation and are cut off it.
+          config: how tokens are chosen, and when to end.
+          **settings: fields of SamplingConfig, which override those of config:
+            max_new_tokens (64): at most this many are added to each.
+            temperature (0.0): 0 takes the likeliest token.
+            top_k (0): sample among so many likeliest tokens; 0 among all.
+            top_p (1.0): sample among the likeliest tokens that hold this much probability.
+            seed (0): decides the samples; a prompt's depend on its place in the list, not on the others.
+            samples (1): continuations of each prompt.
+            stop (()): texts that end a continuation and are cut off it.
+            batch_size (0): continuations that are computed at a time; 0 takes all.
 
         Returns:
           A generation for each prompt; all samples of one prompt stand together.
 
         Raises:
           UserError: text without a tokenizer, a prompt that is empty or fills the context, ids out of
-            range, a setting out of range.
+            range, a setting of another type or out of range, more continuations than memory holds.
         """
-        config = SamplingConfig(max_new_tokens, temperature, top_k, top_p, seed, samples, tuple(stop))
-        validate_sampling(config)
+        config = sampling_config(config or SamplingConfig(), settings)
         if isinstance(prompts, str):
             raise UserError("prompts is one text; give a list of them.")
-        generations: list[Generation] = []
-        if len(prompts):
-            # Without stop texts nothing needs to be looked at before the end.
-            for so_far in self._run(prompts, config, STRIDE if stop else max_new_tokens):
-                generations = so_far
-        return generations
+        ids = [self._prompt_ids(prompt) for prompt in prompts]
+        if not ids:
+            return []
+        self._generator.check_memory(ids, config)
+        completions = [self._completion(config) for _ in range(len(ids) * config.samples)]
+        # Without stop texts nothing needs to be looked at before the end.
+        for _ in self._run(ids, config, completions, STRIDE if config.stop else MAX_STEPS):
+            pass
+        return [_generation(completion) for completion in completions]
 
-    def stream(self, prompt: str | Sequence[int], **settings: Any) -> Iterator[str]:
+    def stream(
+        self, prompt: str | Sequence[int], config: SamplingConfig | None = None, **settings: Any
+    ) -> Iterator[str]:
         """The continuation of one prompt, piece by piece while it is made.
 
         Args:
           prompt: text or token ids.
-          **settings: those of `generate`, but for samples.
+          config, **settings: those of `generate`, but for samples.
 
         Yields:
           Texts that joined are the text that `generate` gives. A character whose bytes are not all there,
@@ -284,63 +296,47 @@ class Gemma:
         Raises:
           UserError: as `generate`, and for a model without a tokenizer.
         """
-        return (piece for piece, _ in self._pieces(prompt, **settings) if piece)
+        config = sampling_config(config or SamplingConfig(), settings)
+        return (piece for piece, _ in self._pieces(prompt, config) if piece)
 
-    def _pieces(self, prompt: str | Sequence[int], **settings: Any) -> Iterator[tuple[str, Generation]]:
-        """Pieces of a continuation, each with the generation so far. The last comes with the whole, and may
-        be empty."""
-        settings["stop"] = tuple(settings.get("stop", ()))
-        config = SamplingConfig(**settings, samples=1)
-        validate_sampling(config)
-        assert self.tokenizer
-        shown = ""
-        for [generation] in self._run([prompt], config, STRIDE):
-            certain = generation.text[: len(generation.text) - _uncertain(generation.text, config.stop)]
-            if certain.startswith(shown) and certain != shown:
-                yield certain[len(shown) :], generation
-                shown = certain
-        yield generation.text[len(shown) :], generation
+    def _pieces(
+        self, prompt: str | Sequence[int], config: SamplingConfig
+    ) -> Iterator[tuple[str, FinishReason | None]]:
+        """Pieces of a continuation, which may be empty; the last comes with the reason of the end."""
+        if config.samples != 1:
+            raise UserError(
+                f"samples is {config.samples}, but a stream shows one continuation; leave it out."
+            )
+        completion = TextCompletion(self.tokenizer, config.stop)
+        looks = self._run([self._prompt_ids(prompt)], config, [completion], STRIDE)
+        return ((completion.take(), completion.finish_reason) for _ in looks)
+
+    def _completion(self, config: SamplingConfig) -> Completion:
+        without_text = self._tokenizer is None and not config.stop
+        return Completion() if without_text else TextCompletion(self.tokenizer, config.stop)
 
     def _run(
-        self, prompts: Sequence[str | Sequence[int]], config: SamplingConfig, stride: int
-    ) -> Iterator[list[Generation]]:
-        """The generations as far as they are, at every stride."""
-        ids = [self._prompt_ids(prompt) for prompt in prompts]
-
-        def ended(completions: list[Completion]) -> list[bool]:
-            texts = [self.tokenizer.decode(completion.token_ids) for completion in completions]
-            return [any(stop in text for stop in config.stop) for text in texts]
-
-        for completions in self._generator.run(
-            ids, config, self.end_tokens, stride, ended if config.stop else None
-        ):
-            yield [self._generation(completion, config.stop) for completion in completions]
-
-    def _generation(self, completion: Completion, stop: Sequence[str]) -> Generation:
-        ids, log_probs, reason = completion.token_ids, completion.log_probs, completion.finish_reason
-        if self._tokenizer is None:
-            return Generation("", ids, log_probs, reason)
-        text = self._tokenizer.decode(ids)
-        cuts = [text.index(word) for word in stop if word in text]
-        if cuts:
-            # The tokens that are needed for the text before the stop, and no more.
-            text, reason = text[: min(cuts)], "stop"
-            needed = next(n for n in range(len(ids) + 1) if self._tokenizer.decode(ids[:n]).startswith(text))
-            ids, log_probs = ids[:needed], log_probs[:needed]
-        return Generation(text, ids, log_probs, reason)
+        self,
+        prompts: Sequence[Sequence[int]],
+        config: SamplingConfig,
+        completions: Sequence[Completion],
+        stride: int,
+    ) -> Iterator[None]:
+        requests = requests_of(prompts, config, self.end_tokens)
+        return self._generator.run(requests, completions, rows=config.batch_size, stride=stride)
 
     def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):
             return [self.tokenizer.bos_id, *self.tokenizer.encode_typed(prompt)]
+        if isinstance(prompt, bytes | bytearray):
+            raise UserError("a prompt is bytes, but must be a text or a list of token ids; decode it first.")
         try:
             return [operator.index(token) for token in prompt]
         except TypeError as error:
             raise UserError(f"a prompt must be a text or a list of integer token ids ({error}).") from error
 
 
-def _uncertain(text: str, stop: Sequence[str]) -> int:
-    """Characters at the end of a text that the next token may still change or make part of a stop text."""
-    beginnings = [n for word in stop for n in range(1, len(word)) if text.endswith(word[:n])]
-    # U+FFFD stands for bytes of a character that is not complete yet.
-    incomplete = len(text) - len(text.rstrip("\ufffd"))
-    return max([incomplete, *beginnings])
+def _generation(completion: Completion) -> Generation:
+    assert completion.finish_reason is not None
+    text = completion.text if isinstance(completion, TextCompletion) else ""
+    return Generation(text, completion.token_ids, completion.log_probs, completion.finish_reason)

@@ -15,7 +15,10 @@ from gemma_jax.errors import UserError
 _CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
-def require_memory(tree: Any, name: str) -> None:
+SMALLER_MODEL = "choose a smaller model or a narrower compute.param_dtype"
+
+
+def require_memory(tree: Any, name: str, remedy: str = SMALLER_MODEL) -> None:
     """Check that the devices of this process have the memory that a tree of arrays needs.
 
     Devices that are not in this machine are not checked.
@@ -23,6 +26,7 @@ def require_memory(tree: Any, name: str) -> None:
     Args:
       tree: of abstract arrays with shardings.
       name: of what the tree holds, for the message.
+      remedy: what the user can do.
 
     Raises:
       UserError: a device has less memory, or this machine has less than all its CPU devices need.
@@ -34,16 +38,15 @@ def require_memory(tree: Any, name: str) -> None:
     on_cpu = sum(size for device, size in needed.items() if device.platform == "cpu")
     if on_cpu > (available := machine_memory()):
         raise UserError(
-            f"{name} needs {_gib(on_cpu)}, but this machine has {_gib(available)} of memory; choose a "
-            "smaller model, a narrower compute.param_dtype, or a machine with more memory."
+            f"{name} needs {_gib(on_cpu)}, but this machine has {_gib(available)} of memory; {remedy}, or "
+            "take a machine with more memory."
         )
     for device, size in needed.items():
         limit = (device.memory_stats() or {}).get("bytes_limit") if device.platform != "cpu" else None
         if limit is not None and size > limit:
             raise UserError(
                 f"{name} needs {_gib(size)} on each device, but a {device.device_kind} has {_gib(limit)}; "
-                "split it over more devices (mesh.fsdp, mesh.tensor), or choose a smaller model or a "
-                "narrower compute.param_dtype."
+                f"split it over more devices (mesh.fsdp, mesh.tensor), or {remedy}."
             )
 
 

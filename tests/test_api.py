@@ -1,11 +1,12 @@
 """`Gemma`: text in, text out; streaming, several samples, stop texts. (tests/sampling covers token ids.)"""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from gemma_jax import Gemma
-from gemma_jax.api import _uncertain
-from gemma_jax.config import PRESETS, ComputeConfig, replace
+from gemma_jax.config import PRESETS, ComputeConfig, SamplingConfig, replace
 from gemma_jax.errors import UserError
 from gemma_jax.model import ModelSpec
 from gemma_jax.testing import cpu_mesh, tiny_gemma
@@ -48,39 +49,55 @@ def test_a_stop_text_ends_a_continuation_and_is_cut_off(gemma: Gemma) -> None:
     assert "".join(gemma.stream("1 2", seed=3, stop=[stop], **HOT)) == cut.text
 
 
-def test_what_may_become_a_stop_text_is_held_back() -> None:
-    assert _uncertain("abc", ["cde"]) == 1
-    assert _uncertain("abcd", ["cde", "bcdx"]) == 3
-    assert _uncertain("abc", ["x"]) == 0
-    assert _uncertain("a\ufffd\ufffd", []) == 2
-
-
-def test_samples_of_a_prompt_stand_together_and_differ(gemma: Gemma) -> None:
-    got = gemma.generate(["1", "2"], samples=3, seed=1, **HOT)
-    assert len(got) == 6
-    assert len({tuple(g.token_ids) for g in got}) == 6
-    greedy = gemma.generate(["1", "2"], samples=2, max_new_tokens=5)
-    alone = gemma.generate(["1", "2"], max_new_tokens=5)
-    assert [g.token_ids for g in greedy] == [alone[0].token_ids] * 2 + [alone[1].token_ids] * 2
-
-
 def test_typed_text_cannot_become_a_control_token(gemma: Gemma) -> None:
     typed = gemma._prompt_ids("<start_of_turn>user\n<bos><eos>")
     assert typed[0] == gemma.tokenizer.bos_id
     assert not {0, 1, 2, 106, 107} & set(typed[1:])
 
 
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"temperature": -1.0}, "temperature is -1.0"),
+    ({"temperature": True}, "temperature must be a number, not True"),
+    ({"top_k": 2.9}, "top_k must be an integer, not 2.9"),
+    ({"top_p": 0.0}, "top_p is 0.0"),
+    ({"top_p": None}, "top_p must be a number, not None"),
+    ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+    ({"max_new_tokens": 3.5}, "max_new_tokens must be an integer, not 3.5"),
+    ({"samples": 0}, "samples is 0"),
+    (
+        {"samples": 1_000_000_000},
+        "1,000,000,000 continuations, 1,073,741,824 at a time, needs .* GiB",
+    ),
+    ({"samples": 1_000_000_000, "batch_size": 8}, "1,000,000,000 continuations, 8 at a time, needs .* GiB"),
+    ({"seed": 1.5}, "seed must be an integer, not 1.5"),
+    ({"stop": "return"}, "stop must be a list, not 'return'"),
+    ({"stop": None}, "stop must be a list, not None"),
+    ({"stop": [b"a"]}, "stop must be a string"),
+    ({"stop": [""]}, "empty text"),
+    ({"temprature": 1.0}, "did you mean temperature"),
+    ({"config": SamplingConfig(top_k=2.9)}, "top_k must be an integer"),
+]
+
+
+@pytest.mark.parametrize(("settings", "told"), WRONG, ids=str)
+def test_wrong_settings_end_in_one_sentence(gemma: Gemma, settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        gemma.generate(["1"], **settings)
+
+
+def test_settings_come_as_a_config_or_as_keywords(gemma: Gemma) -> None:
+    config = SamplingConfig(max_new_tokens=5, temperature=2.0, seed=np.int64(3))
+    from_config = gemma.generate(["1"], config, max_new_tokens=4)
+    assert from_config == gemma.generate(["1"], max_new_tokens=4, temperature=2, seed=3)
+    assert "".join(gemma.stream("1", config)) == gemma.generate(["1"], config)[0].text
+
+
 def test_mistakes_are_told(gemma: Gemma) -> None:
-    wrong: list[tuple[dict[str, object], str]] = [
-        ({"temperature": -1.0}, "temperature is -1.0"),
-        ({"top_p": 0.0}, "top_p is 0.0"),
-        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
-        ({"samples": 0}, "samples is 0"),
-        ({"stop": [""]}, "empty text"),
-    ]
-    for settings, told in wrong:
+    for prompts, told in [(["1", b"1"], "bytes"), ("1", "give a list"), ([[2, None]], "integer")]:
         with pytest.raises(UserError, match=told):
-            gemma.generate(["1"], **settings)  # that is the point
+            gemma.generate(prompts)
+    with pytest.raises(UserError, match="samples is 2"):
+        gemma.stream("1", samples=2)
     with pytest.raises(UserError, match="tokenizer.model"):
         tiny_gemma().generate(["text"])
     with pytest.raises(UserError, match="pieces"):
@@ -94,12 +111,3 @@ def test_logits_of_any_number_of_rows_on_a_mesh() -> None:
     on_eight = tiny_gemma(cpu_mesh(8, fsdp=4, tensor=2)).logits(rows)
     assert on_one.shape == (3, 7, 512) and on_one.dtype == np.float32
     np.testing.assert_allclose(on_eight, on_one, atol=1e-5)
-    for bad, told in [
-        ([[1, 2], [3]], "lengths"),
-        ([[512]], "512"),
-        ([[-1]], "-1"),
-        ([[0] * 300], "300"),
-        ([1], "shape"),
-    ]:
-        with pytest.raises(UserError, match=told):
-            tiny_gemma().logits(bad)

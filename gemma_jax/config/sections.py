@@ -248,3 +248,4 @@ class SamplingConfig:
     seed: int = setting(0, "Decides the samples.", 0, LARGEST_SEED)
     samples: int = setting(1, "Continuations of each prompt.", 1)
     stop: tuple[str, ...] = setting((), "Texts that end a continuation, and are not part of it.")
+    batch_size: int = setting(0, "Continuations that are computed at a time; 0 takes all.", 0)

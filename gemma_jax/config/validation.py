@@ -20,6 +20,7 @@ from gemma_jax.config.sections import (
     SamplingConfig,
     TransformerConfig,
 )
+from gemma_jax.config.serialization import from_dict
 from gemma_jax.errors import UserError
 
 MESH_AXES = ("slice", "data", "fsdp", "tensor")
@@ -147,6 +148,23 @@ def validate(config: TrainingConfig) -> None:
     validate_mesh(config.mesh)
     if config.mesh.cpu_devices:
         validate_on_devices(config, config.mesh.cpu_devices)
+
+
+def sampling_config(config: SamplingConfig, settings: Mapping[str, Any]) -> SamplingConfig:
+    """`config` with some settings changed.
+
+    Raises:
+      UserError: an unknown setting, one of another type or out of range.
+    """
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(SamplingConfig)}
+    # A number of numpy or jax counts as what it is in Python.
+    given = {
+        key: value.item() if getattr(value, "shape", None) == () else value
+        for key, value in (fields | dict(settings)).items()
+    }
+    checked = from_dict(SamplingConfig, given, "sampling settings")
+    validate_sampling(checked)
+    return checked
 
 
 def validate_sampling(config: SamplingConfig) -> None:

@@ -9,11 +9,14 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
+from gemma_jax.model.cache import KVCache
 from gemma_jax.model.ops import Integers
 from gemma_jax.model.splash import fits_splash, splash_attend
 from gemma_jax.sharding import platform
 from gemma_jax.weights.matmul import precision
 
+PREFILL_CHUNK = 512  # tokens of each prompt, where attention has no kernel for whole rows
+KEY_BLOCK = 512  # slots of the cache whose scores exist at one time
 ATTENDED = "attended"  # what self_attend gives, for a policy of jax.checkpoint
 
 
@@ -100,3 +103,76 @@ def causal_attend(
         )
         outputs.append(jax.checkpoint(attend)(q[:, queries], k[:, keys], v[:, keys], mask))
     return jnp.concatenate(outputs, axis=1) if len(outputs) > 1 else outputs[0]
+
+
+def prefill_chunk(length: int, head_dim: int, dtype: jax.typing.DTypeLike, mesh: Mesh) -> int:
+    """Tokens of each prompt that prefill takes at a time: all of them where a kernel for whole rows fits.
+
+    Its memory is linear in the prompt, and each chunk would gather the weights anew that fsdp splits.
+    """
+    q = jax.ShapeDtypeStruct((1, length, 1, head_dim), jnp.dtype(dtype))
+    return length if platform(mesh) == "tpu" and fits_splash(q) else min(length, PREFILL_CHUNK)
+
+
+def cache_attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, positions: Integers, segments: Integers, cache: KVCache
+) -> jax.Array:
+    """Attention of new tokens to the cache that holds them, on any platform.
+
+    Args:
+      q: [B, L, N, H], already scaled.
+      k, v: [B, S, K, H] of one layer of the cache.
+      positions, segments: [B, L] of the new tokens.
+      cache: says what is in each slot.
+
+    Returns:
+      [B, L, N, H] in q's dtype.
+    """
+    if q.shape[1] == 1 or k.shape[1] <= KEY_BLOCK:
+        return attend(q, k, v, attention_mask(positions, segments, cache.positions, cache.segments))
+    return _attend_in_blocks(q, k, v, positions, segments, cache)
+
+
+def _attend_in_blocks(
+    q: jax.Array, k: jax.Array, v: jax.Array, positions: Integers, segments: Integers, cache: KVCache
+) -> jax.Array:
+    """`cache_attend` with the scores of a block of keys at a time, and no work beyond the slots in use.
+
+    The softmax is computed as the blocks come (Milakov and Gimelshein, 2018): numerator and denominator are
+    scaled down whenever a larger score appears.
+    """
+    B, L, N, H = q.shape
+    S, K = k.shape[1:3]
+    G, block = N // K, KEY_BLOCK
+    queries = q.reshape(B, L, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * L, H)
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    lowest = jnp.finfo(wide).min
+
+    def body(
+        number: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        largest, denominator, numerator = carry
+        start = jnp.minimum(number * block, S - block)  # the last block may overlap the one before
+        part = lambda x: jax.lax.dynamic_slice_in_dim(x, start, block, axis=1)  # noqa: E731
+        keys, values = part(k), part(v)
+        mask = attention_mask(positions, segments, part(cache.positions), part(cache.segments))
+        mask &= start + jnp.arange(block) >= number * block
+        exact = precision(q.dtype)
+        scores = jnp.einsum("BKQH,BSKH->BKQS", queries, keys, precision=exact, preferred_element_type=wide)
+        scores = jnp.where(mask[:, None, None], scores.reshape(B, K, G, L, block), lowest)
+        scores = scores.reshape(B, K, G * L, block)
+        new_largest = jnp.maximum(largest, jnp.max(scores, axis=-1))
+        shrink = jnp.exp(largest - new_largest)
+        weights = jnp.exp(scores - new_largest[..., None])
+        attended = jnp.einsum(
+            "BKQS,BSKH->BKQH", weights.astype(q.dtype), values, precision=exact, preferred_element_type=wide
+        )
+        denominator = denominator * shrink + jnp.sum(weights, axis=-1)
+        return new_largest, denominator, numerator * shrink[..., None] + attended
+
+    shape = (B, K, G * L)
+    begin = (jnp.full(shape, lowest, wide), jnp.zeros(shape, wide), jnp.zeros((*shape, H), wide))
+    blocks = (jnp.max(cache.lengths) + block - 1) // block
+    _, denominator, numerator = jax.lax.fori_loop(0, blocks, body, begin)
+    out = (numerator / denominator[..., None]).astype(q.dtype)
+    return out.reshape(B, K, G, L, H).transpose(0, 3, 1, 2, 4).reshape(B, L, N, H)

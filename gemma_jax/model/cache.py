@@ -7,11 +7,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from gemma_jax.config import TransformerConfig
 from gemma_jax.model.ops import Integers
-from gemma_jax.sharding import constrain
+from gemma_jax.sharding import constrain, partition_spec
 
 KEYS_AXES = ("layers", "batch", "length", "kv_heads", "head_dim")
 
@@ -32,13 +32,22 @@ class KVCache:
     lengths: jax.Array  # [B] int32: slots in use
 
     @classmethod
+    def abstract(
+        cls, config: TransformerConfig, rows: int, slots: int, dtype: jax.typing.DTypeLike, mesh: Mesh
+    ) -> list[jax.ShapeDtypeStruct]:
+        """Shapes and shardings of the keys and values."""
+        shape = (config.num_layers, rows, slots, config.num_kv_heads, config.head_dim)
+        sharding = NamedSharding(mesh, partition_spec(KEYS_AXES, shape, mesh, "cache"))
+        return [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)] * 2
+
+    @classmethod
     def empty(
         cls, config: TransformerConfig, rows: int, slots: int, dtype: jax.typing.DTypeLike, mesh: Mesh
     ) -> "KVCache":
         """A cache of nothing, split over the mesh by rows and key/value heads."""
-        shape = (config.num_layers, rows, slots, config.num_kv_heads, config.head_dim)
         zeros = jnp.zeros((rows, slots), jnp.int32)
-        keys, values = (constrain(jnp.zeros(shape, dtype), KEYS_AXES, mesh) for _ in range(2))
+        abstract = cls.abstract(config, rows, slots, dtype, mesh)
+        keys, values = (constrain(jnp.zeros(x.shape, x.dtype), KEYS_AXES, mesh) for x in abstract)
         return cls(keys, values, zeros, zeros, jnp.zeros(rows, jnp.int32))
 
     def slots(self, new: int) -> jax.Array:
@@ -59,4 +68,20 @@ class KVCache:
             positions=self.positions.at[rows, slots].set(positions.astype(jnp.int32), mode="drop"),
             segments=self.segments.at[rows, slots].set(segments.astype(jnp.int32), mode="drop"),
             lengths=self.lengths + jnp.sum(jnp.asarray(segments) != 0, axis=1, dtype=jnp.int32),
+        )
+
+    def with_rows(self, new: "KVCache", rows: jax.Array) -> "KVCache":
+        """The cache with the rows `rows` [R] replaced by those of a cache of as many or fewer slots.
+
+        A row number out of range leaves its new row out.
+        """
+        free = self.positions.shape[1] - new.positions.shape[1]
+        used = slice(0, new.positions.shape[1])
+        positions, segments = (jnp.pad(x, ((0, 0), (0, free))) for x in (new.positions, new.segments))
+        return KVCache(
+            keys=self.keys.at[:, rows, used].set(new.keys, mode="drop"),
+            values=self.values.at[:, rows, used].set(new.values, mode="drop"),
+            positions=self.positions.at[rows].set(positions, mode="drop"),
+            segments=self.segments.at[rows].set(segments, mode="drop"),
+            lengths=self.lengths.at[rows].set(new.lengths, mode="drop"),
         )

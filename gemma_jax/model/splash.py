@@ -15,7 +15,7 @@ LANES = 128  # of a TPU's vector unit; the kernel's blocks are multiples of it
 BLOCK = 512  # queries and keys of a block; larger ones do not fit v5e's vector memory at head dim 256
 
 
-def fits_splash(q: jax.Array) -> bool:
+def fits_splash(q: jax.Array | jax.ShapeDtypeStruct) -> bool:
     """Whether the kernel takes queries [B, L, N, H] of this shape and dtype.
 
     Its products of float32 run in bfloat16 passes, so it is for bfloat16 alone.

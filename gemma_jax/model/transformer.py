@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gemma_jax.config import ComputeConfig, TransformerConfig
 from gemma_jax.errors import UserError
-from gemma_jax.model.attention import attend, attention_mask, self_attend
+from gemma_jax.model.attention import cache_attend, self_attend
 from gemma_jax.model.cache import KVCache
 from gemma_jax.model.layers import RESIDUAL, Block
 from gemma_jax.model.ops import Integers, rms_norm
@@ -107,6 +107,8 @@ class Transformer(nnx.Module):
         segments: Integers,
         layers: Sequence[nnx.State] | None = None,
         context: Context = NO_CONTEXT,
+        *,
+        empty: bool = False,
     ) -> tuple[jax.Array, KVCache]:
         """Hidden states of the next tokens of each row, which see what is in the cache too.
 
@@ -116,13 +118,13 @@ class Transformer(nnx.Module):
           layers: the blocks' parameters layer by layer (see `layer_views`), to be used instead of the stacked
             ones, in a program that has each layer by itself.
           context: what every multiplication receives; a random key is the same in all layers.
+          empty: the cache holds nothing yet, so the tokens see only each other.
 
         Returns:
           [B, L, D] after the final norm, and the cache with the new tokens in it.
         """
         rows, slots = jnp.arange(tokens.shape[0])[:, None], cache.slots(tokens.shape[1])
         cache = cache.extended(positions, segments)
-        mask = attention_mask(positions, segments, cache.positions, cache.segments)
         graphdef, stacked = nnx.split(self.blocks)
         Carry = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -135,7 +137,9 @@ class Transformer(nnx.Module):
                 nonlocal keys, values
                 keys = keys.at[layer, rows, slots].set(k, mode="drop")
                 values = values.at[layer, rows, slots].set(v, mode="drop")
-                return attend(q, keys[layer], values[layer], mask)
+                if empty:
+                    return self_attend(q, k, v, positions, segments, self.mesh)
+                return cache_attend(q, keys[layer], values[layer], positions, segments, cache)
 
             x = nnx.merge(graphdef, state)(x, positions, remember_and_attend, context)
             return (x, keys, values), None

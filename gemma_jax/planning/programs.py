@@ -13,7 +13,7 @@ from gemma_jax.data.packing import Batch
 from gemma_jax.model import ModelSpec
 from gemma_jax.model.cache import KEYS_AXES
 from gemma_jax.planning.traffic import Parameter, parameters
-from gemma_jax.sampling.generate import Generator
+from gemma_jax.sampling.generate import Generator, slot_settings
 from gemma_jax.sharding import batch_sharding, partition_spec
 from gemma_jax.training.hardware import training_flops_a_token
 from gemma_jax.training.state import abstract_train_state
@@ -96,21 +96,24 @@ def _sampling(mode: Mode, config: TrainingConfig, mesh: Mesh, new_tokens: int) -
     def integers(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=by_row)
 
-    keys = _placed(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows)), by_row)
-    ends = jax.ShapeDtypeStruct((1,), jnp.int32)
-    prompts = (integers(rows, length), integers(rows), integers(rows), keys, 0.0, 0, 1.0, ends)
-    sizes = {"slots": min(length + new_tokens, config.model.context_length), "capacity": new_tokens}
+    settings = jax.tree.map(
+        lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=by_row),
+        slot_settings([], rows, 1, config.model.context_length),
+    )
+    batch = (integers(rows, length), integers(rows), settings)
+    prompts = (batch[0], 0, *batch[1:])
+    size = min(length + new_tokens, config.model.context_length)
     held = {"parameters": _bytes_a_device(params)}
     known = parameters(params, mesh)
     if mode == "prefill":
-        lowered = generator.prefill.lower(params, *prompts, **sizes)
-        return Program(lowered, held | {"batch": _bytes_a_device(prompts[:4])}, known, rows * length, None)
-    state = jax.eval_shape(lambda p, *args: generator.prefill(p, *args, **sizes), params, *prompts)
+        lowered = generator.prefill.lower(params, *prompts, size=size)
+        return Program(lowered, held | {"batch": _bytes_a_device(batch)}, known, rows * length, None)
+    state, _ = jax.eval_shape(lambda p, *args: generator.prefill(p, *args, size=size), params, *prompts)
     # As prefill leaves it: the cache split by rows and heads, everything else by rows.
     where = jax.tree.map(lambda _: by_row, state)
     cache = NamedSharding(mesh, partition_spec(KEYS_AXES, state.cache.keys.shape, mesh, "cache"))
     where = dataclasses.replace(where, cache=dataclasses.replace(where.cache, keys=cache, values=cache))
     state = _placed(state, where)
     steps = jax.ShapeDtypeStruct((), jnp.int32)
-    lowered = generator.decode.lower(params, state, steps, ends)
+    lowered = generator.decode.lower(params, state, steps)
     return Program(lowered, held | {"cache": _bytes_a_device(state)}, known, rows, None)

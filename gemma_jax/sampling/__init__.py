@@ -1,6 +1,8 @@
 """From prompts to new tokens."""
 
 from gemma_jax.sampling.chat import Chat
-from gemma_jax.sampling.generate import Completion, Generator
+from gemma_jax.sampling.completion import Completion, FinishReason
+from gemma_jax.sampling.generate import Generator, Request
+from gemma_jax.sampling.text import TextCompletion
 
-__all__ = ["Chat", "Completion", "Generator"]
+__all__ = ["Chat", "Completion", "FinishReason", "Generator", "Request", "TextCompletion"]

@@ -3,13 +3,14 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from gemma_jax.config import SamplingConfig, sampling_config
 from gemma_jax.data.chat import SYSTEM, Message, encode_dialogue
 from gemma_jax.errors import UserError
-from gemma_jax.sampling.generate import FinishReason
+from gemma_jax.sampling.completion import FinishReason
 from gemma_jax.tokenizer import Tokenizer
 
-# (prompt ids, settings) -> pieces of the continuation, each with why it would end there
-Pieces = Callable[[Sequence[int], dict[str, Any]], Iterator[tuple[str, FinishReason]]]
+# (prompt ids, settings) -> pieces of the continuation; the last comes with the reason of its end
+Pieces = Callable[[Sequence[int], SamplingConfig], Iterator[tuple[str, FinishReason | None]]]
 
 MAX_NEW_TOKENS = 1024  # of an answer, where nobody says
 
@@ -28,7 +29,7 @@ class Chat:
         context_length: int,
         system: str,
         history: Sequence[Message],
-        settings: dict[str, Any],
+        config: SamplingConfig,
     ) -> None:
         """Args:
         tokenizer: of the model.
@@ -36,15 +37,14 @@ class Chat:
         context_length: of the model, tokens.
         system: an instruction that stands in front of the first user turn.
         history: messages of an earlier dialogue to go on from.
-        settings: of every answer, as for `Gemma.generate`.
+        config: of every answer.
         """
         self.history: list[Message] = list(history)
         self.finish_reason: FinishReason | None = None
         """Why the last answer ended: "stop", "length", "context"; None where it was stopped from outside."""
         self._tokenizer, self._pieces, self._context_length = tokenizer, pieces, context_length
         self._system = [{"role": SYSTEM, "content": system}] if system else []
-        self._settings = {"max_new_tokens": MAX_NEW_TOKENS, **settings}
-        self._seed: int = settings.get("seed", 0)
+        self._config = config
 
     def send(self, message: str, **settings: Any) -> str:
         """The model's answer to a message; both go into the history.
@@ -71,10 +71,11 @@ class Chat:
                 f"{self._context_length}, the answer included; reset the dialogue or shorten the message."
             )
         # Another seed for each turn: the same one would draw alike in every answer.
-        settings = {**self._settings, "seed": (self._seed + len(self.history) // 2) % 2**32, **settings}
+        seed = (self._config.seed + len(self.history) // 2) % 2**32
+        config = sampling_config(self._config, {"seed": seed, **settings})
         answer, finish_reason, ended = "", None, False
         try:
-            for piece, reason in self._pieces(prompt, settings):
+            for piece, reason in self._pieces(prompt, config):
                 answer, finish_reason = answer + piece, reason
                 if piece:
                     yield piece

@@ -1,57 +1,54 @@
-"""Prompts in, tokens out: prefill the cache once, then decode with it.
+"""Prompts in, completions out: the compiled programs, and which prompt has which slot.
 
-Shape legend: B rows, P prompt length, T new tokens, S cache slots, V stored vocabulary rows.
+Shape legend: B slots, R prompts of one prefill, P prompt length, E end tokens.
 """
 
+import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import SingleDeviceSharding
 
-from gemma_jax.config import SamplingConfig
+from gemma_jax.config import SamplingConfig, TransformerConfig
 from gemma_jax.errors import UserError
+from gemma_jax.memory import require_memory
 from gemma_jax.model import KVCache, ModelSpec, layer_views
-from gemma_jax.sampling.select import select
+from gemma_jax.model.attention import prefill_chunk
+from gemma_jax.model.transformer import compute_dtype
+from gemma_jax.sampling.completion import Completion, FinishReason
+from gemma_jax.sampling.decode import MAX_STEPS, NewTokens, Slots, SlotSettings, decode, free, insert, prefill
 from gemma_jax.sharding import batch_sharding, row_parts
 
-FinishReason = Literal["stop", "length", "context"]
+BYTES_OF_TOKEN = 64  # of a list of Python for an id and a log-probability, roughly
+REFILL_STRIDE = 16  # tokens between two looks for a free slot while prompts wait
 
 
 @dataclasses.dataclass(frozen=True)
-class Completion:
-    """The new tokens of one prompt, without the one that ended them."""
+class Request:
+    """A prompt to continue once."""
 
-    token_ids: list[int]
-    log_probs: list[float]  # nats, under the model's own distribution
-    finish_reason: FinishReason  # an end token came, max_new_tokens were made, or the context is full
+    token_ids: Sequence[int]
+    config: SamplingConfig
+    end_tokens: Sequence[int]
+    prompt: int = 0  # its number; with the seed and `sample` it decides the random numbers
+    sample: int = 0
+    adapter: int = 0
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DecodeState:
-    """The state of a batch between two dispatches."""
-
-    cache: KVCache
-    last: jax.Array  # [B] int32: the newest token, not yet in the cache
-    tokens: jax.Array  # [B, T] int32: new tokens so far
-    log_probs: jax.Array  # [B, T]
-    counts: jax.Array  # [B] int32: new tokens so far, the end token included
-    limits: jax.Array  # [B] int32: new tokens allowed
-    ended: jax.Array  # [B] bool: an end token came
-    keys: jax.Array  # [B] random keys
-    temperature: jax.Array  # [B]
-    top_k: jax.Array  # [B]
-    top_p: jax.Array  # [B]
-
-    @property
-    def done(self) -> jax.Array:
-        """[B] bool: rows that need no further token."""
-        return self.ended | (self.counts >= self.limits)
+def requests_of(
+    prompts: Sequence[Sequence[int]], config: SamplingConfig, end_tokens: Sequence[int]
+) -> list[Request]:
+    """A request for every sample of every prompt; all samples of one prompt stand together."""
+    return [
+        Request(token_ids, config, end_tokens, prompt, sample)
+        for prompt, token_ids in enumerate(prompts)
+        for sample in range(config.samples)
+    ]
 
 
 def bucket(size: int) -> int:
@@ -59,196 +56,238 @@ def bucket(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
+def row_bucket(rows: int, parts: int) -> int:
+    """The next of 1, 2, 3, 4, 6, 8, 12, 16 ... rows for each of the parts that a batch is split into."""
+    rows = -(-rows // parts)
+    step = 1 << max(0, (rows - 1).bit_length() - 2)
+    return -(-rows // step) * step * parts
+
+
 class Generator:
     """A model with its compiled prefill and decode."""
 
     def __init__(self, spec: ModelSpec, params: nnx.State) -> None:
-        self._spec, self.config, self.mesh, self.params = spec, spec.config, spec.mesh, params
-        self.prefill = jax.jit(self._prefill_impl, static_argnames=("slots", "capacity"))
-        self.decode = jax.jit(self._decode_impl, donate_argnums=1)
+        self.config, self.mesh, self.params = spec.config, spec.mesh, params
+        self.dtype = compute_dtype(spec.compute, spec.mesh)
+
+        def with_model(function: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda params, *args, **kwargs: function(spec.merge(params), *args, **kwargs)
+
+        self.prefill = jax.jit(with_model(prefill), static_argnames="size", donate_argnums=5)
+        self.decode = jax.jit(with_model(decode), donate_argnums=1)
+        self.insert = jax.jit(insert, donate_argnums=0)
+        self.free = jax.jit(free, donate_argnums=0)
 
     @functools.cached_property
-    def _layers(self) -> list[nnx.State] | None:
+    def layers(self) -> list[nnx.State] | None:
+        """The blocks' parameters layer by layer, where decoding wants them so."""
         return layer_views(self.params, self.mesh)
 
-    def check_prompt(self, prompt: Sequence[int]) -> None:
+    def cache_size(self, prompt: int, new_tokens: int) -> int:
+        """Slots of a row's cache for the longest prompt and the most new tokens."""
+        context = self.config.context_length
+        return min(min(bucket(prompt), context) + bucket(new_tokens), context)
+
+    def check_memory(self, prompts: Sequence[Sequence[int]], config: SamplingConfig) -> None:
         """Raises:
-        UserError: an empty prompt, one that leaves no room in the context, an id out of range.
+        UserError: memory does not hold the cache of the slots, or what the continuations become.
         """
-        context, vocabulary = self.config.context_length, self.config.vocab_size
-        if not prompt:
-            raise UserError("a prompt has no tokens; give it at least the <bos> token.")
-        if len(prompt) >= context:
-            raise UserError(
-                f"a prompt has {len(prompt)} tokens, but the model's context of {context} leaves room for at "
-                f"most {context - 1} before a new one; shorten the prompt."
-            )
-        wrong = [token for token in prompt if not 0 <= token < vocabulary]
-        if wrong:
-            raise UserError(
-                f"token id {wrong[0]} is out of range; the model's ids go from 0 to {vocabulary - 1}."
-            )
+        total = len(prompts) * config.samples
+        rows = row_bucket(min(config.batch_size or total, total), row_parts(self.mesh))
+        size = self.cache_size(max(map(len, prompts)), config.max_new_tokens)
+        cache = KVCache.abstract(self.config, rows, size, self.dtype, self.mesh)
+        host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+        new_tokens = min(config.max_new_tokens, self.config.context_length)
+        results = jax.ShapeDtypeStruct((total, new_tokens, BYTES_OF_TOKEN), np.uint8, sharding=host)
+        remedy = "lower samples, batch_size or max_new_tokens"
+        require_memory([cache, results], f"sampling {total:,} continuations, {rows:,} at a time,", remedy)
+
+    def chunk(self, length: int) -> int:
+        """Tokens of each prompt that prefill takes at a time."""
+        return prefill_chunk(length, self.config.head_dim, self.dtype, self.mesh)
 
     def run(
         self,
-        prompts: Sequence[Sequence[int]],
-        config: SamplingConfig,
-        end_tokens: Sequence[int],
-        stride: int,
-        ended: Callable[[list[Completion]], Sequence[bool]] | None = None,
-    ) -> Iterator[list[Completion]]:
-        """Continue prompts of any lengths as one batch.
+        requests: Sequence[Request],
+        completions: Sequence[Completion],
+        *,
+        rows: int = 0,
+        stride: int = MAX_STEPS,
+    ) -> Iterator[None]:
+        """Continue prompts of any lengths.
 
         Args:
-          prompts: token ids, beginning with <bos>.
-          config: how to choose tokens.
-          end_tokens: ids that end a row.
+          requests: what to continue; their tokens begin with <bos>.
+          completions: one of each request, which receives the new tokens.
+          rows: requests that are worked on at a time; 0 takes all.
           stride: tokens made between two looks at them.
-          ended: at each look, says which rows need nothing more; none, if left out.
 
         Yields:
-          What there is of each completion, in the order of the prompts (all samples of one prompt
-          together): after the first token, after every further `stride`, and at the end.
+          After the first token, after every further `stride`, and at the end.
 
         Raises:
           UserError: see `check_prompt`.
         """
-        for prompt in prompts:
-            self.check_prompt(prompt)
-        prompts = [prompt for prompt in prompts for _ in range(config.samples)]
-        # Every device gets the same number of rows; rows that fill up are done before they start.
-        parts = row_parts(self.mesh)
-        rows = -(-len(prompts) // parts) * parts
-        context = self.config.context_length
-        longest = min(bucket(max(map(len, prompts))), context)
-        capacity = min(bucket(config.max_new_tokens), context)
-        tokens = np.zeros((rows, longest), np.int32)
-        lengths = np.zeros(rows, np.int32)
-        limits = np.zeros(rows, np.int32)
-        for row, prompt in enumerate(prompts):
-            tokens[row, : len(prompt)] = prompt
-            lengths[row] = len(prompt)
-            limits[row] = min(config.max_new_tokens, context - len(prompt))
-        put = functools.partial(jax.device_put, device=batch_sharding(self.mesh))
-        seed_key = jax.random.key(config.seed)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(seed_key, jnp.arange(rows))
-        ends = jnp.asarray(sorted(set(end_tokens)) or [-1], jnp.int32)
-        state = self.prefill(
-            self.params,
-            put(tokens),
-            put(lengths),
-            put(limits),
-            put(keys),
-            config.temperature,
-            config.top_k,
-            config.top_p,
-            ends,
-            slots=min(longest + capacity, context),
-            capacity=capacity,
-        )
-        made = 1
-        while True:
-            completions = _completions(state, len(prompts), config.max_new_tokens)
-            yield completions
-            if ended is not None:
-                over = np.zeros(rows, bool)
-                over[: len(prompts)] = ended(completions)
-                state = dataclasses.replace(state, limits=jnp.where(over, state.counts, state.limits))
-            if made >= config.max_new_tokens or bool(jnp.all(state.done)):
-                return
-            steps = min(stride, config.max_new_tokens - made)
-            state = self.decode(self.params, state, steps, ends, self._layers)
-            made += steps
+        for request in requests:
+            check_prompt(request.token_ids, self.config)
+        batch = Batch(self, requests, completions, rows or len(requests))
+        while batch.fill():
+            yield
+            batch.decode(stride)
+        yield
 
-    def _prefill_impl(
+
+class Batch:
+    """Requests on a number of slots: each that is done makes room for the next."""
+
+    def __init__(
         self,
-        params: nnx.State,
-        tokens: jax.Array,
-        lengths: jax.Array,
-        limits: jax.Array,
-        keys: jax.Array,
-        temperature: jax.Array,
-        top_k: jax.Array,
-        top_p: jax.Array,
-        end_tokens: jax.Array,
-        *,
-        slots: int,
-        capacity: int,
-    ) -> DecodeState:
-        model = self._spec.merge(params)
-        B, P = tokens.shape
-        positions = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32), (B, P))
-        segments = (positions < lengths[:, None]).astype(jnp.int32)
-        cache = KVCache.empty(self.config, B, slots, model.dtype, self.mesh)
-        hidden, cache = model.extend(cache, tokens, positions, segments)
-        last = jnp.maximum(lengths - 1, 0)
-        newest = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-        state = DecodeState(
-            cache=cache,
-            last=jnp.zeros(B, jnp.int32),
-            tokens=jnp.zeros((B, capacity), jnp.int32),
-            log_probs=jnp.zeros((B, capacity), jnp.float32),
-            counts=jnp.zeros(B, jnp.int32),
-            limits=limits,
-            ended=jnp.zeros(B, bool),
-            keys=keys,
-            temperature=jnp.full(B, temperature, jnp.float32),
-            top_k=jnp.full(B, top_k, jnp.int32),
-            top_p=jnp.full(B, top_p, jnp.float32),
+        generator: Generator,
+        requests: Sequence[Request],
+        completions: Sequence[Completion],
+        rows: int,
+    ) -> None:
+        self._generator, self._requests, self._completions = generator, requests, completions
+        self._waiting = collections.deque(range(len(requests)))
+        rows = row_bucket(min(rows, len(requests)), row_parts(generator.mesh))
+        self._requests_of: list[int | None] = [None] * rows  # the request in each slot
+        self._counts = np.zeros(rows, int)  # tokens that each slot's request has received
+        self._size = generator.cache_size(
+            max(len(request.token_ids) for request in requests),
+            max(request.config.max_new_tokens for request in requests),
         )
-        return _with_next_token(state, model.logits(newest), end_tokens)
+        # One width for all, so that a refill compiles nothing for it.
+        self._ends = bucket(max(len(request.end_tokens) for request in requests))
+        self._slots: Slots | None = None
 
-    def _decode_impl(
-        self,
-        params: nnx.State,
-        state: DecodeState,
-        steps: jax.Array,
-        end_tokens: jax.Array,
-        layers: list[nnx.State] | None = None,
-    ) -> DecodeState:
-        model = self._spec.merge(params)
+    def fill(self) -> bool:
+        """Put waiting requests into free slots; False if nothing is left to do."""
+        while self._waiting and None in self._requests_of:
+            empty = [row for row, request in enumerate(self._requests_of) if request is None]
+            rows = empty[: len(self._waiting)]
+            for row in rows:
+                self._requests_of[row] = self._waiting.popleft()
+                self._counts[row] = 0
+            self._prefill(rows)
+        return self._requests_of.count(None) < len(self._requests_of)
 
-        def unfinished(carry: tuple[jax.Array, DecodeState]) -> jax.Array:
-            step, state = carry
-            return (step < steps) & ~jnp.all(state.done)
+    def decode(self, stride: int) -> None:
+        """At most `stride` further tokens for every slot in use."""
+        assert self._slots is not None
+        generator = self._generator
+        steps = min(stride, REFILL_STRIDE if self._waiting else MAX_STEPS)
+        self._slots, new = generator.decode(generator.params, self._slots, steps, generator.layers)
+        self._hand_out(range(len(self._requests_of)), new)
 
-        def body(carry: tuple[jax.Array, DecodeState]) -> tuple[jax.Array, DecodeState]:
-            step, state = carry
-            # Done rows run along as padding: they write nothing into their part of the cache.
-            segments = (~state.done).astype(jnp.int32)[:, None]
-            positions = state.cache.lengths[:, None]
-            hidden, cache = model.extend(state.cache, state.last[:, None], positions, segments, layers)
-            state = dataclasses.replace(state, cache=cache)
-            return step + 1, _with_next_token(state, model.logits(hidden[:, 0]), end_tokens)
+    def _prefill(self, rows: Sequence[int]) -> None:
+        """Read the prompts of the requests in these slots, and hand out the first token of each."""
+        generator, first = self._generator, self._slots is None
+        total = len(self._requests_of)
+        padded = total if first else row_bucket(len(rows), row_parts(generator.mesh))
+        requests = [self._requests[self._requests_of[row] or 0] for row in rows]
+        longest = min(bucket(max(len(request.token_ids) for request in requests)), self._size)
+        chunk = generator.chunk(longest)
+        tokens = np.zeros((padded, -(-longest // chunk) * chunk), np.int32)
+        lengths = np.zeros(padded, np.int32)
+        for row, request in enumerate(requests):
+            tokens[row, : len(request.token_ids)] = request.token_ids
+            lengths[row] = len(request.token_ids)
+        settings = slot_settings(requests, padded, self._ends, generator.config.context_length)
+        put = functools.partial(jax.device_put, device=batch_sharding(generator.mesh))
+        about = put((lengths, settings))
+        size = self._size if first else longest
+        so_far: tuple[Slots, NewTokens] | None = None
+        for start in range(0, lengths.max(), chunk):
+            part = put(tokens[:, start : start + chunk])
+            arguments = (part, start, *about, so_far, generator.layers)
+            so_far = generator.prefill(generator.params, *arguments, size=0 if start else size)
+        assert so_far is not None  # no prompt is empty
+        slots, new = so_far
+        if self._slots is None:
+            self._slots = slots
+        else:
+            places = np.full(padded, total, np.int32)  # out of range: rows that only fill up
+            places[: len(rows)] = rows
+            self._slots = generator.insert(self._slots, slots, places)
+        self._hand_out(rows, new)
 
-        return jax.lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), state))[1]
+    def _hand_out(self, rows: Iterable[int], new: NewTokens) -> None:
+        """Give the new tokens of slots, which are the rows of `new` in this order, to their completions."""
+        slots = self._slots
+        assert slots is not None
+        tokens, log_probs, counts, limits, ended = jax.device_get(
+            (new.tokens, new.log_probs, slots.counts, slots.settings.limits, slots.ended)
+        )
+        stopped = np.zeros(len(self._requests_of), bool)
+        for index, row in enumerate(rows):
+            number = self._requests_of[row]
+            if number is None:
+                continue
+            made = counts[row] - self._counts[row] - ended[row]  # without the end token
+            self._counts[row] = counts[row]
+            reason: FinishReason | None = None
+            if ended[row]:
+                reason = "stop"
+            elif counts[row] >= limits[row]:
+                full = counts[row] >= self._requests[number].config.max_new_tokens
+                reason = "length" if full else "context"
+            stopped[row] = self._completions[number].add(
+                tokens[index, :made].tolist(), log_probs[index, :made].tolist(), reason
+            )
+            if reason or stopped[row]:
+                self._requests_of[row] = None
+        if stopped.any():
+            self._slots = self._generator.free(slots, stopped)
 
 
-def _with_next_token(state: DecodeState, logits: jax.Array, end_tokens: jax.Array) -> DecodeState:
-    """The state with one more token in every row that is not done."""
-    keys = jax.vmap(jax.random.fold_in)(state.keys, state.counts)
-    chosen, log_probs = select(logits, keys, state.temperature, state.top_k, state.top_p)
-    live = ~state.done
-    rows = jnp.arange(chosen.shape[0])
-    place = jnp.where(live, state.counts, state.tokens.shape[1])  # out of range is dropped
-    return dataclasses.replace(
-        state,
-        last=jnp.where(live, chosen, state.last),
-        tokens=state.tokens.at[rows, place].set(chosen, mode="drop"),
-        log_probs=state.log_probs.at[rows, place].set(log_probs.astype(jnp.float32), mode="drop"),
-        counts=state.counts + live,
-        ended=state.ended | (live & jnp.isin(chosen, end_tokens)),
-    )
+def slot_settings(requests: Sequence[Request], rows: int, ends: int, context_length: int) -> SlotSettings:
+    """Settings of slots, in numpy; those beyond the requests are done before they start.
+
+    Args:
+      requests: at most `rows`.
+      rows: B.
+      ends: E, at least as many as a request has end tokens.
+      context_length: of the model, tokens.
+    """
+    values = [
+        (
+            min(request.config.max_new_tokens, context_length - len(request.token_ids)),
+            [*request.end_tokens, *[-1] * (ends - len(request.end_tokens))],
+            (request.config.seed, request.prompt, request.sample),
+            request.config.temperature,
+            request.config.top_k,
+            request.config.top_p,
+            request.adapter,
+        )
+        for request in requests
+    ]
+    values += [(0, [-1] * ends, (0, 0, 0), 0.0, 0, 1.0, 0)] * (rows - len(requests))
+    dtypes = (np.int32, np.int32, np.uint32, np.float32, np.int32, np.float32, np.int32)
+    columns: Any = [
+        np.array(column, dtype) for column, dtype in zip(zip(*values, strict=True), dtypes, strict=True)
+    ]
+    return SlotSettings(*columns)
 
 
-def _completions(state: DecodeState, rows: int, max_new_tokens: int) -> list[Completion]:
-    tokens, log_probs, counts, ended = jax.device_get(
-        (state.tokens, state.log_probs, state.counts, state.ended)
-    )
-    completions = []
-    for row in range(rows):
-        new = int(counts[row]) - int(ended[row])
-        full: FinishReason = "length" if counts[row] >= max_new_tokens else "context"
-        reason: FinishReason = "stop" if ended[row] else full
-        completions.append(Completion(tokens[row, :new].tolist(), log_probs[row, :new].tolist(), reason))
-    return completions
+def check_prompt(prompt: Sequence[int], config: TransformerConfig) -> None:
+    """Raises:
+    UserError: an empty prompt, one that leaves no room in the context, an id out of range.
+    """
+    context = config.context_length
+    if not prompt:
+        raise UserError("a prompt has no tokens; give it at least the <bos> token.")
+    if len(prompt) >= context:
+        raise UserError(
+            f"a prompt has {len(prompt)} tokens, but the model's context of {context} leaves room for at "
+            f"most {context - 1} before a new one; shorten the prompt."
+        )
+    check_ids(prompt, config.vocab_size)
+
+
+def check_ids(ids: Iterable[int], vocab_size: int) -> None:
+    """Raises:
+    UserError: an id out of range.
+    """
+    wrong = next((id for id in ids if not 0 <= id < vocab_size), None)
+    if wrong is not None:
+        raise UserError(f"token id {wrong} is out of range; the model's ids go from 0 to {vocab_size - 1}.")

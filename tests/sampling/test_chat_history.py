@@ -57,7 +57,7 @@ def test_every_answer_draws_anew_and_the_same_dialogue_draws_alike(gemma: Gemma)
 
     def recorded(chat: Any) -> Any:
         pieces = chat._pieces
-        chat._pieces = lambda ids, settings: seeds.append(settings["seed"]) or pieces(ids, settings)
+        chat._pieces = lambda ids, config: seeds.append(config.seed) or pieces(ids, config)
         return chat
 
     first, second = (recorded(gemma.chat(**SHORT, seed=7)) for _ in range(2))
@@ -90,7 +90,7 @@ def test_an_interrupt_before_anything_was_said_leaves_the_history_alone(gemma: G
     chat.send("1")
     before = list(chat.history)
 
-    def interrupted(ids: Sequence[int], settings: dict[str, Any]) -> Iterator[Any]:
+    def interrupted(ids: Sequence[int], config: Any) -> Iterator[Any]:
         raise KeyboardInterrupt
         yield
 

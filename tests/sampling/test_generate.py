@@ -10,25 +10,27 @@ import pytest
 from jax.sharding import Mesh
 
 from gemma_jax import Gemma
-from gemma_jax.config import SamplingConfig
+from gemma_jax.config import PRESETS, ComputeConfig, SamplingConfig
 from gemma_jax.errors import UserError
-from gemma_jax.model import KVCache
+from gemma_jax.model import ModelSpec
 from gemma_jax.sampling import Completion, Generator
+from gemma_jax.sampling.generate import Request, requests_of, slot_settings
 from gemma_jax.sharding import named_arrays, with_arrays
 from gemma_jax.testing import cpu_mesh, relative_difference, tiny_gemma
+from tests.weights.kinds import Adapted, with_random_adapters
 
 VOCAB = 500  # the embedding has 512 rows: twelve of padding
 PROMPTS = [[2, 17, 300], [2, 5, 5, 99, 420, 7, 8, 9, 10, 11, 12], [2, 250, 1, 3, 77, 6, 499], [2]]
 NEW = 12
 
 
-def lively_gemma(mesh: Mesh) -> Gemma:
+def lively_gemma(mesh: Mesh, **changes: Any) -> Gemma:
     """A tiny Gemma whose next token depends on all that came before.
 
     With norm scales of zero and tied embeddings, a random model mostly repeats its last token, and a
     fault in the cache would not show.
     """
-    gemma = tiny_gemma(mesh, vocab_size=VOCAB)
+    gemma = tiny_gemma(mesh, vocab_size=VOCAB, **changes)
     arrays, rng = named_arrays(gemma.params), np.random.default_rng(0)
     for name, value in arrays.items():
         if name.endswith("norm"):
@@ -57,11 +59,14 @@ def complete(
     prompts: Sequence[list[int]],
     config: SamplingConfig,
     end_tokens: Sequence[int] = (),
-    stride: int = 1000,
+    rows: int = 0,
 ) -> list[Completion]:
     """What there is of each completion at the end."""
-    *_, last = generator.run(prompts, config, end_tokens, stride)
-    return last
+    requests = requests_of(prompts, config, end_tokens)
+    completions = [Completion() for _ in requests]
+    for _ in generator.run(requests, completions, rows=rows):
+        pass
+    return completions
 
 
 @pytest.fixture(scope="module")
@@ -77,17 +82,16 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def predictions(
-    gemma: Gemma, prompts: Sequence[list[int]], completions: Sequence[Completion]
+    gemma: Gemma, prompts: Sequence[list[int]], completions: Sequence[Completion], length: int = 32
 ) -> list[np.ndarray]:
     """[new tokens, V] of each row: what one forward pass says at the places where new tokens were chosen."""
     rows = [prompt + completion.token_ids for prompt, completion in zip(prompts, completions, strict=True)]
-    padded = np.zeros(
-        (len(rows), 32), int
-    )  # one shape, one compilation; causality makes the padding harmless
+    # One shape, one compilation; causality makes the padding harmless.
+    padded = np.zeros((len(rows), length), int)
     for row, tokens in enumerate(rows):
         padded[row, : len(tokens)] = tokens
     logits = gemma.logits(padded)
-    assert logits.shape == (len(rows), 32, VOCAB) and logits.dtype == np.float32
+    assert logits.shape == (len(rows), length, VOCAB) and logits.dtype == np.float32
     return [
         log_softmax(logits[row, len(prompt) - 1 : len(tokens) - 1])
         for row, (prompt, tokens) in enumerate(zip(prompts, rows, strict=True))
@@ -179,34 +183,85 @@ def test_what_is_made_does_not_depend_on_how_often_it_is_looked_at(
     generator: Generator, temperature: float
 ) -> None:
     config = SamplingConfig(NEW, temperature=temperature, seed=2)
-    looks = list(generator.run(PROMPTS, config, [], 5))
-    assert [len(completions[0].token_ids) for completions in looks] == [1, 6, 11, 12]
-    whole = complete(generator, PROMPTS, config)
-    assert looks[-1] == whole
-    for completions in looks:
-        for so_far, last in zip(completions, whole, strict=True):
-            assert so_far.token_ids == last.token_ids[: len(so_far.token_ids)]
+    requests, completions = requests_of(PROMPTS, config, []), [Completion() for _ in PROMPTS]
+    looks = [len(completions[0].token_ids) for _ in generator.run(requests, completions, stride=5)]
+    assert looks == [1, 6, 11, 12]
+    assert completions == complete(generator, PROMPTS, config)
 
 
 def test_a_row_that_its_caller_ends_gets_no_further_token(
     generator: Generator, greedy: list[Completion]
 ) -> None:
-    def ended(completions: list[Completion]) -> list[bool]:
-        return [row == 2 and len(completion.token_ids) >= 4 for row, completion in enumerate(completions)]
+    class Short(Completion):
+        def add(self, *new: Any) -> bool:
+            super().add(*new)
+            return len(self.token_ids) >= 4
 
-    *_, last = generator.run(PROMPTS, SamplingConfig(NEW), [], 3, ended)
-    assert [len(completion.token_ids) for completion in last] == [NEW, NEW, 4, NEW]
-    for completion, whole in zip(last, greedy, strict=True):
+    completions = [Completion(), Completion(), Short(), Completion()]
+    for _ in generator.run(requests_of(PROMPTS, SamplingConfig(NEW), []), completions, stride=3):
+        pass
+    assert [len(completion.token_ids) for completion in completions] == [NEW, NEW, 4, NEW]
+    for completion, whole in zip(completions, greedy, strict=True):
         assert completion.token_ids == whole.token_ids[: len(completion.token_ids)]
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_refilled_slots_make_what_fresh_ones_make(generator: Generator, rows: int) -> None:
+    """Rows with limits, end tokens, seeds and settings of their own, in more requests than slots.
+
+    Also with the requests in reverse: neither the others nor the order of the work change a row.
+    """
+    configs = [
+        SamplingConfig(5, temperature=1.0, seed=1),
+        SamplingConfig(NEW),
+        SamplingConfig(1),
+        SamplingConfig(NEW, temperature=2.0, top_k=7, top_p=0.9, seed=2),
+    ]
+    ends = [[], complete(generator, PROMPTS[1:2], SamplingConfig(NEW))[0].token_ids[4:6], [3], [1, 2, 4]]
+    requests = [
+        Request(prompt, config, end, prompt=number, sample=sample)
+        for number, (prompt, config, end) in enumerate(zip(PROMPTS, configs, ends, strict=True))
+        for sample in range(2)
+    ]
+
+    def run(requests: Sequence[Request], rows: int) -> list[Completion]:
+        completions = [Completion() for _ in requests]
+        for _ in generator.run(requests, completions, rows=rows):
+            pass
+        return completions
+
+    alone = [run([request], 1)[0] for request in requests]
+    assert {completion.finish_reason for completion in alone} == {"stop", "length"}
+    assert alone[0] != alone[1]
+    for order in (1, -1):
+        for actual, expected in zip(run(requests[::order], rows)[::order], alone, strict=True):
+            assert (actual.token_ids, actual.finish_reason) == (expected.token_ids, expected.finish_reason)
+            assert relative_difference(actual.log_probs, expected.log_probs) < 1e-5
+
+
+@pytest.mark.parametrize("mesh", [{}, {"devices": 8, "fsdp": 4, "tensor": 2}], ids=["one", "eight"])
+def test_prefill_in_chunks_equals_one_forward_pass(mesh: dict[str, int]) -> None:
+    """Prompts of one to three chunks, one of them as long as two chunks, in one batch."""
+    gemma = lively_gemma(cpu_mesh(**{"devices": 1, **mesh}), context_length=2048)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, VOCAB, length).tolist() for length in (1300, 3, 1024, 700)]
+    completions = complete(generator_of(gemma), prompts, SamplingConfig(4))
+    for completion, expected in zip(completions, predictions(gemma, prompts, completions, 1312), strict=True):
+        assert completion.token_ids == expected.argmax(axis=-1).tolist()
+        of_chosen = expected[np.arange(4), completion.token_ids]
+        assert relative_difference(completion.log_probs, of_chosen) < 1e-5
+
+
 def test_samples_of_a_prompt_stand_together_and_differ(generator: Generator) -> None:
-    config = SamplingConfig(NEW, temperature=1.0, seed=8, samples=2)
-    rows = [completion.token_ids for completion in complete(generator, PROMPTS[:2], config)]
-    doubled = [PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]]
-    expected = complete(generator, doubled, dataclasses.replace(config, samples=1))
-    assert rows == [completion.token_ids for completion in expected]
-    assert len(set(map(tuple, rows))) == 4
+    """A further sample leaves the first one as it is, and each draws for itself."""
+
+    def rows(samples: int) -> list[list[int]]:
+        config = SamplingConfig(NEW, temperature=1.0, seed=8, samples=samples)
+        return [completion.token_ids for completion in complete(generator, [[2, 3]] * 2, config)]
+
+    three = rows(3)
+    assert len(set(map(tuple, three))) == 6
+    assert rows(1) == [three[0], three[3]]
 
 
 def test_a_full_context_ends_a_row(gemma: Gemma, greedy: list[Completion]) -> None:
@@ -292,14 +347,33 @@ def test_prompts_that_are_no_integers(gemma: Gemma, prompt: list[Any]) -> None:
         gemma.generate([prompt], max_new_tokens=NEW)
 
 
-def test_the_cache_is_no_larger_than_the_context_needs(gemma: Gemma, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
-    empty = KVCache.empty
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_of_a_long_prefill(dtype: Any) -> None:
+    """8,000 tokens on the 2B with two layers in bfloat16: 1 GiB of temporaries on CPU, in every chunk."""
+    config = dataclasses.replace(PRESETS["gemma_2b"], num_layers=2)
+    spec = ModelSpec(config, ComputeConfig(dtype=dtype, param_dtype="bfloat16"), cpu_mesh(1))
+    generator = Generator(spec, spec.params)
+    chunk = generator.chunk(8000)
+    layer = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), spec.params["blocks"])
+    integers = [jax.ShapeDtypeStruct(shape, np.int32) for shape in ((1, chunk), (), (1,))]
+    arguments = (spec.params, *integers, slot_settings([], 1, 1, config.context_length))
+    so_far = jax.eval_shape(lambda *x: generator.prefill(*x, size=8064), *arguments)
+    for before, size in ((None, 8064), (so_far, 0)):
+        compiled = generator.prefill.lower(*arguments, before, [layer, layer], size=size).compile()
+        assert compiled.memory_analysis().temp_size_in_bytes < 2**30
 
-    def spy(config: Any, rows: int, slots: int, dtype: Any, mesh: Mesh) -> KVCache:
-        made.append(slots)
-        return empty(config, rows, slots, dtype, mesh)
 
-    monkeypatch.setattr(KVCache, "empty", spy)
-    complete(generator_of(gemma, context_length=14), [[2]] * 4, SamplingConfig(4096))
-    assert made and max(made) <= 32
+def test_each_row_has_its_own_adapter() -> None:
+    spec = dataclasses.replace(lively_gemma(cpu_mesh(1)).spec, kind=Adapted(adapters=2))
+    generator = Generator(spec, with_random_adapters(spec.init(0), 1))
+
+    def run(adapters: Sequence[int]) -> list[list[int]]:
+        requests = [Request([2, 17], SamplingConfig(NEW), [], adapter=adapter) for adapter in adapters]
+        completions = [Completion() for _ in requests]
+        for _ in generator.run(requests, completions):
+            pass
+        return [completion.token_ids for completion in completions]
+
+    first, second = run([0]), run([1])
+    assert first != second and run([1, 0, 1]) == second + first + second
