@@ -24,7 +24,7 @@ from gemma_jax.errors import UserError
 from gemma_jax.model import ModelSpec
 from gemma_jax.pretrained.checkpoint import open_checkpoint
 from gemma_jax.pretrained.end_tokens import END_OF_TURN, EOS
-from gemma_jax.sampling import Chat, Completion, FinishReason, Generator, TextCompletion
+from gemma_jax.sampling import Chat, Completion, FinishReason, Generator, Scorer, TextCompletion
 from gemma_jax.sampling.chat import MAX_NEW_TOKENS
 from gemma_jax.sampling.decode import MAX_STEPS
 from gemma_jax.sampling.generate import check_ids, requests_of
@@ -79,7 +79,7 @@ class Gemma:
         self.config, self.mesh, self.compute = config, spec.mesh, spec.compute
         self.end_tokens = tuple(end_tokens)
         self._tokenizer, self._terms_source = tokenizer, terms_source
-        self._generator = Generator(spec, params)
+        self._generator, self._scorer = Generator(spec, params), Scorer(spec, params)
 
         def logits(params: nnx.State, tokens: jax.Array) -> jax.Array:
             model = spec.merge(params)
@@ -240,6 +240,22 @@ class Gemma:
         parts = row_parts(self.mesh)
         padded = np.pad(tokens, [(0, -len(tokens) % parts), (0, 0)]).astype(np.int32)
         return np.asarray(self._logits(self.params, padded))[: len(tokens)]
+
+    def score(self, texts: Sequence[str | Sequence[int]]) -> list[list[float]]:
+        """Log-probability of each token given those before it, in nats.
+
+        Args:
+          texts: texts (`<bos>` is put in front), or token ids as they are.
+
+        Returns:
+          A list for each: of all tokens of a text; of all token ids but the first, which has none before it.
+
+        Raises:
+          UserError: text without a tokenizer, nothing to score, ids out of range, longer than the context.
+        """
+        if isinstance(texts, str):
+            raise UserError("texts is one text; give a list of them.")
+        return self._scorer.score([self._prompt_ids(text) for text in texts])
 
     def generate(
         self, prompts: Sequence[str | Sequence[int]], config: SamplingConfig | None = None, **settings: Any

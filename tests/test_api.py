@@ -72,7 +72,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"seed": 1.5}, "seed must be an integer, not 1.5"),
     ({"stop": "return"}, "stop must be a list, not 'return'"),
     ({"stop": None}, "stop must be a list, not None"),
-    ({"stop": [b"a"]}, "stop must be a string"),
+    ({"stop": [b"a"]}, "must be a string, not b.a."),
     ({"stop": [""]}, "empty text"),
     ({"temprature": 1.0}, "did you mean temperature"),
     ({"config": SamplingConfig(top_k=2.9)}, "top_k must be an integer"),
@@ -111,3 +111,37 @@ def test_logits_of_any_number_of_rows_on_a_mesh() -> None:
     on_eight = tiny_gemma(cpu_mesh(8, fsdp=4, tensor=2)).logits(rows)
     assert on_one.shape == (3, 7, 512) and on_one.dtype == np.float32
     np.testing.assert_allclose(on_eight, on_one, atol=1e-5)
+
+
+def test_scores_are_those_of_the_logits_for_any_lengths_on_any_mesh() -> None:
+    """More rows of one length than a batch takes, in no order; and one that is as long as the context."""
+    rng = np.random.default_rng(0)
+    lengths = [3, 200, 1, 256, *rng.integers(2, 17, 300), 40]
+    sequences = [rng.integers(0, 512, length).tolist() for length in lengths]
+    padded = np.zeros((len(sequences), 256), int)
+    for row, ids in enumerate(sequences):
+        padded[row, : len(ids)] = ids
+    logits = np.concatenate([tiny_gemma().logits(rows).astype(np.float64) for rows in np.split(padded, 5)])
+    logits -= logits.max(axis=-1, keepdims=True)
+    log_probs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    for mesh in (cpu_mesh(1), cpu_mesh(8, fsdp=4, tensor=2)):
+        scores = tiny_gemma(mesh).score(sequences)
+        for row, (ids, of_row) in enumerate(zip(sequences, scores, strict=True)):
+            expected = log_probs[row, np.arange(len(ids) - 1), ids[1:]]
+            np.testing.assert_allclose(of_row, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_scores_of_generated_tokens_and_of_texts(gemma: Gemma) -> None:
+    [generation] = gemma.generate(["12 13"], seed=1, **HOT)
+    prompt = [gemma.tokenizer.bos_id, *gemma.tokenizer.encode_typed("12 13")]
+    [scores] = gemma.score([prompt + generation.token_ids])
+    np.testing.assert_allclose(scores[len(prompt) - 1 :], generation.log_probs, rtol=1e-4, atol=1e-5)
+    assert gemma.score(["12 13", [2]]) == [gemma.score([prompt])[0], []]
+    for bad, told in [
+        ("text", "give a list"),
+        ([[]], "0 tokens"),
+        ([[0] * 257], "257 tokens"),
+        ([[410]], "410"),
+    ]:
+        with pytest.raises(UserError, match=told):
+            gemma.score(bad)

@@ -3,6 +3,7 @@
 from gemma_jax.sampling.chat import Chat
 from gemma_jax.sampling.completion import Completion, FinishReason
 from gemma_jax.sampling.generate import Generator, Request
+from gemma_jax.sampling.score import Scorer
 from gemma_jax.sampling.text import TextCompletion
 
-__all__ = ["Chat", "Completion", "FinishReason", "Generator", "Request", "TextCompletion"]
+__all__ = ["Chat", "Completion", "FinishReason", "Generator", "Request", "Scorer", "TextCompletion"]
