@@ -3,5 +3,3 @@
 from gemma_jax.model.cache import KVCache
 from gemma_jax.model.spec import ModelSpec
 from gemma_jax.model.transformer import Transformer, compute_dtype, layer_views, mask_padding_rows
-
-__all__ = ["KVCache", "ModelSpec", "Transformer", "compute_dtype", "layer_views", "mask_padding_rows"]

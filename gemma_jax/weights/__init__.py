@@ -6,16 +6,3 @@ Only this package looks inside a weight. Quantised weights and low-rank pairs ar
 from gemma_jax.weights.matmul import matmul
 from gemma_jax.weights.table import EMBEDDING, FINAL_NORM, Parameter, parameter_table
 from gemma_jax.weights.weight import NO_CONTEXT, Context, Dense, Kind, Weight
-
-__all__ = [
-    "EMBEDDING",
-    "FINAL_NORM",
-    "NO_CONTEXT",
-    "Context",
-    "Dense",
-    "Kind",
-    "Parameter",
-    "Weight",
-    "matmul",
-    "parameter_table",
-]
