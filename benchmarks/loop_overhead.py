@@ -39,8 +39,9 @@ def measure(run_dir: Path, rounds: int, steps: int) -> dict[str, float]:
     from gemma_jax.sharding import local_rows, make_mesh, put_batch
     from gemma_jax.tokenizer import Tokenizer
     from gemma_jax.training.goodput import Goodput
-    from gemma_jax.training.loop import train
+    from gemma_jax.training.loop import RunServices, Trainer
     from gemma_jax.training.metrics import RunLog
+    from gemma_jax.training.objectives import pretraining
     from gemma_jax.training.profile import Profiler
     from gemma_jax.training.stability import Stability
     from gemma_jax.training.state import create_train_state
@@ -50,7 +51,7 @@ def measure(run_dir: Path, rounds: int, steps: int) -> dict[str, float]:
     config = replace(config, {"steps": (rounds + 1) * 2 * steps, "checkpoint.every": 2**30})
     mesh = make_mesh(config.mesh)
     dataset = prepare(config.data, Tokenizer.load(run_dir / "tokenizer.model"), config.seed)
-    state, step = create_train_state(config, mesh), make_train_step(config, mesh)
+    state, step = create_train_state(pretraining(config, mesh)), make_train_step(pretraining(config, mesh))
     size = config.data.batch_size
     one_batch = put_batch(dataset.train.batch(0, size), size, mesh)
     log = RunLog(run_dir, config.steps, 0)
@@ -65,20 +66,14 @@ def measure(run_dir: Path, rounds: int, steps: int) -> dict[str, float]:
         nonlocal state
         until = replace(config, {"steps": int(state.step) + steps})
         with dataset.train.iterate(int(state.step) * size, size, local_rows(size, mesh)) as batches:
-            state = train(
-                until,
-                mesh,
-                state,
-                step,
-                batches,
-                None,
-                print,
+            services = RunServices(
                 NoCheckpoints(),
                 log,
                 Stability(until.stability),
                 Goodput(time.monotonic(), {}),
                 Profiler(range(0), run_dir),
             )
+            state = Trainer(until, mesh, step, batches, services).train(state)
         jax.block_until_ready(state)
 
     seconds: dict[str, list[float]] = {"loop": [], "alone": []}

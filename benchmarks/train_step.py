@@ -25,6 +25,7 @@ def ours(batch: int, length: int) -> Callable[[], float]:
     from gemma_jax.config import PRESETS, ComputeConfig, DataConfig, MeshConfig, PretrainConfig
     from gemma_jax.data.packing import Batch
     from gemma_jax.sharding import make_mesh, put_batch
+    from gemma_jax.training.objectives import pretraining
     from gemma_jax.training.state import create_train_state
     from gemma_jax.training.step import make_train_step
 
@@ -34,8 +35,8 @@ def ours(batch: int, length: int) -> Callable[[], float]:
         compute=ComputeConfig(dtype="float32", loss_block=128, remat="products"),
     )
     mesh = make_mesh(MeshConfig(cpu_devices=1))
-    state = create_train_state(config, mesh)
-    step = make_train_step(config, mesh)
+    state = create_train_state(pretraining(config, mesh))
+    step = make_train_step(pretraining(config, mesh))
     rows = tokens(batch, length + 1)
     positions = np.broadcast_to(np.arange(length, dtype=np.int32), (batch, length)).copy()
     ones = np.ones((batch, length), np.int32)
@@ -45,7 +46,7 @@ def ours(batch: int, length: int) -> Callable[[], float]:
     def run() -> float:
         nonlocal state
         state, metrics = step(state, on_mesh)
-        return float(metrics.loss)
+        return float(metrics["loss"])
 
     return run
 

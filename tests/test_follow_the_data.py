@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from gemma_jax import Gemma
+from gemma_jax.checkpoint.record import RunPosition
 from gemma_jax.checkpoint.store import CheckpointStore
 from gemma_jax.config import (
     PRESETS,
@@ -25,6 +26,7 @@ from gemma_jax.data.loader import prepare
 from gemma_jax.sharding import local_rows, put_batch
 from gemma_jax.testing import cpu_mesh, relative_difference
 from gemma_jax.tokenizer import Tokenizer
+from gemma_jax.training.objectives import pretraining
 from gemma_jax.training.state import create_train_state
 from gemma_jax.training.step import make_train_step
 
@@ -65,21 +67,21 @@ def test_text_file_to_sampled_text(tmp_path: Path) -> None:
     np.testing.assert_array_equal(rows.tokens[:, 1:][inside], rows.targets[:, :-1][inside])
 
     # Training: each batch is put on the mesh, and the step turns one state into the next.
-    state = create_train_state(config, mesh)
-    train_step = make_train_step(config, mesh)
+    state = create_train_state(pretraining(config, mesh))
+    train_step = make_train_step(pretraining(config, mesh))
     losses = []
     with dataset.train.iterate(
         0, config.data.batch_size, local_rows(config.data.batch_size, mesh)
     ) as batches:
         for _ in range(config.steps):
             state, metrics = train_step(state, put_batch(next(batches), config.data.batch_size, mesh))
-            losses.append(float(metrics.loss))
+            losses.append(float(metrics["loss"]))
     assert losses[-1] < 0.5 < np.log(config.model.vocab_size) < losses[0]
 
     # A checkpoint, and the model out of it, on other devices than it was trained on.
     store = CheckpointStore(tmp_path / "run", config.checkpoint)
     rows_seen = config.steps * config.data.batch_size
-    store.save(config.steps, state.params, state.opt_state, rows_seen, to_dict(config))
+    store.save(RunPosition(step=config.steps, rows_seen=rows_seen, config=to_dict(config)), state.parts)
     store.close()
     gemma = Gemma.from_pretrained(tmp_path / "run", mesh=MeshConfig(cpu_devices=2))
 

@@ -23,9 +23,9 @@ from gemma_jax.model import ModelSpec, ops
 from gemma_jax.pretrained.huggingface import tensor_name, to_stored
 from gemma_jax.sharding import named_arrays, with_arrays
 from gemma_jax.testing import cpu_mesh, relative_difference
-from gemma_jax.training.optimizer import make_optimizer
-from gemma_jax.training.state import TrainState
-from gemma_jax.training.step import loss_and_gradients, make_train_step
+from gemma_jax.training.objectives import pretraining
+from gemma_jax.training.state import create_train_state
+from gemma_jax.training.step import make_train_step, sums_and_gradients
 from tests.golden import make
 from tests.pretrained import published
 
@@ -140,9 +140,9 @@ def training_parts(case: Case) -> tuple[PretrainConfig, nnx.State, Batch]:
 
 def test_loss_gradients_and_steps_of_adamw(case: Case) -> None:
     config, params, batch = training_parts(case)
-    mesh = cpu_mesh(1)
-    loss, gradients = jax.jit(loss_and_gradients(config, mesh))(params, batch)
-    assert float(loss) == pytest.approx(case.values["losses"][0], rel=1e-5)
+    recipe = pretraining(config, cpu_mesh(1))
+    sums, gradients = jax.jit(sums_and_gradients(recipe))(params, batch)
+    assert float(sums["loss"].mean) == pytest.approx(case.values["losses"][0], rel=1e-5)
     compared = set()
     for parameter, stacked in named_arrays(gradients).items():
         layers = range(config.model.num_layers) if parameter.startswith("blocks.") else [None]
@@ -157,11 +157,11 @@ def test_loss_gradients_and_steps_of_adamw(case: Case) -> None:
             compared.add(f"gradient/{name}")
     assert compared == {name for name in case.values if name.startswith("gradient/")}
 
-    state = TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config.optimizer, 5).init(params))
-    step, losses = make_train_step(config, mesh), []
+    state = create_train_state(recipe, params)
+    step, losses = make_train_step(recipe), []
     for _ in range(make.STEPS):
         state, metrics = step(state, batch)
-        losses.append(float(metrics.loss))
+        losses.append(float(metrics["loss"]))
     np.testing.assert_allclose(losses, case.values["losses"], rtol=1e-5)
 
 

@@ -29,6 +29,7 @@ from gemma_jax.sharding import (
     with_arrays,
 )
 from gemma_jax.testing import cpu_mesh
+from gemma_jax.training.objectives import pretraining
 from gemma_jax.training.state import abstract_train_state
 
 TINY = PRESETS["gemma_tiny"]
@@ -88,7 +89,7 @@ def test_every_rule_names_axes_of_the_mesh() -> None:
 def test_a_model_that_the_mesh_does_not_divide_is_refused_by_the_parameters_name() -> None:
     config = PretrainConfig(model=replace(TINY, {"hidden_dim": 63}))
     with pytest.raises(UserError, match=r"blocks\.feed_forward\.\w+: axis 'mlp' of size 63"):
-        abstract_train_state(config, cpu_mesh(8, fsdp=4, tensor=2))
+        abstract_train_state(pretraining(config, cpu_mesh(8, fsdp=4, tensor=2)))
 
 
 EXPECTED = {
@@ -108,7 +109,7 @@ EXPECTED = {
 
 def test_parameters_and_the_optimizers_moments_lie_in_the_same_places() -> None:
     mesh = cpu_mesh(8, fsdp=4, tensor=2)
-    state = abstract_train_state(PretrainConfig(model=TINY), mesh)
+    state = abstract_train_state(pretraining(PretrainConfig(model=TINY), mesh))
     params = {name: leaf.sharding.spec for name, leaf in named_arrays(state.params).items()}
     assert params == EXPECTED
     moments = {name: leaf for name, leaf in named_arrays(state.opt_state).items() if leaf.ndim}

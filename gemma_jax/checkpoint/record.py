@@ -14,12 +14,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from etils import epath
 
 from gemma_jax.errors import UserError
 
 RECORD_FILE = "run/data.json"
+FORMAT = 2  # of runs; 1 had no number
 CHECKED_BYTES = 2**20
 
 
@@ -40,17 +40,31 @@ class ArrayRecord:
     fingerprint: int  # see `fingerprints`
 
 
-@dataclasses.dataclass(frozen=True)
-class RunRecord:
-    """What a checkpoint says of itself besides its arrays."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunPosition:
+    """Where a run is, besides its arrays."""
 
     step: int
     rows_seen: int  # rows of the data that were consumed: the whole position in the data
-    config: dict[str, Any]  # the resolved config, as gemma_jax.config.to_dict gives it
-    held_out_loss: float | None  # nats a token, where it was measured at this step
-    arrays: dict[str, dict[str, ArrayRecord]]  # of params and opt_state
+    config: dict[str, Any]  # the resolved config, from gemma_jax.config.to_dict
+    evaluations: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    """By evaluator, where there was one at this step: its numbers by name."""
+    history: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What the run remembers of its losses, as JSON."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunRecord(RunPosition):
+    """What a checkpoint says of itself."""
+
+    arrays: dict[str, dict[str, ArrayRecord]]  # by part, such as `params`, and name
     files: dict[str, tuple[int, int]]  # of orbax: size in bytes, and CRC-32 of the first CHECKED_BYTES
-    history: dict[str, Any] = dataclasses.field(default_factory=dict)  # what the run remembers of its losses
+    format: int = FORMAT
+
+    @property
+    def position(self) -> RunPosition:
+        """The record without what is known of the arrays."""
+        return RunPosition(**{f.name: getattr(self, f.name) for f in dataclasses.fields(RunPosition)})
 
 
 def _fingerprint(x: jax.Array) -> jax.Array:
@@ -79,6 +93,17 @@ def fingerprints(arrays: Any) -> Any:
     return jax.tree.map(_fingerprint, arrays)
 
 
+def array_records(shapes: Any, prints: Any) -> dict[str, dict[str, ArrayRecord]]:
+    """The records of arrays, from their abstract values and fingerprints by part and name."""
+    return {
+        part: {
+            name: ArrayRecord(tuple(x.shape), str(x.dtype), int(prints[part][name]))
+            for name, x in tree.items()
+        }
+        for part, tree in shapes.items()
+    }
+
+
 def _checksums(folder: epath.Path) -> dict[str, tuple[int, int]]:
     """Size in bytes and CRC-32 of the first CHECKED_BYTES of every file in a folder and below, by path."""
     sums: dict[str, tuple[int, int]] = {}
@@ -96,22 +121,12 @@ def _digest(record: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def write_record(folder: epath.Path, record: RunRecord, prints: dict[str, dict[str, np.ndarray]]) -> None:
-    """Write the record of a checkpoint whose other files are all there.
-
-    Args:
-      folder: of the checkpoint.
-      record: of it, still without fingerprints and files.
-      prints: the fingerprints of its arrays.
-    """
-    arrays = {
-        part: {
-            name: dataclasses.replace(about, fingerprint=int(prints[part][name]))
-            for name, about in tree.items()
-        }
-        for part, tree in record.arrays.items()
-    }
-    fields = dataclasses.asdict(dataclasses.replace(record, arrays=arrays, files=_checksums(folder)))
+def write_record(
+    folder: epath.Path, position: RunPosition, arrays: dict[str, dict[str, ArrayRecord]]
+) -> None:
+    """Write the record of a checkpoint whose other files are all there."""
+    record = RunRecord(**vars(position), arrays=arrays, files=_checksums(folder))
+    fields = dataclasses.asdict(record)
     path = folder / RECORD_FILE
     path.parent.mkdir()
     path.write_text(json.dumps({"record": fields, "sha256": _digest(fields)}))
@@ -122,6 +137,7 @@ def run_record(step_folder: epath.PathLike) -> RunRecord:
 
     Raises:
       DamagedCheckpoint: the folder holds no checkpoint of gemma_jax, or its record is damaged.
+      UserError: the checkpoint is of another format.
     """
     path = epath.Path(step_folder) / RECORD_FILE
     try:
@@ -129,6 +145,11 @@ def run_record(step_folder: epath.PathLike) -> RunRecord:
         fields = content["record"]
         if _digest(fields) != content["sha256"]:
             raise ValueError("its digest is another")
+        if fields.get("format") != FORMAT:
+            raise UserError(
+                f"the checkpoint {step_folder} has format {fields.get('format', 1)} of runs, but this "
+                f"version of gemma_jax reads {FORMAT}; use the version that wrote it, or begin a new run."
+            )
         arrays = {
             part: {
                 name: ArrayRecord(tuple(a["shape"]), a["dtype"], a["fingerprint"]) for name, a in tree.items()

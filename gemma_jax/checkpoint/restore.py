@@ -72,7 +72,7 @@ def load_arrays(step_folder: epath.PathLike, abstract: dict[str, Any], record: R
 
     Args:
       step_folder: the checkpoint of one step.
-      abstract: `params` and perhaps `opt_state`: trees of jax.ShapeDtypeStruct with shardings.
+      abstract: by part, such as `params`: trees of jax.ShapeDtypeStruct with shardings.
       record: of this checkpoint.
 
     Raises:
@@ -81,6 +81,8 @@ def load_arrays(step_folder: epath.PathLike, abstract: dict[str, Any], record: R
     """
     wanted = {part: named_arrays(tree) for part, tree in abstract.items()}
     for part, arrays in wanted.items():
+        if part not in record.arrays:
+            raise UserError(f"the checkpoint {step_folder} holds no {part}; choose one that has it.")
         _compare(arrays, record.arrays[part], step_folder)
     # As they were saved, and cast only after the fingerprints have been compared.
     saved = {

@@ -1,8 +1,9 @@
-"""Checkpoints of a run: parameters, optimizer state, position in the data, and the config.
+"""Checkpoints of a run: named parts of its state, its position in the data, and the config.
 
-Under RUN/checkpoints, a folder for each step (`folders` tells how it becomes whole): orbax's `params` and
-`opt_state` hold arrays by their dotted names, run/data.json the record, which also tells what all the rest
-must be. A folder that turned out to be damaged is kept as STEP.damaged.
+Under RUN/checkpoints, a folder for each step (`folders` describes how it becomes whole). Each part of the
+state, such as `params` and `opt_state`, is a folder of orbax with arrays by their dotted names; run/data.json
+is the record, which also says what all the rest must be. A folder that turned out to be damaged is kept as
+STEP.damaged.
 """
 
 import contextlib
@@ -12,9 +13,10 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -23,11 +25,12 @@ from orbax.checkpoint import v1 as ocp
 
 from gemma_jax.checkpoint import folders
 from gemma_jax.checkpoint.folders import STEPS_FOLDER, saved_steps
-from gemma_jax.checkpoint.lock import LOCK_FILE, RunLock
+from gemma_jax.checkpoint.lock import RunLock
 from gemma_jax.checkpoint.record import (
-    ArrayRecord,
     DamagedCheckpoint,
+    RunPosition,
     RunRecord,
+    array_records,
     fingerprints,
     first_line,
     run_record,
@@ -40,7 +43,7 @@ from gemma_jax.errors import UserError
 from gemma_jax.sharding import named_arrays
 from gemma_jax.startup import wait_for_all
 
-Tree = TypeVar("Tree")
+Parts = dict[str, Any]  # trees of arrays
 
 # orbax's threads log the traceback of a full disk once for each file; `CheckpointStore.wait` raises it too.
 logging.getLogger("absl").addFilter(lambda record: "_SignalingThread.run() raised" not in str(record.msg))
@@ -50,7 +53,7 @@ def kept_steps(losses: dict[int, float | None], config: CheckpointConfig) -> set
     """Which of the steps that have a checkpoint are kept.
 
     Args:
-      losses: for each of them, held-out loss if it was measured.
+      losses: for each of them, the number that `keep_best_by` names, if it was measured.
       config: `keep_last`, `keep_every` and `keep_best`; what any of them keeps is kept.
     """
     best = sorted((loss, step) for step, loss in losses.items() if loss is not None and np.isfinite(loss))
@@ -75,7 +78,7 @@ class CheckpointStore:
         """Args:
         run_dir: made if it is not there.
         config: what to keep.
-        overwrite: delete all that is in run_dir first.
+        overwrite: delete the checkpoints that are there first.
 
         Raises:
           UserError: another process trains there, or the directory cannot be written.
@@ -88,8 +91,9 @@ class CheckpointStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             if self._first:
                 self._lock = RunLock(self._run_dir)
-                if overwrite:
-                    self._clear()
+                if overwrite and self.folder.exists():  # a bucket has no empty folder
+                    self.folder.rmtree()
+                    self.folder.mkdir()
                 folders.remove_unfinished(self.folder)
         except OSError as error:
             raise UserError(f"cannot write into {run_dir}: {error}; give another --run_dir.") from error
@@ -111,62 +115,36 @@ class CheckpointStore:
             return
         self.close()
 
-    def _clear(self) -> None:
-        if self.folder.exists():
-            self.folder.rmtree()  # first: without them, what a kill leaves is no run
-        for child in folders.children(self._run_dir):
-            if child.name == LOCK_FILE:
-                continue
-            if child.is_dir():
-                child.rmtree()
-            else:
-                child.unlink()
-        self.folder.mkdir()
-
     def _loss(self, step: int) -> float | None:
         try:
-            return run_record(self.folder / str(step)).held_out_loss
-        except DamagedCheckpoint:  # told when it is needed
+            return self._best_by(run_record(self.folder / str(step)))
+        except DamagedCheckpoint:  # reported when it is needed
             return None
 
-    def save(
-        self,
-        step: int,
-        params: Any,
-        opt_state: Any,
-        rows_seen: int,
-        config: dict[str, Any],
-        held_out_loss: float | None = None,
-        history: dict[str, Any] | None = None,
-    ) -> None:
+    def _best_by(self, position: RunPosition) -> float | None:
+        numbers = {name: x for found in position.evaluations.values() for name, x in found.items()}
+        return numbers.get(self._config.keep_best_by)
+
+    def save(self, position: RunPosition, parts: Parts) -> None:
         """Start writing a checkpoint; returns when the arrays have been copied off the devices.
 
         Waits for the checkpoint before it, if that is still being written.
 
         Args:
-          step: optimizer steps done.
-          params, opt_state: trees of arrays on the mesh.
-          rows_seen: position in the data.
-          config: the resolved config.
-          held_out_loss: nats a token, for keep_best.
-          history: more to be given back by `restore`, as JSON.
+          position: of the run.
+          parts: trees of arrays on the mesh, by name.
 
         Raises:
           UserError: this checkpoint or the one before it could not be written.
         """
         self.wait()
-        arrays = {"params": named_arrays(params), "opt_state": named_arrays(opt_state)}
-        about = {
-            part: {name: ArrayRecord(tuple(x.shape), str(x.dtype), 0) for name, x in tree.items()}
-            for part, tree in arrays.items()
-        }
-        record = RunRecord(step, rows_seen, config, held_out_loss, about, {}, history or {})
+        arrays = {part: named_arrays(tree) for part, tree in parts.items()}
         prints = fingerprints(arrays)  # only started here: they are computed while the next steps run
         if jax.process_count() > 1:
             # orbax now compares paths between the processes by a collective of its own, and two programs with
             # collectives that run at once have been seen to mix them up (gloo, on CPU).
             jax.block_until_ready(prints)
-        folder = self.folder / str(step)
+        folder = self.folder / str(position.step)
         unfinished = folders.written_to(folder)
         try:
             if self._first:
@@ -175,13 +153,14 @@ class CheckpointStore:
                 response = ocp.save_checkpointables_async(unfinished, arrays)
         except OSError as error:
             raise self._not_written(error) from error
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
 
         def finish() -> None:
             response.result()
             if self._first:
-                write_record(unfinished, record, jax.device_get(prints))
+                write_record(unfinished, position, array_records(shapes, jax.device_get(prints)))
                 folders.finish(folder)
-            self._losses[step] = held_out_loss
+            self._losses[position.step] = self._best_by(position)
             self._remove_old()
 
         self._writing = self._writer.submit(finish)
@@ -213,11 +192,15 @@ class CheckpointStore:
             del self._losses[later]
         wait_for_all("later checkpoints are removed")
 
-    def restore(self, params: Tree, opt_state: Any) -> tuple[Tree, Any, RunRecord] | None:
-        """The newest whole checkpoint, on the mesh of the abstract trees; None if nothing has been saved.
+    def restore(self, abstract: Parts, optional: Collection[str] = ()) -> tuple[Parts, RunRecord] | None:
+        """The newest whole checkpoint; None if nothing has been saved.
 
-        Damaged ones that are newer are told on standard error and renamed to STEP.damaged: the run will come
-        to their steps again.
+        Damaged ones that are newer are reported on standard error and renamed to STEP.damaged: the run will
+        come to their steps again.
+
+        Args:
+          abstract: by part, trees of jax.ShapeDtypeStruct with the shardings that arrays are to have.
+          optional: parts that are left out where the checkpoint does not hold them.
 
         Raises:
           UserError: there are checkpoints but none is whole, or they belong to another model.
@@ -227,13 +210,18 @@ class CheckpointStore:
             folder = self.folder / str(step)
             try:
                 record = in_all_processes(folder, functools.partial(run_record, folder))
-                loaded = load_arrays(folder, {"params": params, "opt_state": opt_state}, record)
+                wanted = {
+                    part: tree
+                    for part, tree in abstract.items()
+                    if part in record.arrays or part not in optional
+                }
+                loaded = load_arrays(folder, wanted, record)
             except DamagedCheckpoint as error:
                 damaged.append((step, error.reason))
                 continue
             for bad_step, reason in damaged:
                 self._set_aside(bad_step, reason, step)
-            return loaded["params"], loaded["opt_state"], record
+            return loaded, record
         if damaged:
             raise UserError(
                 f"no checkpoint in {self.folder} is whole (step {damaged[0][0]}: {damaged[0][1]}); "

@@ -4,7 +4,6 @@ import math
 import os
 from collections.abc import Sequence
 
-from gemma_jax.commands.run_directory import load_config
 from gemma_jax.config import (
     PRESETS,
     PretrainConfig,
@@ -17,6 +16,7 @@ from gemma_jax.config import (
 )
 from gemma_jax.errors import UserError
 from gemma_jax.paths import user_path
+from gemma_jax.training.run_directory import load_config
 
 
 def run(arguments: Sequence[str], prog: str) -> int:
@@ -72,4 +72,4 @@ def _config(name: str) -> PretrainConfig:
 
         if is_published(folder):
             return PretrainConfig(model=open_checkpoint(name).config)
-    return load_config(name)[0]
+    return load_config(name, PretrainConfig)[0]

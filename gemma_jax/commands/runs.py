@@ -7,11 +7,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from gemma_jax.commands.run_directory import CONFIG_FILE
 from gemma_jax.config import PretrainConfig, from_record, read_command
 from gemma_jax.config.sections import setting
 from gemma_jax.errors import UserError
 from gemma_jax.paths import user_path
+from gemma_jax.training.run_directory import CONFIG_FILE
 
 if TYPE_CHECKING:
     from etils import epath

@@ -119,9 +119,10 @@ class OptimizerConfig:
     weight_decay: float = setting(0.1, "Decoupled decay of weight matrices; norm scales do not decay.", 0)
     groups: tuple[ParameterGroup, ...] = setting(
         (),
-        "Parameters with a factor of the learning rate (0 freezes) or a decay of their own, by a pattern of "
+        "Parameters with a factor of the learning rate or a decay of their own, by a pattern of "
         "the names that `gemma inspect` prints, as in 'embedding learning_rate_factor=0.1 weight_decay=0'; "
-        "where several groups set the same, the last one counts.",
+        "where several groups set the same, the last one counts. A factor of 0 keeps the values, "
+        "but the parameter still has a gradient and moments.",
     )
     clip_norm: float = setting(1.0, "Largest global gradient norm; 0 turns clipping off.", 0)
     z_loss: float = setting(0.0, "Weight of the squared log-partition penalty (PaLM, 2022: 1e-4).", 0)
@@ -213,7 +214,8 @@ class CheckpointConfig:
     every: int = setting(1000, "Steps between checkpoints; the last step is always saved.", 1)
     keep_last: int = setting(2, "Newest checkpoints that are kept.", 1)
     keep_every: int = setting(0, "Checkpoints at multiples of this step are kept for good; 0 keeps none.", 0)
-    keep_best: int = setting(0, "Checkpoints of lowest held-out loss that are kept besides.", 0)
+    keep_best: int = setting(0, "Checkpoints with the lowest keep_best_by that are kept besides.", 0)
+    keep_best_by: str = setting("held_out_loss", "Number of an evaluation that keep_best goes by.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,6 +16,7 @@ from gemma_jax.planning.traffic import Parameter, parameters
 from gemma_jax.sampling.generate import Generator, slot_settings
 from gemma_jax.sharding import batch_sharding, partition_spec
 from gemma_jax.training.hardware import training_flops_a_token
+from gemma_jax.training.objectives import pretraining
 from gemma_jax.training.state import abstract_train_state
 from gemma_jax.training.step import make_train_step
 
@@ -66,21 +67,22 @@ def _placed(tree: Any, where: Any) -> Any:
 
 
 def _pretrain(config: TrainingConfig, mesh: Mesh) -> Program:
-    state = abstract_train_state(config, mesh)
+    recipe = pretraining(config, mesh)
+    state = abstract_train_state(recipe)
     shape = (config.data.batch_size, config.data.sequence_length)
     dtypes = ("int32", "int32", "float32", "int32", "int32")  # as Batch declares its arrays
     arrays = [jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh)) for dtype in dtypes]
     batch = Batch(*arrays)  # type: ignore[arg-type]  # shapes in the place of values
-    step = cast(jax.stages.Wrapped, make_train_step(config, mesh))
+    step = cast(jax.stages.Wrapped, make_train_step(recipe))
     tokens = math.prod(shape)
     return Program(
         step.lower(state, batch),
         {
-            "parameters": _bytes_a_device(state.params),
+            "parameters": _bytes_a_device(state.trainable),
             "optimizer": _bytes_a_device((state.step, state.opt_state)),
             "batch": _bytes_a_device(batch),
         },
-        parameters(state.params, mesh),
+        parameters(state.trainable, mesh),
         tokens,
         tokens * training_flops_a_token(config.model, config.data.sequence_length),
     )

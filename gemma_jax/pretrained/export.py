@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 
 from gemma_jax.checkpoint.lock import LOCK_FILE
+from gemma_jax.checkpoint.record import RunPosition
 from gemma_jax.checkpoint.store import CheckpointStore
 from gemma_jax.config import (
     ComputeConfig,
@@ -171,8 +172,8 @@ def _write_run(folder: Path, weights: Weights, config: TransformerConfig, dtype:
     experiment = PretrainConfig(model=config, compute=compute)
     params = place(weights, ModelSpec(config, compute, make_mesh(MeshConfig(cpu_devices=1))))
     with CheckpointStore(folder, experiment.checkpoint) as store:
-        # orbax saves no empty tree, so the optimizer's is one number.
-        store.save(0, params, {"count": jnp.zeros((), jnp.int32)}, 0, to_dict(experiment))
+        position = RunPosition(step=0, rows_seen=0, config=to_dict(experiment))
+        store.save(position, {"params": params})
     (folder / LOCK_FILE).unlink()
     (folder / CONFIG_FILE).write_text(to_json(experiment))
 

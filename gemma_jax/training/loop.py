@@ -1,34 +1,31 @@
 """The training loop: steps, evaluations and checkpoints, in the order that makes a run resumable."""
 
 import collections
+import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
+from gemma_jax.checkpoint.record import RunPosition
 from gemma_jax.checkpoint.store import CheckpointStore
 from gemma_jax.config import TrainingConfig, to_dict
 from gemma_jax.data.loader import BatchIterator
 from gemma_jax.errors import UserError
 from gemma_jax.sharding import put_batch
+from gemma_jax.training.evaluation import Evaluator, Numbers, StopRequested
 from gemma_jax.training.goodput import Goodput
 from gemma_jax.training.hardware import peak_flops, peak_memory, training_flops_a_token
 from gemma_jax.training.metrics import RunLog
 from gemma_jax.training.profile import Profiler
-from gemma_jax.training.stability import Stability
+from gemma_jax.training.stability import RollBack, Stability
 from gemma_jax.training.state import TrainState
-from gemma_jax.training.step import StepMetrics, TrainStep
-
-StopRequested = Callable[[], bool]
-
-# A function of the parameters that gives `held_out_loss` and whatever else it measures; None if a stop was
-# requested before it was done.
-Evaluate = Callable[[Any, StopRequested], dict[str, float] | None]
+from gemma_jax.training.step import Metrics, TrainStep
 
 # Shows a person the batch of a step, from its first row on, with the parameters that the step began with, and
-# says in half a sentence what of it is not finite. It has room on the devices: the optimizer's state is gone.
+# returns half a sentence on what of it is not finite. The optimizer's state has been freed to make room.
 Replay = Callable[[int, int, Any], str]
 
 # Speed and time left are means over so many steps: not jumpy, and yet a slower machine shows.
@@ -36,6 +33,266 @@ _LATEST_STEPS = 50
 
 # A step whose numbers come this soon was done before they were asked for.
 _AT_ONCE = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class RunServices:
+    """What a training loop works with besides the step and its batches."""
+
+    store: CheckpointStore
+    log: RunLog
+    stability: Stability
+    """What the run remembers of its losses, up to the step where the loop begins."""
+    goodput: Goodput
+    profiler: Profiler
+    evaluators: Sequence[Evaluator] = ()
+    evaluated: Mapping[str, Numbers] = dataclasses.field(default_factory=dict)
+    """By evaluator: what was measured at the step where the loop begins."""
+    replay: Replay = lambda step, first_row, params: ""
+    """Called before a step that is not finite ends the run."""
+    stop_requested: StopRequested = lambda: False
+    """Asked after every step."""
+
+
+@dataclasses.dataclass
+class Trainer:
+    """Takes a run from step to step. All processes of a job do the same: what they decide depends on numbers
+    that all of them have."""
+
+    config: TrainingConfig
+    mesh: Mesh
+    train_step: TrainStep
+    batches: BatchIterator
+    """This process's rows of each global batch, from the step on where the run goes on."""
+    services: RunServices
+
+    def train(self, state: TrainState) -> TrainState:
+        """Train to the end, or until a stop is requested; save in either case.
+
+        Args:
+          state: where the run goes on; its arrays are consumed.
+
+        Returns:
+          The state after the last step that was done.
+
+        Raises:
+          RollBack: the loss has spiked, and an earlier checkpoint is to be taken; the state is gone.
+          UserError: too many steps in a row were not finite, or spikes too many; nothing is saved any more.
+        """
+        self.state, self.step, self.stopped = state, int(state.step), False
+        self.reader = StepReader(self.config, self.mesh, self.step, self.batches, self.services)
+        try:
+            self.evaluate_first()
+            while self.step < self.config.steps and not self.stopped:
+                self.do_step()
+                self.after_step()
+            self.end()
+        except RollBack:
+            _free(self.state)
+            raise
+        except _NotFinite as error:
+            self.end_not_finite(error)
+        return self.state
+
+    def due(self, every: int) -> bool:
+        """Whether something that is done every so many steps is done after this one."""
+        return every > 0 and (self.step % every == 0 or self.step == self.config.steps)
+
+    def evaluate_first(self) -> None:
+        """Do the evaluations that a stop has left undone."""
+        done = self.services.evaluated
+        left = [e for e in self.services.evaluators if self.due(e.every) and e.name not in done]
+        if self.step and left:
+            self.services.goodput.spent("starting")
+            self.evaluate(left, lambda: False)
+
+    def do_step(self) -> None:
+        """Start the next step on the devices."""
+        if self.services.profiler.begins(self.step + 1):
+            self.reader.read()
+            self.services.profiler.start()
+        before = self.batches.wait_seconds
+        rows = next(self.batches)
+        self.reader.waited(self.batches.wait_seconds - before)
+        batch = put_batch(rows, self.config.data.batch_size, self.mesh)
+        with jax.profiler.StepTraceAnnotation("train", step_num=self.step + 1):
+            self.state, metrics = self.train_step(self.state, batch)
+        self.step += 1
+        self.reader.started(self.step, metrics)
+
+    def after_step(self) -> None:
+        """Evaluate and save, where that is due or a stop is requested."""
+        services, last = self.services, self.step == self.config.steps
+        self.stopped = services.stop_requested() and not last
+        evaluators = [e for e in services.evaluators if self.due(e.every) and not self.stopped]
+        saving = self.due(self.config.checkpoint.every)
+        if services.profiler.ends(self.step):
+            self.reader.read()
+            services.profiler.stop()
+            self.reader.clock.pause()
+        if not (evaluators or saving or self.stopped):
+            return
+        self.reader.read()
+        evaluated = self.evaluate(evaluators, (lambda: False) if last else services.stop_requested)
+        if saving or self.stopped:
+            self.save(evaluated)
+        self.reader.clock.pause()
+
+    def evaluate(self, evaluators: Sequence[Evaluator], stop_requested: StopRequested) -> dict[str, Numbers]:
+        """The numbers of each evaluator, until one was cut off by a stop."""
+        evaluated: dict[str, Numbers] = {}
+        for evaluator in evaluators:
+            numbers = evaluator.measure(self.state.params, stop_requested)
+            self.services.goodput.spent("evaluating")
+            if numbers is None:
+                self.stopped = True
+                break
+            self.services.log.evaluation({"step": self.step, **numbers})
+            evaluated[evaluator.name] = numbers
+        return evaluated
+
+    def save(self, evaluated: dict[str, Numbers]) -> None:
+        """Start writing a checkpoint of this step."""
+        stability = self.services.stability
+        position = RunPosition(
+            step=self.step,
+            rows_seen=stability.first_row(self.step, self.config.data.batch_size),
+            config=to_dict(self.config),
+            evaluations=evaluated,
+            history=stability.record(),
+        )
+        self.services.store.save(position, self.state.parts)
+        self.services.goodput.spent("saving")
+
+    def end(self) -> None:
+        """Finish what goes on beside the steps."""
+        self.reader.read()
+        self.services.profiler.stop()
+        self.services.store.wait()
+        if self.stopped:
+            self.services.goodput.spent("saving")
+            self.services.log.event({"step": self.step, **self.services.goodput.entry()})
+
+    def end_not_finite(self, error: "_NotFinite") -> None:
+        """Raises UserError after the batch was shown."""
+        stability = self.services.stability
+        self.services.store.wait()
+        _free(self.state.opt_state)
+        first_row = stability.first_row(error.step - 1, self.config.data.batch_size)
+        found = self.services.replay(error.step, first_row, self.state.params)
+        count = stability.not_finite_in_a_row
+        raise UserError(
+            f"{error}{f', the last of {count} such steps in a row' if count > 1 else ''}{found}; lower "
+            "optimizer.learning_rate, or take the document that causes it out of the data."
+        )
+
+
+class StepReader:
+    """Fetches the numbers of a step while the next one runs, logs them, and sees what they ask for."""
+
+    def __init__(
+        self, config: TrainingConfig, mesh: Mesh, start: int, batches: BatchIterator, services: RunServices
+    ) -> None:
+        self.clock = Clock()
+        self._config, self._batches, self._services = config, batches, services
+        self._flops_a_token = training_flops_a_token(config.model, config.data.sequence_length)
+        self._peak = peak_flops(mesh.devices.flat)
+        self._pending: tuple[int, Metrics] | None = None
+        self._written, self._waited = start, 0.0  # what the last line of the log counted
+        # Seconds waited for the latest batch; and those in which no step ran, since a step was read.
+        self._waiting = self._idle = 0.0
+
+    def waited(self, seconds: float) -> None:
+        """Take note of the time that the next batch was waited for."""
+        if self._pending is None:
+            self._idle += seconds
+        else:
+            self._waiting = seconds
+
+    def started(self, step: int, metrics: Metrics) -> None:
+        """Take the numbers of a step that was just started, and read those of the one before."""
+        self.read()
+        self._pending = step, metrics
+        if self._services.stability.next_is_last:
+            self.read()  # the next step would be wasted
+
+    def read(self) -> None:
+        """Wait for the step that was started last.
+
+        Raises:
+          RollBack, UserError: the loss has spiked.
+          _NotFinite: the run ends.
+        """
+        if self._pending is None:
+            return
+        (step, on_device), self._pending = self._pending, None
+        began = time.monotonic()
+        numbers = {name: float(value) for name, value in jax.device_get(on_device).items()}
+        if time.monotonic() - began < _AT_ONCE:
+            self._idle += self._waiting
+        services = self._services
+        self.clock.step_ended(numbers["tokens"])
+        last = services.stability.next_is_last
+        skipped = services.stability.see(numbers["loss"], numbers["grad_norm"])
+        services.goodput.step_ended(self._idle, finite=not skipped)
+        self._waiting = self._idle = 0.0
+        if not skipped:
+            self._log(step, numbers)
+            self._look_for_spike(step)
+        elif last:
+            raise _NotFinite(step, numbers)
+        else:
+            self._log_skipped(step, numbers)
+
+    def _log(self, step: int, numbers: Numbers) -> None:
+        config, services, clock = self._config, self._services, self.clock
+        speed, seconds = clock.tokens_per_second, clock.seconds_a_step
+        wait = (self._batches.wait_seconds - self._waited) / (step - self._written)
+        entry = {
+            "step": step,
+            **numbers,
+            "tokens": step * config.data.batch_size * config.data.sequence_length,
+            "tokens_per_second": speed,
+            "flops_per_second": speed * self._flops_a_token,
+            "input_wait_seconds": wait,
+            "input_wait_share": wait / seconds if seconds else 0.0,
+        }
+        if self._peak is not None:
+            entry["flops_utilisation"] = speed * self._flops_a_token / self._peak
+        if step % config.logging.every == 0 or step in (1, config.steps):
+            entry |= {"peak_memory_bytes": peak_memory(), **services.goodput.entry()}
+            self._written, self._waited = step, self._batches.wait_seconds
+        services.log.training(entry, (config.steps - step) * seconds)
+
+    def _log_skipped(self, step: int, numbers: Numbers) -> None:
+        stability, log = self._services.stability, self._services.log
+        log.message(
+            f"step {step} skipped: its loss is {numbers['loss']} and its gradient norm "
+            f"{numbers['grad_norm']} ({stability.not_finite_in_a_row} in a row, "
+            f"{stability.skipped_steps} in all)"
+        )
+        log.event({"step": step, "skipped_steps": stability.skipped_steps})
+
+    def _look_for_spike(self, step: int) -> None:
+        services, every = self._services, self._config.checkpoint.every
+        if services.stability.spiking:
+            regular = [saved for saved in services.store.steps() if saved % every == 0]
+            back = services.stability.roll_back(step, regular, self._config.data.batch_size)
+            if back is not None:
+                raise back
+            services.log.message(
+                f"the loss has spiked at step {step}, but no checkpoint is old enough to go back to"
+            )
+
+
+class _NotFinite(Exception):
+    """A step that is not finite is one too many."""
+
+    def __init__(self, step: int, numbers: Numbers) -> None:
+        super().__init__(
+            f"the loss of step {step} is {numbers['loss']} and its gradient norm {numbers['grad_norm']}"
+        )
+        self.step = step
 
 
 class Clock:
@@ -66,184 +323,6 @@ class Clock:
     def seconds_a_step(self) -> float:
         """0 until two steps have been seen."""
         return sum(seconds for seconds, _ in self._latest) / len(self._latest) if self._latest else 0.0
-
-
-def train(
-    config: TrainingConfig,
-    mesh: Mesh,
-    state: TrainState,
-    train_step: TrainStep,
-    batches: BatchIterator,
-    evaluate: Evaluate | None,
-    replay: Replay,
-    store: CheckpointStore,
-    log: RunLog,
-    stability: Stability,
-    goodput: Goodput,
-    profiler: Profiler,
-    *,
-    evaluate_first: bool = False,
-    stop_requested: StopRequested = lambda: False,
-) -> TrainState:
-    """Train from the step of `state` to the end, or until a stop is requested; save in either case.
-
-    All processes of a job do the same: what they decide depends on numbers that all of them have.
-
-    Args:
-      config: of the run.
-      mesh: that the state lies on.
-      state: where to go on; its arrays are consumed.
-      train_step: from `make_train_step`.
-      batches: this process's rows of each global batch, from the step of `state` on.
-      evaluate: measures held-out loss, or None.
-      replay: shows the batch of a step whose loss or gradient is not finite, before the run ends.
-      store: takes checkpoints.
-      log: takes numbers.
-      stability: what the run remembers of its losses, up to the step of `state`.
-      goodput: counts the time.
-      profiler: traces some steps.
-      evaluate_first: the step of `state` still has to be evaluated, for the run was stopped before.
-      stop_requested: asked after every step.
-
-    Returns:
-      The state after the last step that was done.
-
-    Raises:
-      RollBack: the loss has spiked, and an earlier checkpoint is to be taken; the state is gone.
-      UserError: too many steps in a row were not finite, or spikes too many; nothing is saved any more.
-    """
-    clock, step, size = Clock(), int(state.step), config.data.batch_size
-    flops_a_token = training_flops_a_token(config.model, config.data.sequence_length)
-    peak = peak_flops(mesh.devices.flat)
-    written, waited = step, 0.0  # what the last line of the log counted
-    # Seconds waited for the latest batch, and those in which no step ran meanwhile, since a step was read.
-    waiting = idle = 0.0
-    pending: tuple[int, StepMetrics] | None = None
-
-    def read() -> None:
-        """Fetch a step's numbers; while the next step runs, except at the end, before a save and the like."""
-        nonlocal pending, written, waited, waiting, idle
-        if pending is None:
-            return
-        (at, on_device), pending = pending, None
-        began = time.monotonic()
-        metrics = jax.device_get(on_device)
-        if time.monotonic() - began < _AT_ONCE:
-            idle += waiting
-        loss, grad_norm = float(metrics.loss), float(metrics.grad_norm)
-        clock.step_ended(float(metrics.tokens))
-        last = stability.next_is_last
-        skipped = stability.see(loss, grad_norm)
-        goodput.step_ended(idle, finite=not skipped)
-        waiting = idle = 0.0
-        if skipped:
-            if last:
-                end_not_finite(at, loss, grad_norm)
-            log.message(
-                f"step {at} skipped: its loss is {loss} and its gradient norm {grad_norm} "
-                f"({stability.not_finite_in_a_row} in a row, {stability.skipped_steps} in all)"
-            )
-            log.event({"step": at, "skipped_steps": stability.skipped_steps})
-            return
-        speed, wait = clock.tokens_per_second, (batches.wait_seconds - waited) / (at - written)
-        entry = {
-            "step": at,
-            "loss": loss,
-            "grad_norm": grad_norm,
-            "learning_rate": float(metrics.learning_rate),
-            "tokens": at * size * config.data.sequence_length,
-            "tokens_per_second": speed,
-            "flops_per_second": speed * flops_a_token,
-            "input_wait_seconds": wait,
-            "input_wait_share": wait / clock.seconds_a_step if clock.seconds_a_step else 0.0,
-        }
-        if peak is not None:
-            entry["flops_utilisation"] = speed * flops_a_token / peak
-        if at % config.logging.every == 0 or at in (1, config.steps):
-            entry |= {"peak_memory_bytes": peak_memory(), **goodput.entry()}
-            written, waited = at, batches.wait_seconds
-        log.training(entry, (config.steps - at) * clock.seconds_a_step)
-        if stability.spiking:
-            regular = [saved for saved in store.steps() if saved % config.checkpoint.every == 0]
-            back = stability.roll_back(at, regular, size)
-            if back is not None:
-                _free(state)
-                raise back
-            log.message(f"the loss has spiked at step {at}, but no checkpoint is old enough to go back to")
-
-    def end_not_finite(at: int, loss: float, grad_norm: float) -> None:
-        store.wait()
-        _free(state.opt_state)
-        found = replay(at, stability.first_row(at - 1, size), state.params)
-        count = stability.not_finite_in_a_row
-        raise UserError(
-            f"the loss of step {at} is {loss} and its gradient norm {grad_norm}"
-            f"{f', the last of {count} such steps in a row' if count > 1 else ''}{found}; lower "
-            "optimizer.learning_rate, or take the document that causes it out of the data."
-        )
-
-    def due(every: int) -> bool:
-        return every > 0 and (step % every == 0 or step == config.steps)
-
-    if evaluate is not None and evaluate_first and due(config.evaluation.every):
-        goodput.spent("starting")
-        log.held_out({"step": step, **(evaluate(state.params, lambda: False) or {})})
-        goodput.spent("evaluating")
-    while step < config.steps:
-        if profiler.begins(step + 1):
-            read()
-            profiler.start()
-        before = batches.wait_seconds
-        local = next(batches)
-        waiting = batches.wait_seconds - before
-        if pending is None:
-            idle, waiting = idle + waiting, 0.0
-        with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
-            state, metrics = train_step(state, put_batch(local, size, mesh))
-        step += 1
-        read()
-        pending = (step, metrics)
-        if stability.next_is_last:
-            read()  # the next step would run in vain
-        stopping = stop_requested() and step < config.steps
-        evaluating = evaluate is not None and due(config.evaluation.every) and not stopping
-        saving = due(config.checkpoint.every)
-        if profiler.ends(step):
-            read()
-            profiler.stop()
-            clock.pause()
-        if not (evaluating or saving or stopping):
-            continue
-        read()
-        measured: dict[str, float] | None = {}
-        if evaluating and evaluate is not None:
-            measured = evaluate(state.params, stop_requested if step < config.steps else lambda: False)
-            goodput.spent("evaluating")
-            if measured is None:
-                stopping = True
-            else:
-                log.held_out({"step": step, **measured})
-        if saving or stopping:
-            store.save(
-                step,
-                state.params,
-                state.opt_state,
-                rows_seen=stability.first_row(step, size),
-                config=to_dict(config),
-                held_out_loss=(measured or {}).get("held_out_loss"),
-                history=stability.record(),
-            )
-            goodput.spent("saving")
-        clock.pause()
-        if stopping:
-            break
-    read()
-    profiler.stop()
-    store.wait()
-    if step < config.steps:
-        goodput.spent("saving")
-        log.event({"step": step, **goodput.entry()})
-    return state
 
 
 def _free(tree: Any) -> None:

@@ -95,6 +95,8 @@ def _sums(
 ) -> tuple[jax.Array, jax.Array]:
     """What `next_token_loss` gives, of some positions."""
     cross_entropy = jnp.sum(weights * (log_partition - target_logits))
+    if not z_loss:
+        return cross_entropy, cross_entropy
     return cross_entropy + z_loss * jnp.sum(weights * jnp.square(log_partition)), cross_entropy
 
 

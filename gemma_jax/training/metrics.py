@@ -53,6 +53,12 @@ def duration(seconds: float) -> str:
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
+def say(text: str) -> None:
+    """Print a line for the person who watches, in the first process of a job."""
+    if jax.process_index() == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
 class RunLog:
     """The log of one run."""
 
@@ -129,12 +135,11 @@ class RunLog:
         """Something at a step that is no measurement of it: a step skipped, a start."""
         self._write(entry)
 
-    def held_out(self, entry: Entry) -> None:
-        """The numbers of an evaluation."""
-        self.message(
-            f"step {entry['step']}/{self._steps}  held-out loss {entry['held_out_loss']:.3f} nats a token, "
-            f"{entry['held_out_bits_per_byte']:.3f} bits a byte"
-        )
+    def evaluation(self, entry: Entry) -> None:
+        """The numbers of an evaluation: `step`, and any others by name."""
+        numbers = {name: value for name, value in entry.items() if name != "step"}
+        shown = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in numbers.items())
+        self.message(f"step {entry['step']}/{self._steps}  {shown}")
         self._write(entry)
 
     def _write(self, entry: Entry) -> None:
@@ -180,8 +185,7 @@ def plot_losses(runs: Mapping[str, Sequence[Entry]], path: epath.PathLike) -> No
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    beside = len(runs) > 5  # a long legend stands beside the curves, not on them
-    figure = Figure(figsize=(11 if beside else 8, 5), layout="constrained")
+    figure = Figure(figsize=(11, 5), layout="constrained")
     axes = figure.add_subplot()
     few = len(runs) <= 10
     colors = matplotlib.colormaps["tab10" if few else "turbo"](
@@ -219,12 +223,9 @@ def plot_losses(runs: Mapping[str, Sequence[Entry]], path: epath.PathLike) -> No
             Line2D([], [], color=color, linewidth=3, label=name)
             for name, color in zip(runs, colors, strict=True)
         ]
-    if beside:
-        axes.legend(
-            handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize="small", frameon=False
-        )
-    else:
-        axes.legend(handles=handles, loc="upper right")
+    axes.legend(
+        handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize="small", frameon=False
+    )
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)
     epath.Path(path).write_bytes(picture.getvalue())

@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from numpy.typing import NDArray
 
-from gemma_jax.config import TrainingConfig
 from gemma_jax.data.packing import Batch
 from gemma_jax.model.scoring import token_log_probs
 from gemma_jax.sharding import local_rows, logical_axes, parameter_name, put_batch
-from gemma_jax.training.step import loss_and_gradients, model_spec
+from gemma_jax.training.objectives import Recipe
+from gemma_jax.training.step import sums_and_gradients
 
 
 class BatchMeasures(NamedTuple):
@@ -26,29 +26,26 @@ class BatchMeasures(NamedTuple):
     gradient_norms: dict[str, NDArray[np.float32]]  # by parameter: [layers] where it is stacked, else []
 
 
-def measure_batch(
-    config: TrainingConfig, mesh: Mesh, params: nnx.State, read: Callable[[list[int]], Batch]
-) -> BatchMeasures:
-    """Compute the loss and gradient of a batch as a step does, and keep their parts.
+def measure_batch(recipe: Recipe, params: nnx.State, read: Callable[[list[int]], Batch]) -> BatchMeasures:
+    """Compute the loss and gradient of a batch of documents as a step does, and keep their parts.
 
     Args:
-      config: of the run.
-      mesh: that the parameters lie on.
-      params: of the model.
-      read: gives the rows of these numbers of the batch; called with those that this process feeds.
+      recipe: of the run.
+      params: of the model, on the recipe's mesh.
+      read: returns the rows of these numbers of the batch; called with those that this process feeds.
     """
-    spec = model_spec(config, mesh)
-    differentiate = loss_and_gradients(config, mesh)
+    model_spec, mesh, size = recipe.model, recipe.model.mesh, recipe.config.data.batch_size
+    differentiate = sums_and_gradients(recipe)
 
     def measure(params: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-        model = spec.merge(params)
+        model = model_spec.merge(params)
         hidden = model(batch.tokens, batch.positions, batch.segment_ids)
         log_probs = token_log_probs(model, hidden, batch.targets)
-        loss, gradients = differentiate(params, batch)
+        sums, gradients = differentiate(params, batch)
         leaves = jax.tree_util.tree_leaves_with_path(gradients, is_leaf=lambda x: isinstance(x, nnx.Variable))
-        return -log_probs, loss, {parameter_name(path): _norm(variable) for path, variable in leaves}
+        norms = {parameter_name(path): _norm(variable) for path, variable in leaves}
+        return -log_probs, sums["loss"].mean, norms
 
-    size = config.data.batch_size
     batch = put_batch(read(local_rows(size, mesh)), size, mesh)
     # A copy on every device, so that every process of a job can read all of it.
     losses, loss, norms = jax.device_get(

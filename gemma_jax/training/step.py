@@ -1,156 +1,117 @@
-"""One optimizer step, and the loss on held-out rows."""
+"""One optimizer step towards any objective."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh
 
-from gemma_jax.config import TrainingConfig
-from gemma_jax.data.packing import Batch
-from gemma_jax.model import ModelSpec
-from gemma_jax.model.scoring import token_log_probs
 from gemma_jax.sharding import platform
-from gemma_jax.training.loss import LossSettings, next_token_loss
-from gemma_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from gemma_jax.training.objectives import Recipe, Sums
+from gemma_jax.training.optimizer import learning_rate_schedule
 from gemma_jax.training.state import TrainState, abstract_train_state
+from gemma_jax.weights import NO_CONTEXT, Context
+
+# The mean of each sum of the objective, and `grad_norm` before clipping, `learning_rate` and `tokens`: the
+# weight of what is minimised. All are scalars on the device. A step whose minimised mean or gradient norm is
+# not finite changed nothing but counts.
+Metrics = dict[str, jax.Array]
+TrainStep = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 
 
-class StepMetrics(NamedTuple):
-    """What a step tells; all scalars on the device. A step whose loss or gradient norm is not finite
-    changed nothing but counts.
+def sums_and_gradients(recipe: Recipe) -> Callable[..., tuple[Sums, nnx.State]]:
+    """A function of all parameters, a batch and a Context: the objective's sums over the global batch, and
+    the gradient of the first one's mean with respect to the trainable parameters.
+
+    In several parts (`optimizer.accumulation_steps`) the mean's weight is known after the last one, so
+    gradients of the total are summed, in at least float32, and divided at the end.
     """
+    parts = recipe.config.optimizer.accumulation_steps
 
-    loss: jax.Array  # cross entropy, nats a token
-    grad_norm: jax.Array  # before clipping
-    learning_rate: jax.Array
-    tokens: jax.Array  # targets with weight
+    def differentiate(params: nnx.State, batch: Any, context: Context) -> tuple[Sums, nnx.State]:
+        """The gradient is that of the mean if there is one part, else of the total."""
+        frozen, trainable = recipe.split(params)
 
+        def first_total(trainable: nnx.State) -> tuple[jax.Array, Sums]:
+            model = recipe.model.merge(nnx.merge_state(frozen, trainable))
+            sums = recipe.objective(model, batch, context)
+            return next(iter(sums.values())).total, sums
 
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+        total, pull_back, sums = jax.vjp(first_total, trainable, has_aux=True)
+        scale = jnp.ones_like(total)
+        (gradients,) = pull_back(scale / next(iter(sums.values())).divisor if parts == 1 else scale)
+        return sums, gradients
 
-
-def model_spec(config: TrainingConfig, mesh: Mesh) -> ModelSpec:
-    """The model that a config describes, on a mesh."""
-    return ModelSpec(config.model, config.compute, mesh)
-
-
-def loss_settings(config: TrainingConfig) -> LossSettings:
-    """The loss as the config describes it."""
-    return LossSettings(
-        config.model.vocab_size,
-        config.compute.loss_block,
-        config.compute.loss_vocab_block,
-        config.optimizer.z_loss,
-    )
-
-
-def loss_and_gradients(
-    config: TrainingConfig, mesh: Mesh
-) -> Callable[[nnx.State, Batch], tuple[jax.Array, nnx.State]]:
-    """A function of parameters and a batch: mean cross entropy over all weighted targets, and its gradient.
-
-    The mean is a global weighted sum over a global sum of weights, so it is the same number on any mesh
-    and in any number of accumulation parts.
-    """
-    spec, settings = model_spec(config, mesh), loss_settings(config)
-    parts = config.optimizer.accumulation_steps
-
-    def objective(params: nnx.State, batch: Batch, total: jax.Array) -> tuple[jax.Array, jax.Array]:
-        model = spec.merge(params)
-        hidden = model(batch.tokens, batch.positions, batch.segment_ids)
-        minimised, reported = next_token_loss(
-            hidden, model.embedding, batch.targets, batch.loss_weights, settings
-        )
-        return minimised / total, reported / total
-
-    gradient = jax.value_and_grad(objective, has_aux=True)
-
-    def whole(params: nnx.State, batch: Batch) -> tuple[jax.Array, nnx.State]:
-        total = jnp.maximum(jnp.sum(batch.loss_weights), 1)
-        if parts == 1:
-            (_, loss), grads = gradient(params, batch, total)
-            return loss, grads
+    def in_parts(params: nnx.State, batch: Any, context: Context) -> tuple[Sums, nnx.State]:
         # Part i takes every parts-th row from row i on: each device then keeps its own rows.
         split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
+        keys = None if context.key is None else jax.random.split(context.key, parts)
 
-        def wide(x: jax.Array) -> jax.Array:
-            return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        def body(carry: Any, scanned: tuple[Any, jax.Array | None]) -> tuple[Any, None]:
+            part, key = scanned
+            return jax.tree.map(
+                lambda x, y: x + _wide(y), carry, differentiate(params, part, Context(key))
+            ), None
 
-        def body(sums: tuple[jax.Array, Any], part: Batch) -> tuple[tuple[jax.Array, Any], None]:
-            (_, loss), grads = gradient(params, part, total)
-            return jax.tree.map(lambda total, x: total + wide(x), sums, (loss, grads)), None
+        first = jax.tree.map(lambda x: x[0], (split, keys))
+        shapes = jax.eval_shape(lambda part, key: differentiate(params, part, Context(key)), *first)
+        zeros = jax.tree.map(lambda x: _wide(jnp.zeros(x.shape, x.dtype)), shapes)
+        (sums, gradients), _ = lax.scan(body, zeros, (split, keys))
+        divisor = next(iter(sums.values())).divisor
+        return sums, jax.tree.map(lambda x, like: (x / divisor).astype(like.dtype), gradients, shapes[1])
 
-        first = jax.tree.map(lambda x: x[0], split)
-        (_, loss), grads = jax.eval_shape(gradient, params, first, total)
-        zeros = jax.tree.map(lambda x: wide(jnp.zeros(x.shape, x.dtype)), (loss, grads))
-        (loss, grads), _ = lax.scan(body, zeros, split)
-        return loss, jax.tree.map(lambda grad, param: grad.astype(param.dtype), grads, params)
+    def of_batch(params: nnx.State, batch: Any, context: Context = NO_CONTEXT) -> tuple[Sums, nnx.State]:
+        return (differentiate if parts == 1 else in_parts)(params, batch, context)
 
-    return whole
+    return of_batch
 
 
-def make_train_step(config: TrainingConfig, mesh: Mesh) -> TrainStep:
-    """The compiled step: state and batch [B, L] on the mesh -> new state and metrics.
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def make_train_step(recipe: Recipe) -> TrainStep:
+    """The compiled step: state and batch on the mesh -> new state and metrics.
 
     The state that is passed in is donated: its memory is used again.
     """
-    optimizer = make_optimizer(config.optimizer, config.steps)
+    config, optimizer = recipe.config, recipe.optimizer
     schedule = learning_rate_schedule(config.optimizer, config.steps)
-    differentiate = loss_and_gradients(config, mesh)
+    differentiate = sums_and_gradients(recipe)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        loss, grads = differentiate(state.params, batch)
-        norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        context = NO_CONTEXT
+        if recipe.random:
+            context = Context(jax.random.fold_in(jax.random.key(config.seed), state.step))
+        sums, gradients = differentiate(state.params, batch, context)
+        first = next(iter(sums.values()))
+        norm = optax.tree.norm(gradients)
+        finite = jnp.isfinite(first.mean) & jnp.isfinite(norm)
 
         def kept_if_not_finite(old: jax.Array, new: jax.Array) -> jax.Array:
             # Counts go on, so that the learning rate stays that of the step.
             return new if jnp.issubdtype(new.dtype, jnp.integer) else jnp.where(finite, new, old)
 
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        params, opt_state = jax.tree.map(
-            kept_if_not_finite, (state.params, state.opt_state), (params, opt_state)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        trainable, opt_state = jax.tree.map(
+            kept_if_not_finite, (state.trainable, state.opt_state), (trainable, opt_state)
         )
-        metrics = StepMetrics(loss, norm, jnp.asarray(schedule(state.step)), jnp.sum(batch.loss_weights))
-        return TrainState(state.step + 1, params, opt_state), metrics
+        metrics = {name: weighted.mean for name, weighted in sums.items()} | {
+            "grad_norm": norm,
+            "learning_rate": jnp.asarray(schedule(state.step)),
+            "tokens": first.weight,
+        }
+        return TrainState(state.step + 1, state.frozen, trainable, opt_state), metrics
 
-    out = jax.tree.map(lambda leaf: leaf.sharding, abstract_train_state(config, mesh))
+    out = jax.tree.map(lambda leaf: leaf.sharding, abstract_train_state(recipe))
     options = dict(option.split("=", 1) for option in config.compute.tpu_options)
     return jax.jit(
         train_step,
         donate_argnums=0,
         out_shardings=(out, None),
-        compiler_options=options if platform(mesh) == "tpu" else None,
+        compiler_options=options if platform(recipe.model.mesh) == "tpu" else None,
     )
-
-
-class HeldOutSums(NamedTuple):
-    """Sums over rows, to be added up and divided on the host."""
-
-    nats: jax.Array
-    tokens: jax.Array
-    bytes: jax.Array
-
-
-def make_evaluation_step(config: TrainingConfig, mesh: Mesh) -> Callable[..., HeldOutSums]:
-    """The compiled held-out loss: (params, batch, bytes of each token id [vocab_size]) -> sums."""
-    spec = model_spec(config, mesh)
-
-    def evaluate(params: nnx.State, batch: Batch, token_bytes: jax.Array) -> HeldOutSums:
-        model = spec.merge(params)
-        hidden = model(batch.tokens, batch.positions, batch.segment_ids)
-        log_probs = token_log_probs(model, hidden, batch.targets)
-        weights = batch.loss_weights
-        return HeldOutSums(
-            -jnp.sum(weights * log_probs),
-            jnp.sum(weights),
-            jnp.sum(weights * jnp.take(token_bytes, batch.targets)),
-        )
-
-    return jax.jit(evaluate)

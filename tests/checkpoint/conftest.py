@@ -7,6 +7,7 @@ import pytest
 
 from gemma_jax.checkpoint.store import CheckpointStore
 from gemma_jax.testing import cpu_mesh
+from gemma_jax.training.objectives import pretraining
 from gemma_jax.training.state import TrainState, abstract_train_state
 from tests.checkpoint.states import CONFIG, KEEP_ALL, random_state, save
 
@@ -34,4 +35,4 @@ def run(three_saved: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def abstract() -> TrainState:
-    return abstract_train_state(CONFIG, cpu_mesh(8, fsdp=4, tensor=2))
+    return abstract_train_state(pretraining(CONFIG, cpu_mesh(8, fsdp=4, tensor=2)))

@@ -9,21 +9,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gemma_jax.checkpoint.record import RunPosition
 from gemma_jax.checkpoint.store import CheckpointStore
 from gemma_jax.config import PRESETS, CheckpointConfig, PretrainConfig, to_dict
 from gemma_jax.sharding import named_arrays
 from gemma_jax.testing import cpu_mesh
+from gemma_jax.training.objectives import pretraining
 from gemma_jax.training.state import TrainState, create_train_state
 
 CONFIG = PretrainConfig(model=PRESETS["gemma_tiny"])
 CONFIG_AS_JSON = json.loads(json.dumps(to_dict(CONFIG)))
 KEEP_ALL = CheckpointConfig(keep_last=100)
+# One array in each part.
+PARTS = {"params": {"w": jnp.arange(1.0, 9.0)}, "opt_state": {"count": jnp.int32(3)}}
 Bits = dict[str, bytes]
 
 
 def random_state(seed: int) -> TrainState:
     """A state in which no array is constant: zeros would not be written at all."""
-    state = create_train_state(CONFIG, cpu_mesh(8, fsdp=4, tensor=2))
+    state = create_train_state(pretraining(CONFIG, cpu_mesh(8, fsdp=4, tensor=2)))
     keys = iter(jax.random.split(jax.random.key(seed), 1000))
 
     def fill(x: jax.Array) -> jax.Array:
@@ -31,17 +35,20 @@ def random_state(seed: int) -> TrainState:
         return jax.device_put(values.astype(x.dtype), x.sharding)
 
     return dataclasses.replace(
-        state, params=jax.tree.map(fill, state.params), opt_state=jax.tree.map(fill, state.opt_state)
+        state, trainable=jax.tree.map(fill, state.trainable), opt_state=jax.tree.map(fill, state.opt_state)
     )
 
 
-def bits(params: Any, opt_state: Any) -> Bits:
-    named = named_arrays({"params": params, "opt_state": opt_state})
-    return {name: np.asarray(x).tobytes() for name, x in named.items()}
+def bits(parts: dict[str, Any]) -> Bits:
+    return {name: np.asarray(x).tobytes() for name, x in named_arrays(parts).items()}
 
 
-def save(store: CheckpointStore, step: int, state: TrainState, loss: float | None = None) -> None:
-    store.save(step, state.params, state.opt_state, step * 8, to_dict(CONFIG), loss)
+def position(step: int, **more: Any) -> RunPosition:
+    return RunPosition(**{"step": step, "rows_seen": step * 8, "config": to_dict(CONFIG)} | more)
+
+
+def save(store: CheckpointStore, step: int, state: TrainState) -> None:
+    store.save(position(step), state.parts)
 
 
 def names(folder: Path) -> list[str]:

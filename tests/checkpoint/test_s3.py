@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import pytest
 import tensorstore
 from etils import epath
@@ -20,9 +19,10 @@ from gemma_jax.checkpoint.store import CheckpointStore
 from gemma_jax.config import CheckpointConfig
 from gemma_jax.errors import UserError
 from gemma_jax.testing import cpu_mesh
+from gemma_jax.training.objectives import pretraining
 from gemma_jax.training.state import TrainState, abstract_train_state
 from tests.checkpoint.buckets_on_disk import BucketsOnDisk, buckets_on_disk
-from tests.checkpoint.states import CONFIG, KEEP_ALL, bits, save
+from tests.checkpoint.states import CONFIG, KEEP_ALL, PARTS, bits, position, save
 
 VARIABLES = (
     "AWS_ENDPOINT_URL",
@@ -134,14 +134,14 @@ def test_a_run_on_s3_comes_back_bit_for_bit_and_a_damaged_step_is_put_aside(
     record = run_record(run / "checkpoints" / "3")
     written = {str(p.relative_to(folder / "3")) for p in (folder / "3").rglob("*") if p.is_file()}
     assert record.files.keys() == written - {"run/data.json"}
-    target = abstract_train_state(CONFIG, cpu_mesh(2))
+    target = abstract_train_state(pretraining(CONFIG, cpu_mesh(2)))
     (folder / "3" / "params" / "manifest.ocdbt").unlink()
     with pytest.raises(DamagedCheckpoint, match=r"params/manifest\.ocdbt is missing"):
-        load_arrays(run / "checkpoints" / "3", {"params": target.params}, record)
+        load_arrays(run / "checkpoints" / "3", {"params": target.trainable}, record)
     with CheckpointStore(run, KEEP_ALL) as store:
-        restored = store.restore(target.params, target.opt_state)
-        assert restored is not None and restored[2].step == 2
-        assert bits(*restored[:2]) == bits(states[2].params, states[2].opt_state)
+        restored = store.restore(target.parts)
+        assert restored is not None and restored[1].step == 2
+        assert bits(restored[0]) == bits(states[2].parts)
         assert f"it is kept as {run}/checkpoints/3.damaged" in capsys.readouterr().err
         save(store, 3, states[3])
         store.remove_after(2)
@@ -154,17 +154,16 @@ def test_a_save_that_failed_stays_unfinished_until_the_next_start(
     buckets: BucketsOnDisk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its last objects may still be on their way."""
-    params, opt_state = {"w": jnp.arange(8.0)}, {"count": jnp.int32(0)}
     run = epath.Path("s3://bucket/run")
 
     def fails(*args: object) -> None:
         raise OSError("no answer")
 
     store = CheckpointStore(run, KEEP_ALL)
-    store.save(1, params, opt_state, 1, {})
+    store.save(position(1), PARTS)
     store.wait()
     monkeypatch.setattr(store_module, "write_record", fails)
-    store.save(2, params, opt_state, 2, {})
+    store.save(position(2), PARTS)
     with pytest.raises(
         UserError, match="cannot write a checkpoint into s3://bucket/run/checkpoints .no answer"
     ):
@@ -178,17 +177,16 @@ def test_a_save_that_failed_stays_unfinished_until_the_next_start(
 @pytest.mark.parametrize("scheme", ["s3", "gs"])
 def test_a_save_that_ends_anywhere_leaves_the_step_before(buckets: BucketsOnDisk, scheme: str) -> None:
     """The next start must not even find damage."""
-    params, opt_state = {"w": jnp.arange(8.0)}, {"count": jnp.int32(0)}
     config = CheckpointConfig(keep_last=1)
     ended = 0
     for changes in itertools.count():
         run = epath.Path(f"{scheme}://bucket/{changes}")
         with CheckpointStore(run, config) as store:
-            store.save(1, params, opt_state, 1, {})
+            store.save(position(1), PARTS)
         store = CheckpointStore(run, config)
         buckets.changes_left = changes
         try:
-            store.save(2, params, opt_state, 2, {})
+            store.save(position(2), PARTS)
             store.close()
         except UserError:
             ended += 1
@@ -196,8 +194,8 @@ def test_a_save_that_ends_anywhere_leaves_the_step_before(buckets: BucketsOnDisk
         steps = saved_steps(run)
         assert steps and set(steps) <= {1, 2}
         with CheckpointStore(run, config) as store:
-            restored = store.restore(params, opt_state)
-        assert restored is not None and restored[2].step == steps[-1]
+            restored = store.restore(PARTS)
+        assert restored is not None and restored[1].step == steps[-1]
         assert {child.name for child in (run / "checkpoints").iterdir()} == set(map(str, steps))
         if left:
             break

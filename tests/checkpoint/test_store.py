@@ -2,6 +2,8 @@
 
 import dataclasses
 import errno
+import hashlib
+import json
 import os
 import random
 import re
@@ -25,14 +27,17 @@ from gemma_jax.checkpoint.store import CheckpointStore
 from gemma_jax.config import CheckpointConfig, ComputeConfig, MeshConfig
 from gemma_jax.errors import UserError
 from gemma_jax.testing import cpu_mesh
+from gemma_jax.training.objectives import pretraining
 from gemma_jax.training.state import TrainState, abstract_train_state
 from tests.checkpoint.states import (
     CONFIG,
     CONFIG_AS_JSON,
     KEEP_ALL,
+    PARTS,
     bits,
     contents,
     names,
+    position,
     save,
 )
 
@@ -41,31 +46,31 @@ from tests.checkpoint.states import (
 def test_a_checkpoint_comes_back_bit_for_bit_on_any_mesh(
     run: Path, states: dict[int, TrainState], devices: int
 ) -> None:
-    target = abstract_train_state(CONFIG, cpu_mesh(devices))
+    target = abstract_train_state(pretraining(CONFIG, cpu_mesh(devices)))
     with CheckpointStore(run, KEEP_ALL) as store:
-        restored = store.restore(target.params, target.opt_state)
+        restored = store.restore(target.parts)
     assert restored is not None
-    params, opt_state, record = restored
-    assert bits(params, opt_state) == bits(states[3].params, states[3].opt_state)
-    assert jax.tree.map(lambda x: x.sharding, params) == jax.tree.map(lambda x: x.sharding, target.params)
+    parts, record = restored
+    assert bits(parts) == bits(states[3].parts)
+    assert jax.tree.map(lambda x: x.sharding, parts) == jax.tree.map(lambda x: x.sharding, target.parts)
     assert (record.step, record.rows_seen, record.config) == (3, 24, CONFIG_AS_JSON)
 
 
 def test_another_dtype_is_cast_after_the_check(run: Path, states: dict[int, TrainState]) -> None:
     target = abstract_train_state(
-        dataclasses.replace(CONFIG, compute=ComputeConfig(param_dtype="bfloat16")), cpu_mesh(2)
+        pretraining(dataclasses.replace(CONFIG, compute=ComputeConfig(param_dtype="bfloat16")), cpu_mesh(2))
     )
     folder = run / "checkpoints" / "3"
-    loaded = load_arrays(folder, {"params": target.params}, run_record(folder))["params"]
-    expected = jax.tree.map(lambda x: x.astype(jnp.bfloat16), states[3].params)
-    assert bits(loaded, {}) == bits(expected, {})
+    loaded = load_arrays(folder, {"params": target.trainable}, run_record(folder))["params"]
+    expected = jax.tree.map(lambda x: x.astype(jnp.bfloat16), states[3].trainable)
+    assert bits({"params": loaded}) == bits({"params": expected})
     # A changed value is found although another dtype is wanted.
     record = run_record(folder)
     record.arrays["params"]["embedding"] = dataclasses.replace(
         record.arrays["params"]["embedding"], fingerprint=1
     )
     with pytest.raises(DamagedCheckpoint, match=r"params\.embedding"):
-        load_arrays(folder, {"params": target.params}, record)
+        load_arrays(folder, {"params": target.trainable}, record)
 
 
 def test_a_fingerprint_shows_every_flipped_bit_and_does_not_depend_on_the_mesh() -> None:
@@ -143,9 +148,9 @@ def test_a_damaged_checkpoint_is_told_kept_and_passed_over(
     for number in (1, 2):  # and a second time, when the run has come to that step again
         capfd.readouterr()
         with CheckpointStore(run, KEEP_ALL) as store:
-            restored = store.restore(abstract.params, abstract.opt_state)
-            assert restored is not None and restored[2].step == 2
-            assert bits(*restored[:2]) == bits(states[2].params, states[2].opt_state)
+            restored = store.restore(abstract.parts)
+            assert restored is not None and restored[1].step == 2
+            assert bits(restored[0]) == bits(states[2].parts)
             lines = capfd.readouterr().err.splitlines()
             assert len(lines) == 1, lines
             kept = "3.damaged" if number == 1 else "3.damaged-2"
@@ -153,8 +158,8 @@ def test_a_damaged_checkpoint_is_told_kept_and_passed_over(
             assert contents(folder / kept) == evidence and contents(folder / "2") == before
             save(store, 3, states[3])
             store.wait()
-            again = store.restore(abstract.params, abstract.opt_state)
-            assert again is not None and again[2].step == 3
+            again = store.restore(abstract.parts)
+            assert again is not None and again[1].step == 3
         shutil.rmtree(folder / "3")
         shutil.copytree(folder / "3.damaged", folder / "3")
     assert names(folder) == ["1", "2", "3", "3.damaged", "3.damaged-2"]
@@ -169,19 +174,41 @@ def test_where_none_is_whole_nothing_is_touched(run: Path, abstract: TrainState)
             CheckpointStore(run, KEEP_ALL) as store,
             pytest.raises(UserError, match=r"no checkpoint in .* is whole .*--existing_run overwrite"),
         ):
-            store.restore(abstract.params, abstract.opt_state)
+            store.restore(abstract.parts)
     assert contents(run / "checkpoints") == before
 
 
 def test_another_model_is_not_taken_for_damage(run: Path) -> None:
     model = dataclasses.replace(CONFIG.model, hidden_dim=128)
-    target = abstract_train_state(dataclasses.replace(CONFIG, model=model), cpu_mesh(8))
+    target = abstract_train_state(pretraining(dataclasses.replace(CONFIG, model=model), cpu_mesh(8)))
     with (
         CheckpointStore(run, KEEP_ALL) as store,
         pytest.raises(UserError, match=r"^blocks\.\S+ has shape .* belongs to another model"),
     ):
-        store.restore(target.params, target.opt_state)
+        store.restore(target.parts)
     assert names(run / "checkpoints") == ["1", "2", "3"]
+
+
+def test_parts_that_a_checkpoint_does_not_hold(tmp_path: Path) -> None:
+    with CheckpointStore(tmp_path / "run", KEEP_ALL) as store:
+        store.save(position(1), {"params": PARTS["params"]})
+        store.wait()
+        with pytest.raises(UserError, match=r"checkpoints/1 holds no opt_state"):
+            store.restore(PARTS)
+        restored = store.restore(PARTS, optional=["opt_state"])
+    assert restored is not None and bits(restored[0]) == bits({"params": PARTS["params"]})
+
+
+def test_a_run_of_the_old_format_is_refused_and_not_taken_for_damage(run: Path, abstract: TrainState) -> None:
+    path = run / "checkpoints" / "3" / "run" / "data.json"
+    fields = json.loads(path.read_text())["record"]
+    del fields["format"]
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps({"record": fields, "sha256": digest}))
+    before = contents(run / "checkpoints")
+    with CheckpointStore(run, KEEP_ALL) as store, pytest.raises(UserError, match="has format 1 of runs"):
+        store.restore(abstract.parts)
+    assert contents(run / "checkpoints") == before
 
 
 def test_reading_a_damaged_model_is_refused_and_changes_nothing(run: Path) -> None:
@@ -210,15 +237,16 @@ def test_steps_that_follow_at_once_do_not_reach_what_is_being_saved(tmp_path: Pa
     with CheckpointStore(tmp_path / "run", KEEP_ALL) as store:
         for number in range(3):
             params = step(params)
-            expected = bits(copy(params), opt_state)  # looking at the arrays themselves would keep them
-            store.save(number, params, opt_state, 0, {})
+            parts = {"params": params, "opt_state": opt_state}
+            expected = bits(copy(parts))  # looking at the arrays themselves would keep them
+            store.save(position(number), parts)
             for _ in range(5):
                 params = step(params)
             jax.block_until_ready(params)
             store.wait()
-            restored = store.restore(abstract, {"count": count})
-            assert restored is not None and restored[2].step == number
-            assert bits(*restored[:2]) == expected
+            restored = store.restore({"params": abstract, "opt_state": {"count": count}})
+            assert restored is not None and restored[1].step == number
+            assert bits(restored[0]) == expected
 
 
 def test_save_returns_before_the_checkpoint_is_written(
@@ -249,10 +277,10 @@ KEPT = {
 @pytest.mark.parametrize("reopened", [False, True])
 @pytest.mark.parametrize(("config", "kept"), KEPT.values(), ids=KEPT)
 def test_what_is_kept(tmp_path: Path, config: CheckpointConfig, kept: set[int], reopened: bool) -> None:
-    params, opt_state = {"w": jnp.ones(8)}, {"count": jnp.int32(0)}
     store = CheckpointStore(tmp_path / "run", config)
     for step, loss in LOSSES.items():
-        store.save(step, params, opt_state, step, {}, loss)
+        measured = {"held_out": {"held_out_loss": loss}} if loss else {}
+        store.save(position(step, evaluations=measured), PARTS)
         if reopened:
             store.close()
             store = CheckpointStore(tmp_path / "run", config)
@@ -262,24 +290,22 @@ def test_what_is_kept(tmp_path: Path, config: CheckpointConfig, kept: set[int], 
 
 
 def test_what_a_stop_saved_besides_pushes_out_nothing(tmp_path: Path) -> None:
-    params, opt_state = {"w": jnp.ones(8)}, {"count": jnp.int32(0)}
     with CheckpointStore(tmp_path / "run", CheckpointConfig(every=4, keep_last=2)) as store:
         for step in (4, 8, 12, 13, 14):
-            store.save(step, params, opt_state, step, {})
+            store.save(position(step), PARTS)
         assert store.steps() == saved_steps(tmp_path / "run") == [8, 12, 13, 14]
 
 
 def test_a_run_that_goes_back_loses_what_came_later_and_remembers_what_it_was_given(tmp_path: Path) -> None:
-    params, opt_state = {"w": jnp.ones(8)}, {"count": jnp.int32(0)}
     with CheckpointStore(tmp_path / "run", KEEP_ALL) as store:
         for step in (1, 2, 3, 4):
-            store.save(step, params, opt_state, step, {}, history={"losses": [0.5, float(step)]})
+            store.save(position(step, history={"losses": [0.5, float(step)]}), PARTS)
         store.remove_after(2)  # the last one may still be on its way to the disk
         assert store.steps() == saved_steps(tmp_path / "run") == [1, 2]
-        restored = store.restore(params, opt_state)
+        restored = store.restore(PARTS)
         assert restored is not None
-        assert restored[2].step == 2 and restored[2].history == {"losses": [0.5, 2.0]}
-        store.save(3, params, opt_state, 9, {})
+        assert restored[1].step == 2 and restored[1].history == {"losses": [0.5, 2.0]}
+        store.save(position(3), PARTS)
     assert saved_steps(tmp_path / "run") == [1, 2, 3]
 
 
@@ -311,9 +337,9 @@ def test_a_full_disk_is_told_and_harms_nothing(
         store.close()
     assert contents(run / "checkpoints") == before
     with CheckpointStore(run, KEEP_ALL) as store:
-        restored = store.restore(abstract.params, abstract.opt_state)
-    assert restored is not None and restored[2].step == 1
-    assert bits(*restored[:2]) == bits(states[1].params, states[1].opt_state)
+        restored = store.restore(abstract.parts)
+    assert restored is not None and restored[1].step == 1
+    assert bits(restored[0]) == bits(states[1].parts)
     assert capfd.readouterr().err == ""
 
 
@@ -364,11 +390,7 @@ def test_two_runs_do_not_share_a_directory(run: Path, states: dict[int, TrainSta
         save(store, 4, states[1])
     with CheckpointStore(run, KEEP_ALL):
         pass
-    (run / "metrics.jsonl").write_text("{}\n")
     with CheckpointStore(run, KEEP_ALL, overwrite=True) as store:
-        assert names(run) == ["checkpoints", "lock"] and names(run / "checkpoints") == []
+        assert names(run / "checkpoints") == []
         with pytest.raises(UserError, match="is training"):
             CheckpointStore(run, KEEP_ALL)
-
-
-# Last, because orbax's threads are still complaining after it in the second case.

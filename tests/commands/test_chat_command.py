@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import jax.numpy as jnp
 import pytest
 
 from gemma_jax import Gemma
+from gemma_jax.checkpoint.record import RunPosition
 from gemma_jax.checkpoint.store import CheckpointStore
 from gemma_jax.cli import main
 from gemma_jax.config import PRESETS, ComputeConfig, MeshConfig, PretrainConfig, replace, to_dict
@@ -41,7 +41,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = PretrainConfig(model=replace(PRESETS["gemma_tiny"], {"vocab_size": vocab_size}))
     params = ModelSpec(config.model, ComputeConfig(), cpu_mesh(1)).init(0)
     store = CheckpointStore(folder, config.checkpoint)
-    store.save(3, params, {"count": jnp.zeros(())}, 0, to_dict(config))
+    store.save(RunPosition(step=3, rows_seen=0, config=to_dict(config)), {"params": params})
     store.close()
     return folder
 

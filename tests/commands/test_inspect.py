@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-import jax.numpy as jnp
 import pytest
 
+from gemma_jax.checkpoint.record import RunPosition
 from gemma_jax.checkpoint.store import CheckpointStore
 from gemma_jax.cli import main
 from gemma_jax.config import (
@@ -94,7 +94,7 @@ def save(run: Path, config: PretrainConfig | SampleConfig) -> None:
     """A checkpoint of the tiny model at step 2, whose record holds `config`."""
     params = ModelSpec(PRESETS["gemma_tiny"], ComputeConfig(), cpu_mesh(1)).init(0)
     store = CheckpointStore(run, CheckpointConfig())
-    store.save(2, params, {"count": jnp.zeros(())}, 0, to_dict(config))
+    store.save(RunPosition(step=2, rows_seen=0, config=to_dict(config)), {"params": params})
     store.close()
 
 

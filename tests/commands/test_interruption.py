@@ -109,7 +109,7 @@ def test_signals_while_the_step_is_compiled_or_the_loss_is_evaluated(
 ) -> None:
     for run, every, cache, moment in (
         ("compiling", "1000", "none", lambda said: "starting" in said),
-        ("evaluating", "1", "programs", lambda said: "held-out" in said),
+        ("evaluating", "1", "programs", lambda said: "held out loss" in said),
     ):
         process = runs.start(run, "--evaluation.every", every, cache=cache)
         cleanup.append(process)

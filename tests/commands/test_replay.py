@@ -147,28 +147,6 @@ def test_a_damaged_checkpoint_is_passed_over_aloud(trained: Path, capsys: pytest
     assert "3 is damaged" in err and "older" in err
 
 
-def test_what_a_person_reads(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _, *rows = replayed(capsys, trained, 5, "--rows", 0)
-    capsys.readouterr()
-    assert main(["replay", str(trained), "5", "--rows", "2"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("step 5: rows 16 to 19 of the data, ")
-    assert "with the parameters of step 3, the newest checkpoint" in lines[1]
-    assert lines[2].startswith("the run logged loss ")
-    titles = [line for line in lines if line.startswith("row ")]
-    assert titles == [
-        f"row {row['row']} (number {row['row'] - 16} of the batch): loss {row['loss']:.3f}"
-        for row in rows[:2]
-    ]
-    text = "\n".join(line.removeprefix("  │ ") for line in lines if line.startswith("  │ "))
-    marked = re.findall(r"⟦([^⟧]*) (\d+\.\d)⟧", text)
-    threshold = np.quantile(np.concatenate([s["token_losses"] for r in rows for s in r["segments"]]), 0.95)
-    assert marked and all(float(loss) >= threshold - 0.05 for _, loss in marked)
-    unmarked = re.sub(r"⟦(⏎?)([^⟧]*) \d+\.\d⟧", r"\2", text)
-    assert unmarked == "\n".join(s["text"] for r in rows[:2] for s in r["segments"])
-    assert sum("blocks.attention.q " in line for line in lines) == 1
-
-
 @pytest.fixture
 def loader(trained: Path) -> tuple[Loader, Tokenizer, PretrainConfig]:
     config = PretrainConfig(
@@ -246,13 +224,6 @@ def test_documents_cannot_control_the_terminal(loader: tuple[Loader, Tokenizer, 
     assert "QXJ ж☃ ZZZ" in re.sub(r"⟦([^⟧]*) \d+\.\d⟧", r"\1", shown)  # pieces of bytes, too
     assert "\x1b" not in shown and "\x07" not in shown
     assert "\\x1b" in re.sub(r" \d+\.\d⟧|⟦", "", shown)
-
-
-def test_marks_are_colours_in_a_terminal(loader: tuple[Loader, Tokenizer, PretrainConfig]) -> None:
-    losses = np.ones((4, 64))
-    losses[0, 0] = 9.0
-    shown = report(loader, with_losses(loader, losses), terminal=True)
-    assert "\x1b[" in shown and "⟦" not in shown
 
 
 def test_mistakes(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

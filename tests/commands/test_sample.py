@@ -3,11 +3,11 @@
 import json
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from gemma_jax import Gemma
+from gemma_jax.checkpoint.record import RunPosition
 from gemma_jax.checkpoint.store import CheckpointStore
 from gemma_jax.cli import main
 from gemma_jax.config import PRESETS, ComputeConfig, MeshConfig, PretrainConfig, replace, to_dict
@@ -30,13 +30,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vocab_size = Tokenizer.train(texts, 430, folder / "tokenizer.model").vocab_size
     config = PretrainConfig(model=replace(PRESETS["gemma_tiny"], {"vocab_size": vocab_size}))
     store = CheckpointStore(folder, config.checkpoint)
-    store.save(
-        3,
-        ModelSpec(config.model, ComputeConfig(), cpu_mesh(1)).init(0),
-        {"count": jnp.zeros(())},
-        0,
-        to_dict(config),
-    )
+    params = ModelSpec(config.model, ComputeConfig(), cpu_mesh(1)).init(0)
+    store.save(RunPosition(step=3, rows_seen=0, config=to_dict(config)), {"params": params})
     store.close()
     return folder
 

@@ -1,5 +1,6 @@
 """The loop around a step: what it saves, logs and does when a loss is not finite. The step is a stand-in."""
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -11,25 +12,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
+from flax import nnx
 
+from gemma_jax.checkpoint.record import RunPosition
 from gemma_jax.config import PRESETS, PretrainConfig, replace
 from gemma_jax.data.loader import BatchIterator
 from gemma_jax.data.packing import Batch, empty_rows
 from gemma_jax.errors import UserError
 from gemma_jax.testing import cpu_mesh
-from gemma_jax.training import loop
+from gemma_jax.training.evaluation import Evaluator
 from gemma_jax.training.goodput import KINDS, Goodput
 from gemma_jax.training.hardware import training_flops_a_token
-from gemma_jax.training.loop import Clock, train
+from gemma_jax.training.loop import RunServices, Trainer
 from gemma_jax.training.metrics import RunLog, read_metrics
 from gemma_jax.training.profile import Profiler
 from gemma_jax.training.stability import Gap, RollBack, Stability
 from gemma_jax.training.state import TrainState
-from gemma_jax.training.step import StepMetrics
+from gemma_jax.training.step import Metrics
 
 CONFIG = replace(
     PretrainConfig(steps=10, model=PRESETS["gemma_tiny"]),
-    {"data.batch_size": 2, "data.sequence_length": 8, "checkpoint.every": 4, "evaluation.every": 0}
+    {"data.batch_size": 2, "data.sequence_length": 8, "checkpoint.every": 4}
     | {"logging.every": 1, "stability.skip_nonfinite": 0},
 )
 
@@ -38,20 +41,12 @@ class Store:
     """Remembers what is saved instead of writing it."""
 
     def __init__(self) -> None:
+        self.positions: dict[int, RunPosition] = {}
         self.saved: dict[int, tuple[float, int]] = {}
-        self.histories: dict[int, dict[str, Any]] = {}
 
-    def save(
-        self,
-        step: int,
-        params: Any,
-        opt_state: Any,
-        rows_seen: int,
-        history: dict[str, Any],
-        **_: object,
-    ) -> None:
-        self.saved[step] = float(params), rows_seen
-        self.histories[step] = history
+    def save(self, position: RunPosition, parts: dict[str, Any]) -> None:
+        self.positions[position.step] = position
+        self.saved[position.step] = float(parts["params"]["w"].get_value()), position.rows_seen
 
     def wait(self) -> None:
         pass
@@ -60,18 +55,31 @@ class Store:
         return sorted(self.saved)
 
 
+def state_of_step(step: int) -> TrainState:
+    """A state whose only parameter is the number of steps done."""
+    trainable = nnx.State({"w": nnx.Param(jnp.float32(step))})
+    return TrainState(jnp.int32(step), nnx.State({}), trainable, jnp.float32(0))
+
+
 def counting_step(
     loss: Callable[[int], float] = lambda step: 2.0, norm: Callable[[int], float] = lambda step: 1.0
 ):
     """A step that adds 1 to the parameter; `loss` and `norm` say what its number has."""
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        number = int(state.step) + 1
-        numbers = (loss(number), norm(number), 0.1, float(np.sum(batch.loss_weights)))
-        new = TrainState(state.step + 1, state.params + 1, state.opt_state)
-        return new, StepMetrics(*(jnp.float32(x) for x in numbers))
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        new = state_of_step(int(state.step) + 1)
+        number = int(new.step)
+        tokens = float(np.sum(batch.loss_weights))
+        metrics = {"loss": loss(number), "accuracy": 0.5, "grad_norm": norm(number), "learning_rate": 0.1}
+        return dataclasses.replace(new, opt_state=state.opt_state + 0), {
+            name: jnp.float32(x) for name, x in (metrics | {"tokens": tokens}).items()
+        }
 
     return step
+
+
+def held_out(measure: Callable[..., Any], every: int = 1, name: str = "held_out") -> Evaluator:
+    return Evaluator(name, every, measure)
 
 
 def run(
@@ -79,26 +87,26 @@ def run(
     step: Any,
     config: PretrainConfig = CONFIG,
     read: Callable[[int], Batch] | None = None,
-    state: TrainState | None = None,
+    start: int = 0,
     **more: Any,
-) -> tuple[Store, list[int], TrainState | None]:
-    """Train with stand-ins; gives the store, the steps that were replayed, and the last state."""
+) -> tuple[Store, list[Any], TrainState | None]:
+    """Train with stand-ins; returns the store, the steps that were replayed, and the last state."""
     store, replayed = Store(), []
-    state = state or TrainState(jnp.int32(0), jnp.float32(0), jnp.float32(0))
     run_dir.mkdir(exist_ok=True)
-    log = RunLog(run_dir, config.steps, int(state.step))
+    log = RunLog(run_dir, config.steps, start)
     rows = empty_rows(2, 8, 0)._replace(loss_weights=np.ones((2, 8), np.float32))
+    services: dict[str, Any] = {
+        "replay": lambda step, first_row, params: replayed.append(step) or "",
+        "stability": Stability(config.stability),
+        "goodput": Goodput(time.monotonic(), {}),
+        "profiler": Profiler(range(0), epath.Path(run_dir)),
+    } | more
     end: TrainState | None = None
     with BatchIterator(read or (lambda row: rows), 0, 2) as batches:
         try:
-            options: dict[str, Any] = {
-                "evaluate": None,
-                "replay": lambda step, first_row, params: replayed.append(step) or "",
-                "stability": Stability(config.stability),
-                "goodput": Goodput(time.monotonic(), {}),
-                "profiler": Profiler(range(0), epath.Path(run_dir)),
-            } | more
-            end = train(config, cpu_mesh(1), state, step, batches, store=store, log=log, **options)
+            all_services = RunServices(store=store, log=log, **services)  # type: ignore[arg-type]
+            trainer = Trainer(config, cpu_mesh(1), step, batches, all_services)
+            end = trainer.train(state_of_step(start))
         except UserError as error:
             replayed.append(error)
     return store, replayed, end
@@ -110,19 +118,12 @@ def test_what_is_saved_and_logged(tmp_path: Path) -> None:
     assert store.saved == {4: (4, 8), 8: (8, 16), 10: (10, 20)}
     entries = read_metrics(tmp_path)
     assert [(entry["step"], entry["loss"]) for entry in entries] == [(s, 10.0 - s) for s in range(1, 11)]
-    assert entries[-1]["tokens"] == 10 * 2 * 8
+    assert entries[-1]["tokens"] == 10 * 2 * 8 and entries[-1]["accuracy"] == 0.5
     for entry in entries[2:]:
         wanted = entry["tokens_per_second"] * training_flops_a_token(CONFIG.model, 8)
         assert entry["flops_per_second"] == pytest.approx(wanted) and wanted > 0
         assert "flops_utilisation" not in entry  # nobody knows the peak of this CPU
         assert entry["peak_memory_bytes"] > 10**7
-
-
-def test_utilisation_is_of_all_devices_of_the_mesh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "peak_flops", lambda devices: 1e9 * len(list(devices)))
-    run(tmp_path, counting_step())
-    last = read_metrics(tmp_path)[-1]
-    assert last["flops_utilisation"] == pytest.approx(last["flops_per_second"] / 1e9)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -142,7 +143,7 @@ def test_the_replay_finds_the_memory_of_the_state_free(tmp_path: Path) -> None:
     config = replace(CONFIG, {"steps": 3})
     bare, states = counting_step(loss=lambda step: math.nan if step == 1 else 1.0), []
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         new, metrics = bare(state, batch)
         states.append(new)
         return new, metrics
@@ -184,26 +185,6 @@ def test_input_that_is_waited_for_is_told_a_step(tmp_path: Path) -> None:
     assert fast["input_wait_seconds"] < 0.005
 
 
-def test_the_clock_counts_the_latest_steps_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, clock = 0.0, Clock()
-    monkeypatch.setattr(loop.time, "monotonic", lambda: now)
-    assert clock.tokens_per_second == clock.seconds_a_step == 0
-    clock.step_ended(100)  # the first one compiles: since when, nobody knows
-    for _ in range(10):
-        now += 1.0
-        clock.step_ended(100)
-    assert clock.tokens_per_second == 100 and clock.seconds_a_step == 1
-    now += 1000.0
-    clock.pause()
-    now += 1000.0
-    clock.step_ended(100)
-    assert clock.seconds_a_step == 1
-    for _ in range(50):  # the machine becomes slower
-        now += 2.0
-        clock.step_ended(100)
-    assert clock.tokens_per_second == 50 and clock.seconds_a_step == 2
-
-
 def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path: Path) -> None:
     config = replace(CONFIG, {"stability.skip_nonfinite": 2})
     bad = {2, 5, 6, 9}
@@ -215,7 +196,8 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path: Path) -> No
     entries = read_metrics(tmp_path)
     assert [entry["step"] for entry in entries if "loss" in entry] == sorted(set(range(1, 11)) - bad)
     assert [entry["skipped_steps"] for entry in entries if "loss" not in entry] == [1, 2, 3, 4]
-    assert store.histories[8]["skipped_steps"] == 3 and store.histories[8]["not_finite_in_a_row"] == 0
+    assert store.positions[8].history["skipped_steps"] == 3
+    assert store.positions[8].history["not_finite_in_a_row"] == 0
 
 
 def test_one_step_too_many_that_is_not_finite_ends_the_run_before_the_next(tmp_path: Path) -> None:
@@ -223,7 +205,7 @@ def test_one_step_too_many_that_is_not_finite_ends_the_run_before_the_next(tmp_p
     done: list[int] = []
     bare = counting_step(loss=lambda step: math.nan if step >= 4 else 1.0)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         done.append(int(state.step) + 1)
         return bare(state, batch)
 
@@ -244,38 +226,56 @@ def test_a_spike_takes_the_run_back_and_past_the_data_that_made_it(tmp_path: Pat
     assert back.gap == Gap(12, (15 - 12 + 3) * 2)
 
 
+def test_evaluators_have_intervals_of_their_own_and_measure_anything(tmp_path: Path) -> None:
+    """What is measured at a step that is saved is in its record."""
+    evaluators = [
+        held_out(lambda params, stop: {"a": float(params["w"].get_value())}, 3, "first"),
+        held_out(lambda params, stop: {"b": 0.25, "c": 0.5}, 4, "second"),
+    ]
+    store, _, _ = run(tmp_path, counting_step(), evaluators=evaluators)
+    entries = read_metrics(tmp_path)
+    assert [(e["step"], e["a"]) for e in entries if "a" in e] == [(3, 3), (6, 6), (9, 9), (10, 10)]
+    assert [(e["step"], e["b"], e["c"]) for e in entries if "b" in e] == [(s, 0.25, 0.5) for s in (4, 8, 10)]
+    measured = {step: position.evaluations for step, position in store.positions.items()}
+    second = {"second": {"b": 0.25, "c": 0.5}}
+    assert measured == {4: second, 8: second, 10: {"first": {"a": 10.0}, **second}}
+
+
 def test_an_evaluation_that_is_cut_off_stops_the_run_at_its_step(tmp_path: Path) -> None:
-    config = replace(CONFIG, {"evaluation.every": 3})
-    store, _, end = run(tmp_path, counting_step(), config, evaluate=lambda params, stop_requested: None)
-    assert end is not None and int(end.step) == 3 and list(store.saved) == [3]
-    measured: list[float] = []
+    done = held_out(lambda params, stop: {"a": 1.0}, 3, "done")
+    cut_off = held_out(lambda params, stop: None, 3, "cut_off")
+    store, _, end = run(tmp_path, counting_step(), evaluators=[done, cut_off])
+    assert end is not None and int(end.step) == 3
+    assert {step: p.evaluations for step, p in store.positions.items()} == {3: {"done": {"a": 1.0}}}
+    # The run that goes on owes the one that was cut off.
+    measured: list[tuple[str, float]] = []
 
-    def evaluate(params: Any, stop_requested: Callable[[], bool]) -> dict[str, float]:
-        measured.append(float(params))
-        return {"held_out_loss": 1.0, "held_out_bits_per_byte": 1.0}
+    def recorded(name: str) -> Evaluator:
+        def measure(params: Any, stop_requested: Callable[[], bool]) -> dict[str, float]:
+            measured.append((name, float(params["w"].get_value())))
+            return {name: 1.0}
 
-    # The run that goes on owes it.
-    state = TrainState(jnp.int32(3), jnp.float32(3), jnp.float32(0))
-    run(tmp_path, counting_step(), config, state=state, evaluate=evaluate, evaluate_first=True)
-    assert measured == [3, 6, 9, 10]
-    held_out = [entry["step"] for entry in read_metrics(tmp_path) if "held_out_loss" in entry]
-    assert held_out == [3, 6, 9, 10]
+        return held_out(measure, 3, name)
+
+    evaluators, evaluated = [recorded("done"), recorded("cut_off")], store.positions[3].evaluations
+    run(tmp_path, counting_step(), start=3, evaluators=evaluators, evaluated=evaluated)
+    assert [step for name, step in measured if name == "cut_off"] == [3, 6, 9, 10]
+    assert [step for name, step in measured if name == "done"] == [6, 9, 10]
 
 
 def test_where_the_time_goes(tmp_path: Path) -> None:
-    config = replace(CONFIG, {"evaluation.every": 5, "checkpoint.every": 5})
+    config = replace(CONFIG, {"stability.skip_nonfinite": 1, "checkpoint.every": 5})
     bare = counting_step(loss=lambda step: math.nan if step == 7 else 1.0)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         time.sleep(0.3 if state.step == 0 else 0.02)
         return bare(state, batch)
 
     def evaluate(params: Any, stop_requested: Callable[[], bool]) -> dict[str, float]:
         time.sleep(0.1)
-        return {"held_out_loss": 1.0, "held_out_bits_per_byte": 1.0}
+        return {"held_out_loss": 1.0}
 
-    config = replace(config, {"stability.skip_nonfinite": 1})
-    run(tmp_path, step, config, evaluate=evaluate)
+    run(tmp_path, step, config, evaluators=[held_out(evaluate, 5)])
     last = [entry for entry in read_metrics(tmp_path) if "goodput" in entry][-1]
     assert last["seconds_starting"] >= 0.3 and last["seconds_evaluating"] >= 0.1
     # Eight steps count; a step's numbers are read when the next one was started, so the first has two sleeps.
@@ -289,7 +289,7 @@ def test_chosen_steps_are_traced(tmp_path: Path) -> None:
     traced: list[int] = []
     bare = counting_step()
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         if profiler._tracing:
             traced.append(int(state.step) + 1)
         return bare(state, batch)

@@ -11,6 +11,7 @@ from gemma_jax.config import ParameterGroup, PretrainConfig, replace
 from gemma_jax.errors import UserError
 from gemma_jax.sharding import named_arrays, put_batch
 from gemma_jax.testing import assert_same_on_meshes, cpu_mesh
+from gemma_jax.training.objectives import pretraining
 from gemma_jax.training.optimizer import settings_of
 from gemma_jax.training.state import abstract_train_state, create_train_state
 from gemma_jax.training.step import make_train_step
@@ -21,12 +22,12 @@ FIRST = replace(CONFIG, {"optimizer.warmup_steps": 0})
 def moves(config: PretrainConfig, gradient: bool = True) -> dict[str, np.ndarray]:
     """How far the first step moves each parameter."""
     mesh = cpu_mesh(1)
-    state = create_train_state(config, mesh)
+    state = create_train_state(pretraining(config, mesh))
     before = jax.device_get(named_arrays(state.params))
     batch = packed_batch(config.model)
     if not gradient:
         batch = batch._replace(loss_weights=np.zeros((B, L), np.float32))
-    after, _ = make_train_step(config, mesh)(state, put_batch(batch, B, mesh))
+    after, _ = make_train_step(pretraining(config, mesh))(state, put_batch(batch, B, mesh))
     return {name: np.asarray(value) - before[name] for name, value in named_arrays(after.params).items()}
 
 
@@ -68,7 +69,7 @@ def test_a_group_has_a_decay_of_its_own() -> None:
         **{"optimizer.weight_decay": 0.25, "optimizer.learning_rate": 0.5},
     )
     mesh = cpu_mesh(1)
-    before = jax.device_get(named_arrays(create_train_state(config, mesh).params))
+    before = jax.device_get(named_arrays(create_train_state(pretraining(config, mesh)).params))
     for parameter, move in moves(config, gradient=False).items():
         decay = 0.125  # learning rate times decay
         if parameter in ("embedding", "blocks.attention.q") or parameter.endswith("norm"):
@@ -77,7 +78,7 @@ def test_a_group_has_a_decay_of_its_own() -> None:
             decay = 0.5 * 0.5 * 0.5
         np.testing.assert_allclose(move, -decay * before[parameter], rtol=1e-5, atol=1e-8, err_msg=parameter)
     # A norm scale begins at 0 and cannot show its decay; by default it has none, and a group can give it one.
-    settings = settings_of(abstract_train_state(config, mesh).params, config.optimizer)
+    settings = settings_of(abstract_train_state(pretraining(config, mesh)).params, config.optimizer)
     assert settings["final_norm"]["weight_decay"] == 0
     assert settings["blocks.attention_norm"]["weight_decay"] == 0.5
 
@@ -94,4 +95,4 @@ def test_groups_are_the_same_on_meshes() -> None:
 def test_a_pattern_that_matches_nothing_is_told_with_the_names_there_are() -> None:
     config = grouped(ParameterGroup("embedding", weight_decay=0.0), ParameterGroup("embeding", 0.1))
     with pytest.raises(UserError, match="is called 'embeding'.*blocks.attention.q, .*final_norm"):
-        abstract_train_state(config, cpu_mesh(1))
+        abstract_train_state(pretraining(config, cpu_mesh(1)))

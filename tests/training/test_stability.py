@@ -91,12 +91,3 @@ def test_too_many_spikes_end_the_run() -> None:
     stability.gaps = (Gap(10, 4), Gap(20, 4))
     with pytest.raises(UserError, match="spiked again at step 103, after 2 spikes"):
         stability.roll_back(103, [100], 4)
-
-
-@pytest.mark.parametrize(
-    "record",
-    [{"gaps": [[1]]}, {"gaps": [[1, -2]]}, {"gaps": 3}, {"losses": ["x"]}, {"skipped_steps": "many"}],
-)
-def test_a_damaged_record_is_told(record: dict[str, object]) -> None:
-    with pytest.raises(UserError, match="record of losses and gaps is damaged"):
-        Stability.from_record(CONFIG, record)

@@ -10,11 +10,13 @@ from jax.sharding import Mesh
 
 from gemma_jax.config import PRESETS, OptimizerConfig, PretrainConfig, TransformerConfig, replace
 from gemma_jax.data.packing import Batch
-from gemma_jax.sharding import local_rows, named_arrays, put_batch
+from gemma_jax.sharding import named_arrays, put_batch
 from gemma_jax.testing import assert_same, assert_same_on_meshes, cpu_mesh
+from gemma_jax.training.evaluation import mean_over
+from gemma_jax.training.objectives import held_out_loss, pretraining
 from gemma_jax.training.optimizer import decays, learning_rate_schedule
-from gemma_jax.training.state import abstract_train_state, create_train_state
-from gemma_jax.training.step import loss_and_gradients, make_evaluation_step, make_train_step
+from gemma_jax.training.state import TrainState, abstract_train_state, create_train_state
+from gemma_jax.training.step import TrainStep, make_train_step, sums_and_gradients
 
 B, L = 8, 24
 CONFIG = PretrainConfig(
@@ -36,16 +38,24 @@ def packed_batch(model: TransformerConfig, seed: int = 0) -> Batch:
     return Batch(tokens, targets, (segments > 0).astype(np.float32), positions, segments)
 
 
+def begin(config: PretrainConfig, mesh: Mesh) -> tuple[TrainState, TrainStep]:
+    recipe = pretraining(config, mesh)
+    return create_train_state(recipe), make_train_step(recipe)
+
+
+def gradients_of(config: PretrainConfig, mesh: Mesh):
+    return jax.jit(sums_and_gradients(pretraining(config, mesh)))
+
+
 def three_steps(config: PretrainConfig, mesh: Mesh):
     """First loss and gradients, then losses and parameters of three steps."""
-    state = create_train_state(config, mesh)
+    state, step = begin(config, mesh)
     first = put_batch(packed_batch(config.model), B, mesh)
-    loss, grads = jax.jit(loss_and_gradients(config, mesh))(state.params, first)
-    results = [loss, grads]
-    step = make_train_step(config, mesh)
+    sums, grads = gradients_of(config, mesh)(state.params, first)
+    results = [sums["loss"].mean, grads]
     for seed in range(3):
         state, metrics = step(state, put_batch(packed_batch(config.model, seed), B, mesh))
-        results += [metrics.loss, metrics.grad_norm]
+        results += [metrics["loss"], metrics["grad_norm"]]
     return [*results, state.params]
 
 
@@ -96,15 +106,15 @@ def test_packed_rows_give_the_loss_and_gradients_of_the_same_segments_alone() ->
     assert separate.loss_weights.sum() == packed.loss_weights.sum()
     with jax.enable_x64(True):
         config, mesh = replace(CONFIG, FLOAT64), cpu_mesh(1)
-        params = create_train_state(config, mesh).params
-        run = jax.jit(loss_and_gradients(config, mesh))
+        params = create_train_state(pretraining(config, mesh)).params
+        run = gradients_of(config, mesh)
         assert_same(run(params, separate), run(params, packed), 1e-10)
 
 
 def test_state_lies_on_the_mesh() -> None:
     """Parameters and both moments are split; no array is copied that could be split."""
     mesh = cpu_mesh(8, fsdp=4, tensor=2)
-    state = create_train_state(CONFIG, mesh)
+    state = create_train_state(pretraining(CONFIG, mesh))
     moments = [name for name in named_arrays(state) if ".mu." in name or ".nu." in name]
     assert len(moments) == 2 * len(named_arrays(state.params))
     for name, value in named_arrays(state).items():
@@ -115,14 +125,15 @@ def test_state_lies_on_the_mesh() -> None:
 
 def test_the_step_keeps_shardings_and_reuses_the_memory_of_its_state() -> None:
     mesh = cpu_mesh(4, fsdp=2, tensor=2)
-    abstract = abstract_train_state(CONFIG, mesh)
+    abstract = abstract_train_state(pretraining(CONFIG, mesh))
     batch = put_batch(packed_batch(CONFIG.model), B, mesh)
-    compiled = make_train_step(CONFIG, mesh).lower(abstract, batch).compile()
+    compiled = make_train_step(pretraining(CONFIG, mesh)).lower(abstract, batch).compile()
     state_bytes = sum(
         np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(abstract)
     )
     assert compiled.memory_analysis().alias_size_in_bytes >= state_bytes
-    state, _ = make_train_step(CONFIG, mesh)(create_train_state(CONFIG, mesh), batch)
+    state, step = begin(CONFIG, mesh)
+    state, _ = step(state, batch)
     for actual, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
         assert actual.sharding.is_equivalent_to(wanted.sharding, actual.ndim)
 
@@ -135,7 +146,8 @@ def test_the_compiled_step_holds_no_whole_logits() -> None:
     mesh, shape = cpu_mesh(1), (B, 512)
     kinds = (np.int32, np.int32, np.float32, np.int32, np.int32)
     batch = Batch(*(jax.ShapeDtypeStruct(shape, kind) for kind in kinds))
-    compiled = make_train_step(config, mesh).lower(abstract_train_state(config, mesh), batch).compile()
+    recipe = pretraining(config, mesh)
+    compiled = make_train_step(recipe).lower(abstract_train_state(recipe), batch).compile()
     assert (
         compiled.memory_analysis().temp_size_in_bytes < 4 * shape[0] * shape[1] * config.model.vocab_size / 2
     )
@@ -143,7 +155,7 @@ def test_the_compiled_step_holds_no_whole_logits() -> None:
 
 def test_decay_spares_the_norm_scales_and_nothing_else() -> None:
     """Stacked norm scales have two dimensions, like matrices: rank alone would decay them."""
-    params = create_train_state(CONFIG, cpu_mesh(1)).params
+    params = create_train_state(pretraining(CONFIG, cpu_mesh(1))).params
     assert {name for name, decay in named_arrays(decays(params)).items() if not decay} == {
         "blocks.attention_norm",
         "blocks.feed_forward_norm",
@@ -154,8 +166,9 @@ def test_decay_spares_the_norm_scales_and_nothing_else() -> None:
         CONFIG, {"optimizer.weight_decay": 0.5, "optimizer.warmup_steps": 0, "optimizer.clip_norm": 0.0}
     )
     batch = packed_batch(CONFIG.model)._replace(loss_weights=np.zeros((B, L), np.float32))
-    before = jax.device_get(named_arrays(create_train_state(config, cpu_mesh(1)).params))
-    after, _ = make_train_step(config, cpu_mesh(1))(create_train_state(config, cpu_mesh(1)), batch)
+    state, step = begin(config, cpu_mesh(1))
+    before = jax.device_get(named_arrays(state.params))
+    after, _ = step(state, batch)
     shrunk = 1 - 0.5 * config.optimizer.learning_rate
     for name, value in named_arrays(after.params).items():
         factor = 1.0 if name.endswith("norm") else shrunk
@@ -192,12 +205,12 @@ def test_every_optimizer_lowers_the_loss_on_a_mesh(name: str) -> None:
     }
     config = replace(CONFIG, changes)
     mesh = cpu_mesh(4, fsdp=2, tensor=2)
-    state, step = create_train_state(config, mesh), make_train_step(config, mesh)
+    state, step = begin(config, mesh)
     batch = put_batch(packed_batch(config.model), B, mesh)
     losses = []
     for _ in range(40):
         state, metrics = step(state, batch)
-        losses.append(float(metrics.loss))
+        losses.append(float(metrics["loss"]))
     assert losses[-1] < 0.6 * losses[0]
 
 
@@ -205,54 +218,54 @@ def test_gradients_are_clipped_by_their_global_norm() -> None:
     """With plain sums of squares in Adam's moments after one step, clipping scales the first moment."""
     mesh, batch = cpu_mesh(1), packed_batch(CONFIG.model)
     config = replace(CONFIG, {"optimizer.clip_norm": 0.25})
-    _, grads = jax.jit(loss_and_gradients(config, mesh))(create_train_state(config, mesh).params, batch)
-    state, metrics = make_train_step(config, mesh)(create_train_state(config, mesh), batch)
-    assert float(metrics.grad_norm) > 0.25
+    state, step = begin(config, mesh)
+    _, grads = gradients_of(config, mesh)(state.params, batch)
+    state, metrics = step(state, batch)
+    assert float(metrics["grad_norm"]) > 0.25
     moments = {n.split(".mu.")[1]: v for n, v in named_arrays(state.opt_state).items() if ".mu." in n}
-    factor = 0.25 / float(metrics.grad_norm) * (1 - config.optimizer.b1)
+    factor = 0.25 / float(metrics["grad_norm"]) * (1 - config.optimizer.b1)
     assert_same(moments, jax.tree.map(lambda g: g * factor, named_arrays(grads)), 1e-5)
 
 
-def test_held_out_sums_count_nats_tokens_and_bytes() -> None:
+@pytest.mark.parametrize("rows", [B, B + 5])
+def test_held_out_loss_counts_nats_tokens_and_bytes_of_all_batches(rows: int) -> None:
     mesh, batch = cpu_mesh(2), packed_batch(CONFIG.model)
-    state = create_train_state(CONFIG, mesh)
+    recipe = pretraining(CONFIG, mesh)
+    params = create_train_state(recipe).params
     token_bytes = np.arange(CONFIG.model.vocab_size, dtype=np.int32) % 7
-    sums = make_evaluation_step(CONFIG, mesh)(state.params, put_batch(batch, B, mesh), token_bytes)
-    loss, _ = jax.jit(loss_and_gradients(CONFIG, mesh))(state.params, put_batch(batch, B, mesh))
-    assert float(sums.tokens) == batch.loss_weights.sum()
-    assert float(sums.nats / sums.tokens) == pytest.approx(float(loss), rel=1e-5)
-    assert float(sums.bytes) == (batch.loss_weights * token_bytes[batch.targets]).sum()
-
-
-def test_every_device_holds_its_own_rows() -> None:
-    mesh = cpu_mesh(8, data=2, fsdp=2, tensor=2)
-    assert local_rows(B, mesh) == list(range(B))
-    rows = put_batch(np.arange(B * 3).reshape(B, 3), B, mesh)
-    assert {shard.data.shape for shard in rows.addressable_shards} == {(B // 4, 3)}
-    np.testing.assert_array_equal(rows, np.arange(B * 3).reshape(B, 3))
-    assert jnp.shape(rows) == (B, 3)
+    batches = [batch, packed_batch(CONFIG.model, 1)] if rows > B else [batch]
+    measured = mean_over(recipe.model, held_out_loss(token_bytes), lambda: batches, B)(params, lambda: False)
+    assert measured is not None
+    run = gradients_of(CONFIG, mesh)
+    sums = [run(params, put_batch(b, B, mesh))[0]["loss"] for b in batches]
+    nats = sum(float(s.total) for s in sums)
+    assert measured["held_out_loss"] == pytest.approx(
+        nats / sum(b.loss_weights.sum() for b in batches), rel=1e-5
+    )
+    text = sum((b.loss_weights * token_bytes[b.targets]).sum() for b in batches)
+    assert measured["held_out_bits_per_byte"] == pytest.approx(nats / np.log(2) / text, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "lion"])
 def test_a_step_that_is_not_finite_changes_nothing_but_counts(name: str) -> None:
     config = replace(CONFIG, {"optimizer.name": name})
     mesh = cpu_mesh(4, fsdp=2, tensor=2)
-    state, step = create_train_state(config, mesh), make_train_step(config, mesh)
+    state, step = begin(config, mesh)
     good = packed_batch(config.model)
     weights = good.loss_weights.copy()
     weights[0, 0] = np.nan
     state, _ = step(state, put_batch(good, B, mesh))
     before = jax.device_get(named_arrays(state))
     state, metrics = step(state, put_batch(good._replace(loss_weights=weights), B, mesh))
-    assert not np.isfinite(metrics.loss) and int(state.step) == 2
+    assert not np.isfinite(metrics["loss"]) and int(state.step) == 2
     for path, after in named_arrays(state).items():
         if np.issubdtype(after.dtype, np.integer):
             assert after == before[path] + 1, path
         else:
             np.testing.assert_array_equal(after, before[path], err_msg=path)
     state, metrics = step(state, put_batch(good, B, mesh))
-    assert np.isfinite(metrics.loss) and np.isfinite(metrics.grad_norm)
-    assert metrics.learning_rate == learning_rate_schedule(config.optimizer, config.steps)(2)
+    assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
+    assert metrics["learning_rate"] == learning_rate_schedule(config.optimizer, config.steps)(2)
 
 
 @pytest.mark.parametrize("vocab_block", [0, 128])
@@ -262,7 +275,7 @@ def test_products_of_float32_are_of_full_precision(platform: str, vocab_block: i
     config = replace(CONFIG, {"compute.dtype": "float32", "compute.loss_vocab_block": vocab_block})
     mesh = cpu_mesh(1)
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), packed_batch(config.model))
-    traced = jax.jit(loss_and_gradients(config, mesh)).trace(abstract_train_state(config, mesh).params, batch)
+    traced = gradients_of(config, mesh).trace(pretraining(config, mesh).model.params, batch)
     program = traced.lower(lowering_platforms=(platform,)).as_text()
     products = re.findall(r"stablehlo\.dot.*", program)
     # Of a block: 7 with a weight and 2 of attention, each once more for both gradients; the loss has 3 or 4.
@@ -277,11 +290,11 @@ def test_a_first_moment_of_half_the_bytes(rule: str) -> None:
     whole = replace(CONFIG, {"optimizer.name": rule})
     half = replace(whole, {"optimizer.first_moment_dtype": "bfloat16"})
     mesh = cpu_mesh(1)
-    dtypes = {leaf.dtype for leaf in jax.tree.leaves(abstract_train_state(half, mesh).opt_state)}
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(abstract_train_state(pretraining(half, mesh)).opt_state)}
     assert jnp.dtype(jnp.bfloat16) in dtypes
 
     def after_two_steps(config: PretrainConfig) -> dict[str, np.ndarray]:
-        state, step = create_train_state(config, mesh), make_train_step(config, mesh)
+        state, step = begin(config, mesh)
         for seed in range(2):
             state, _ = step(state, put_batch(packed_batch(config.model, seed), B, mesh))
         return jax.device_get(named_arrays(state.params))

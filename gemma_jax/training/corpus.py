@@ -1,0 +1,98 @@
+"""The tokenizer and the rows of a corpus as a run needs them, and how documents held out are evaluated."""
+
+import functools
+import hashlib
+import time
+
+import jax
+from jax.sharding import Mesh
+
+from gemma_jax.config import TrainingConfig
+from gemma_jax.data.documents import open_source, sample_texts
+from gemma_jax.data.loader import Dataset, prepare
+from gemma_jax.model import ModelSpec
+from gemma_jax.paths import user_path
+from gemma_jax.sharding import local_rows
+from gemma_jax.tokenizer import Tokenizer
+from gemma_jax.training.evaluation import Evaluator, mean_over
+from gemma_jax.training.metrics import say
+from gemma_jax.training.objectives import held_out_loss
+
+_SECONDS_BETWEEN_LINES = 5
+
+
+def corpus_tokenizer(config: TrainingConfig, megabytes: float) -> Tokenizer:
+    """The tokenizer that is trained on the corpus of a config, or that of the cache if it was trained before.
+
+    Args:
+      config: of the run.
+      megabytes: of text to train it on.
+
+    Raises:
+      UserError: the corpus cannot be read, or the cache cannot be written.
+    """
+    data = config.data
+    sources = [open_source(s, text_field=data.text_field, bad_records=data.bad_records) for s in data.sources]
+    settings = (config.model.vocab_size, megabytes, data.held_out)
+    identity = "\n".join([*(source.fingerprint for source in sources), *map(str, settings)])
+    key = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    path = user_path(data.cache_dir) / "tokenizers" / f"{key}.model"
+    if path.exists():
+        return Tokenizer.load(path)
+    say(f"training a tokenizer of {config.model.vocab_size} pieces on {', '.join(data.sources)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    texts = sample_texts(sources, megabytes, data.held_out)
+    return Tokenizer.train(texts, config.model.vocab_size, path)
+
+
+class _Progress:
+    """Prints how far tokenising has come."""
+
+    def __init__(self) -> None:
+        self._started = self._printed = time.monotonic()
+
+    def __call__(self, done: int, total: int, tokens: int) -> None:
+        now = time.monotonic()
+        if now - self._printed >= _SECONDS_BETWEEN_LINES and tokens:
+            self._printed = now
+            speed = tokens / (now - self._started)
+            say(f"tokenising: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB, {speed:,.0f} tokens/s")
+
+
+def prepare_corpus(config: TrainingConfig, tokenizer: Tokenizer) -> Dataset:
+    """The rows of a config's corpus, tokenised by all processes of the job.
+
+    Raises:
+      UserError: as `prepare` does.
+    """
+    dataset = prepare(
+        config.data,
+        tokenizer,
+        config.seed,
+        _Progress(),
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    for s in dataset.statistics:
+        say(
+            f"{s.name}: {s.train.documents:,} documents, {s.train.tokens:,} tokens in {s.train_rows:,} rows "
+            f"({s.utilisation:.1%} full)"
+        )
+        skipped = f"; {s.skipped:,} unreadable records skipped" if s.skipped else ""
+        say(f"{s.name}: {s.held_out.documents:,} documents, {s.held_out.tokens:,} tokens held out{skipped}")
+    return dataset
+
+
+def held_out_evaluators(
+    config: TrainingConfig, mesh: Mesh, dataset: Dataset, tokenizer: Tokenizer
+) -> list[Evaluator]:
+    """Of the documents held out, in nats a token and bits a byte; none where nothing is held out."""
+    every, size = config.evaluation.every, config.data.batch_size
+    if not dataset.held_out.num_rows or not every:
+        return []
+    model = ModelSpec(config.model, config.compute, mesh)
+    batches = functools.partial(
+        dataset.held_out.batches, size, config.evaluation.rows, local_rows(size, mesh)
+    )
+    measure = mean_over(model, held_out_loss(tokenizer.piece_bytes()), batches, size)
+    return [Evaluator("held_out", every, measure)]

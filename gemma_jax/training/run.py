@@ -1,0 +1,236 @@
+"""A run, as every command that trains has one: begun, forked, resumed, taken back after a spike, ended."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from gemma_jax.checkpoint.folders import saved_steps
+from gemma_jax.checkpoint.restore import step_folder
+from gemma_jax.checkpoint.store import CheckpointStore
+from gemma_jax.config import (
+    HostsConfig,
+    TrainingConfig,
+    mesh_text,
+    profiled_steps,
+    replace,
+    validate_on_devices,
+)
+from gemma_jax.data.loader import Dataset
+from gemma_jax.errors import RESTART_STATUS, UserError
+from gemma_jax.paths import user_path
+from gemma_jax.sharding import local_rows, make_mesh
+from gemma_jax.startup import joined, keep_programs, wait_for_all
+from gemma_jax.tokenizer import Tokenizer
+from gemma_jax.training import interruption, run_directory
+from gemma_jax.training.evaluation import Evaluator
+from gemma_jax.training.existing import start_fork
+from gemma_jax.training.goodput import Goodput
+from gemma_jax.training.loop import Replay, RunServices, Trainer
+from gemma_jax.training.metrics import RunLog, plot_losses, read_metrics, say
+from gemma_jax.training.objectives import Recipe
+from gemma_jax.training.profile import Profiler
+from gemma_jax.training.sinks import check_sinks, open_sinks
+from gemma_jax.training.stability import Gap, RollBack, Stability
+from gemma_jax.training.state import TrainState, abstract_train_state, create_train_state
+from gemma_jax.training.step import make_train_step
+
+Config = TypeVar("Config", bound=TrainingConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What a command that trains chooses; the rest is the same for all of them."""
+
+    recipe: Recipe
+    dataset: Dataset
+    tokenizer: Tokenizer
+    evaluators: Sequence[Evaluator] = ()
+    initial: Callable[[], nnx.State | None] = lambda: None
+    """Makes all parameters that a new run begins with; None stands for random ones. A resumed run takes from
+    it what is frozen."""
+    replay: Callable[[RunLog], Replay] = lambda log: lambda step, first_row, params: ""
+
+
+def run_training(config: Config, choose: Callable[[Config, Mesh], Task], started: float) -> int:
+    """Begin or go on with the run of a config.
+
+    Args:
+      config: of the run, from `existing.as_existing`.
+      choose: what is trained, on which data; called in every process of the job.
+      started: when this process began, by `time.monotonic`.
+
+    Returns:
+      The exit status: RESTART_STATUS if a signal has stopped the run before its end.
+
+    Raises:
+      UserError: anything that the user can mend.
+    """
+    keep_programs(config.compute.compilation_cache)
+    with joined(config.hosts, on_cpu=config.mesh.cpu_devices > 0):
+        # From here on the config is the same in every process of a job.
+        config = replace(config, {"hosts": HostsConfig()})
+        check_sinks(config.logging)
+        mesh = make_mesh(config.mesh)
+        validate_on_devices(config, mesh.size)
+        return _Run(config, mesh, choose(config, mesh), started).train()
+
+
+def choose_tokenizer(config: TrainingConfig, path: str, otherwise: Callable[[], Tokenizer]) -> Tokenizer:
+    """The tokenizer of a run, in every process of the job.
+
+    Args:
+      config: of the run.
+      path: of a tokenizer's model file; empty takes that of the run, if it is resumed or forked.
+      otherwise: makes one where none is there yet; it may write into a cache, so the first process is first.
+
+    Raises:
+      UserError: it cannot be read, or is not of the config's vocabulary.
+    """
+
+    def chosen() -> Tokenizer:
+        of_run = user_path(config.run_dir) / run_directory.TOKENIZER_FILE
+        if path:
+            return Tokenizer.load(path)
+        if config.existing_run == "resume" and of_run.exists():
+            return Tokenizer.load(of_run)
+        if config.fork_from:
+            return Tokenizer.load(step_folder(config.fork_from)[1] / run_directory.TOKENIZER_FILE)
+        return otherwise()
+
+    tokenizer = chosen() if jax.process_index() == 0 else None
+    wait_for_all("the tokenizer is there")
+    tokenizer = tokenizer or chosen()
+    if tokenizer.vocab_size != config.model.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} pieces, but model.vocab_size is "
+            f"{config.model.vocab_size}; set --model.vocab_size {tokenizer.vocab_size} or give another "
+            "tokenizer.path."
+        )
+    return tokenizer
+
+
+class _Run:
+    """A run directory and what is trained into it."""
+
+    def __init__(self, config: TrainingConfig, mesh: Mesh, task: Task, started: float) -> None:
+        self.config, self.mesh, self.task, self.started = config, mesh, task, started
+        self.run_dir = user_path(config.run_dir)
+        self.abstract = abstract_train_state(task.recipe)
+        self.gaps: tuple[Gap, ...] = ()  # that spikes made since this process began
+        one = jax.process_count() == 1
+        self.stop = interruption.StopSignals() if one else interruption.JobStopSignals()
+        self.train_step = make_train_step(task.recipe)
+
+    def train(self) -> int:
+        """Train to the end or a stop; returns the exit status."""
+        with self._open_store() as store:
+            while True:
+                try:
+                    state = self._attempt(store)
+                    break
+                except RollBack as back:
+                    store.remove_after(back.to)
+                    self.started = time.monotonic()
+        if state is None:
+            return 0
+        if int(state.step) < self.config.steps:
+            say(f"stopped at step {int(state.step)}, which is saved; the same command goes on from there")
+            return RESTART_STATUS
+        if jax.process_index() == 0:
+            curve = self.run_dir / "loss.png"
+            plot_losses({self.run_dir.name: read_metrics(self.run_dir)}, curve)
+            say(f"done: {self.config.steps} steps; the loss curve is in {curve}")
+        return 0
+
+    def _open_store(self) -> CheckpointStore:
+        """Take the run directory, and write down what the run is."""
+        config, dataset, overwrite = self.config, self.task.dataset, self.config.existing_run == "overwrite"
+        if not overwrite and saved_steps(self.run_dir):
+            run_directory.check_data(self.run_dir, dataset)
+        store = CheckpointStore(self.run_dir, config.checkpoint, overwrite=overwrite)
+        if jax.process_index() == 0:
+            if overwrite:
+                run_directory.delete_run(self.run_dir)
+            self.task.tokenizer.save(self.run_dir / run_directory.TOKENIZER_FILE)
+            run_directory.record_config(self.run_dir, config)
+            run_directory.record_data(self.run_dir, dataset)
+        return store
+
+    def _attempt(self, store: CheckpointStore) -> TrainState | None:
+        """Train from the newest checkpoint on; None if the run is complete.
+
+        Raises:
+          RollBack: the run is to be taken back, which was said.
+        """
+        config, size = self.config, self.config.data.batch_size
+        state, stability, evaluated = self._begin(store)
+        start = int(state.step)
+        if start >= config.steps:
+            say(f"{self.run_dir} is complete: {start} of {config.steps} steps are done; raise --steps")
+            return None
+        stability.gaps = self.gaps or stability.gaps
+        first_row = stability.first_row(start, size)
+        log = RunLog(self.run_dir, config.steps, start, open_sinks(config, self.run_dir, start))
+        goodput = Goodput(self.started, log.spent_before)
+        try:
+            self._announce(log, state)
+            if start:
+                log.event({"step": start, "first_row": first_row, **goodput.entry()})
+            services = RunServices(
+                store,
+                log,
+                stability,
+                goodput,
+                Profiler(profiled_steps(config.profile), self.run_dir / "profile"),
+                self.task.evaluators,
+                evaluated,
+                self.task.replay(log),
+                self.stop.requested,
+            )
+            batches = self.task.dataset.train.iterate(first_row, size, local_rows(size, self.mesh))
+            with batches, self.stop:
+                return Trainer(config, self.mesh, self.train_step, batches, services).train(state)
+        except RollBack as back:
+            log.message(
+                f"{back}: the run goes back to step {back.to} and passes over {back.gap.rows:,} rows of data"
+            )
+            self.gaps = (*(gap for gap in stability.gaps if gap.after_step <= back.to), back.gap)
+            raise
+        finally:
+            log.close()
+
+    def _begin(self, store: CheckpointStore) -> tuple[TrainState, Stability, dict[str, Any]]:
+        """Where the run goes on: its state, what it remembers, and what was measured at that step."""
+        restored = store.restore(self.abstract.parts)
+        if restored is None and self.config.fork_from:
+            restored = start_fork(self.config, self.abstract, store)
+            say(f"the run begins at {self.config.fork_from}, which it keeps a copy of")
+        recipe, stability = self.task.recipe, self.config.stability
+        if restored is None:
+            return create_train_state(recipe, self.task.initial()), Stability(stability), {}
+        parts, record = restored
+        frozen = self.abstract.frozen
+        if jax.tree.leaves(frozen):
+            params = self.task.initial()
+            frozen, _ = recipe.split(recipe.model.init(self.config.seed) if params is None else params)
+        step = jax.device_put(jax.numpy.int32(record.step), self.abstract.step.sharding)
+        state = TrainState(step, frozen, parts["params"], parts["opt_state"])
+        return state, Stability.from_record(stability, record.history), record.evaluations
+
+    def _announce(self, log: RunLog, state: TrainState) -> None:
+        start, steps, devices = int(state.step), self.config.steps, self.mesh.devices
+        log.message(f"{'resuming' if start else 'starting'} {self.run_dir} at step {start} of {steps}")
+        count, trained = (
+            sum(x.size for x in jax.tree.leaves(tree)) for tree in (state.params, state.trainable)
+        )
+        frozen = f", of which {trained:,} are trained," if trained < count else ""
+        hosts = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+        log.message(
+            f"{count:,} parameters{frozen} on {devices.size} {devices.flat[0].device_kind} devices{hosts} "
+            f"({mesh_text(self.mesh.shape)})"
+        )
