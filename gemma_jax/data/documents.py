@@ -1,18 +1,15 @@
 """Named corpora: from what a user writes in data.sources to a `Source` of documents."""
 
-import difflib
-import glob
-import os
 import re
 from collections.abc import Iterator, Sequence
 
+from gemma_jax.data.files import GLOB_CHARACTERS, matching_files
 from gemma_jax.data.source import LongText, Source, Text, is_held_out
 from gemma_jax.errors import UserError
 from gemma_jax.paths import user_path
 
-_JSON_LINES = re.compile(r"\.jsonl(\.gz|\.zst)?$")
+_JSON_LINES = re.compile(r"\.(jsonl|ndjson|json)(\.(gz|bz2|xz|zst))?$", re.IGNORECASE)
 _ARRAY_RECORD = re.compile(r"\.array_record(-\d+-of-\d+)?$")
-_GLOB_CHARACTERS = re.compile(r"[*?\[]")
 _TOKENS = re.compile(r"tokens:(?P<dtype>[^:]*):(?P<path>.+)")
 _SAMPLED_SHARDS = 32
 
@@ -43,8 +40,8 @@ def open_source(spec: str, *, text_field: str, bad_records: str) -> Source:
         from gemma_jax.data.record_source import TokenRecords
 
         dtype, path = _parse_tokens(spec)
-        return TokenRecords(spec, _matching_files(spec, path), dtype, bad_records)
-    files = _matching_files(spec, spec)
+        return TokenRecords(spec, matching_files(spec, path), dtype, bad_records)
+    files = matching_files(spec, spec)
     kinds = {_kind(file) for file in files}
     if len(kinds) > 1:
         raise UserError(f"{spec} matches {' and '.join(sorted(kinds))}; name each kind as its own source.")
@@ -66,9 +63,9 @@ def check_source(spec: str) -> None:
 
         find_builder(spec)
     elif spec.startswith("tokens:"):
-        _matching_files(spec, _parse_tokens(spec)[1])
+        matching_files(spec, _parse_tokens(spec)[1])
     elif spec != "python-stdlib" and not _is_tfds_directory(spec):
-        _matching_files(spec, spec)
+        matching_files(spec, spec)
 
 
 def sample_texts(sources: Sequence[Source], megabytes: float, held_out: float) -> Iterator[str]:
@@ -126,48 +123,4 @@ def _parse_tokens(spec: str) -> tuple[str, str]:
 
 
 def _is_tfds_directory(spec: str) -> bool:
-    return not _GLOB_CHARACTERS.search(spec) and (user_path(spec) / "dataset_info.json").exists()
-
-
-def _matching_files(spec: str, pattern: str) -> list[str]:
-    """The files that a path or glob names, in sorted order."""
-    if "://" in pattern:
-        return _matching_bucket_files(spec, pattern)
-    pattern = os.path.expanduser(pattern)
-    if os.path.isfile(pattern):
-        return [os.path.abspath(pattern)]
-    if os.path.isdir(pattern):
-        raise UserError(
-            f"{spec} is a directory that TFDS did not prepare; "
-            f"name its files, as in {pattern.rstrip('/')}/**/*.txt."
-        )
-    files = [os.path.abspath(file) for file in glob.iglob(pattern, recursive=True) if os.path.isfile(file)]
-    if not files:
-        raise UserError(
-            f"No corpus {spec!r}: no file and no known corpus has this name{_suggestion(pattern)}"
-        )
-    return sorted(files)
-
-
-def _matching_bucket_files(spec: str, pattern: str) -> list[str]:
-    if not _GLOB_CHARACTERS.search(pattern):
-        path = user_path(pattern)
-        files = [path] if path.exists() else []
-    else:
-        parts = pattern.split("/")
-        literal = next(i for i, part in enumerate(parts) if _GLOB_CHARACTERS.search(part))
-        found = user_path("/".join(parts[:literal])).glob("/".join(parts[literal:]))
-        files = [file for file in found if not file.is_dir()]
-    if not files:
-        raise UserError(f"No corpus {spec!r}: nothing in the bucket matches it; check the address.")
-    return sorted(os.fspath(file) for file in files)
-
-
-def _suggestion(pattern: str) -> str:
-    """Names the known corpus or the neighbouring file whose name is nearest, if one is near."""
-    parent, name = os.path.split(pattern)
-    near = difflib.get_close_matches(pattern, ["python-stdlib"], 1)
-    if not near and os.path.isdir(parent or "."):
-        names = difflib.get_close_matches(name, os.listdir(parent or "."), 1)
-        near = [os.path.join(parent, neighbour) for neighbour in names]
-    return f"; did you mean {near[0]}?" if near else "; check the path."
+    return not GLOB_CHARACTERS.search(spec) and (user_path(spec) / "dataset_info.json").exists()

@@ -13,6 +13,7 @@ import numpy as np
 from etils import epath
 
 from gemma_jax.data import source as source_module
+from gemma_jax.data.files import reading, size_and_time
 from gemma_jax.data.source import (
     BadRecord,
     Document,
@@ -25,7 +26,6 @@ from gemma_jax.data.source import (
     refuse_or_skip,
     text_of,
 )
-from gemma_jax.data.text_source import reading, size_and_time
 from gemma_jax.errors import UserError
 
 if TYPE_CHECKING:

@@ -1,22 +1,17 @@
-"""Corpora of text files and of JSON lines, local or in a bucket."""
+"""Corpora of text files and of JSON lines, local or in a bucket, also compressed."""
 
 import codecs
-import contextlib
-import gzip
 import hashlib
 import json
-import os
 import sys
 import sysconfig
 import tokenize
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from etils import epath
-
 from gemma_jax.data import source as source_module
+from gemma_jax.data.files import is_compressed, reading, size_and_time, unreadable
 from gemma_jax.data.source import (
     BadRecord,
     Document,
@@ -69,7 +64,7 @@ class PythonStdlib(Source):
                 on_skip(f"{file}: {error}")
                 continue
             except OSError as error:
-                raise _unreadable(file, error) from error
+                raise unreadable(file, error) from error
             if text:
                 yield Text(text, number)
 
@@ -150,7 +145,7 @@ class _LongFile(LongText):
 
 
 class JsonLines(Source):
-    """Files with one JSON object a line, whose field `text_field` is a document; gzip and zstd too.
+    """Files with one JSON object a line, whose field `text_field` is a document.
 
     Uncompressed local files are cut into shards of bytes: a line belongs to the shard that it begins in.
     """
@@ -167,7 +162,7 @@ class JsonLines(Source):
             for file, size, _ in listing
             for shard in (
                 [Shard((file,), size)]
-                if file.endswith((".gz", ".zst"))
+                if is_compressed(file)
                 else [
                     Shard((file,), min(step, size - start), start, min(start + step, size))
                     for start in range(0, size, step)
@@ -176,7 +171,7 @@ class JsonLines(Source):
         ]
 
     def read(self, shard: Shard, on_skip: OnSkip) -> Iterator[Document]:
-        for number, line in enumerate(_lines(shard.files[0], shard), start=1):
+        for number, line in enumerate(_lines(shard), start=1):
             if not line.strip():
                 continue
             try:
@@ -208,29 +203,6 @@ class JsonLines(Source):
         return text_of(record[self._text_field], f"field {self._text_field!r}", number)
 
 
-@contextlib.contextmanager
-def reading(file: str) -> Iterator[BinaryIO]:
-    """Opens a local or bucket file; one that cannot be read is a UserError."""
-    try:
-        with epath.Path(file).open("rb") as stream:
-            yield stream
-    except OSError as error:
-        raise _unreadable(file, error) from error
-
-
-def _unreadable(file: str, error: OSError) -> UserError:
-    return UserError(f"{file} cannot be read ({error}); check that it is there and whole.")
-
-
-def size_and_time(file: str) -> tuple[int, int]:
-    """Bytes in a local or bucket file, and when it was changed last."""
-    if "://" in file:
-        remote = epath.Path(file).stat()
-        return remote.length, int(remote.mtime)
-    stat = os.stat(file)
-    return stat.st_size, stat.st_mtime_ns
-
-
 def _group_files(files: Iterable[tuple[str, int]]) -> list[Shard]:
     """Groups (file, size) in order into shards of at most SHARD_BYTES, or of one longer file."""
     shards: list[Shard] = []
@@ -245,17 +217,12 @@ def _group_files(files: Iterable[tuple[str, int]]) -> list[Shard]:
     return [*shards, Shard(tuple(group), total)]
 
 
-def _lines(file: str, shard: Shard) -> Iterator[bytes]:
-    with reading(file) as stream:
-        if file.endswith(".gz"):
-            try:
-                yield from gzip.GzipFile(fileobj=stream)
-            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                raise UserError(f"{file} is not a whole gzip file ({error}); fetch it again.") from error
-        elif file.endswith(".zst"):
-            yield from _zstandard_lines(file, stream)
-        else:
-            yield from _lines_between(stream, shard.start, shard.stop)
+def _lines(shard: Shard) -> Iterator[bytes]:
+    """The lines of a shard, the first of a file without a byte order mark."""
+    with reading(shard.files[0]) as stream:
+        lines = _lines_between(stream, shard.start, shard.stop) if shard.stop else stream
+        for number, line in enumerate(lines):
+            yield line if number or shard.start else line.removeprefix(codecs.BOM_UTF8)
 
 
 def _lines_between(stream: BinaryIO, start: int, stop: int) -> Iterator[bytes]:
@@ -277,31 +244,3 @@ def _count_lines(stream: BinaryIO, stop: int) -> int:
         position += len(line)
         count += 1
     return count
-
-
-def _zstandard_lines(file: str, stream: BinaryIO) -> Iterator[bytes]:
-    """Lines of a zstd file of one or more frames. (The library's own reader does not notice a cut file.)"""
-    try:
-        import zstandard
-    except ImportError as error:
-        raise UserError(
-            f"{file} needs the zstandard package: pip install zstandard, or unpack the file."
-        ) from error
-    decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
-    frame = None
-    pending = b""
-    try:
-        while content := stream.read(_READ_BYTES // 8):
-            while content:
-                frame = frame or decompressor.decompressobj()
-                *lines, pending = (pending + frame.decompress(content)).split(b"\n")
-                yield from lines
-                content = b""
-                if frame.eof:
-                    content, frame = frame.unused_data, None
-    except zstandard.ZstdError as error:
-        raise UserError(f"{file} is not a whole zstd file ({error}); fetch it again.") from error
-    if frame is not None:
-        raise UserError(f"{file} is not a whole zstd file (it ends in mid-frame); fetch it again.")
-    if pending:
-        yield pending
