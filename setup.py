@@ -21,6 +21,7 @@ setup(
         "numpy>=2.0",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
+        "pyarrow>=18",
         "rich>=13",
         "sentencepiece[protobuf]>=0.2.3",
         "tensorboardX>=2.6",
@@ -29,9 +30,9 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
-        "data": ["gcsfs", "s3fs", "zstandard"],
+        "data": ["gcsfs", "s3fs"],
         "kaggle": ["kagglehub"],
-        "test": ["hypothesis", "import-linter", "mypy", "pytest", "ruff", "zstandard"],
+        "test": ["hypothesis", "import-linter", "mypy", "pytest", "ruff"],
     },
     entry_points={"console_scripts": ["gemma = gemma_jax.cli:main"]},
 )

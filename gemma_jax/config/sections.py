@@ -69,18 +69,23 @@ class DataConfig:
     sources: tuple[str, ...] = setting(
         ("python-stdlib",),
         "Corpora: python-stdlib (this Python installation's own sources), tfds:NAME, or a path, glob or "
-        "bucket address of text files, .jsonl[.gz|.zst] or .array_record files, a TFDS directory, or "
-        "tokens:uint16:PATH (uint32) for ArrayRecord files of token ids.",
+        "bucket address of text files or JSON lines (.jsonl, .ndjson, .json), also compressed (.gz, .bz2, "
+        ".zst), of .parquet or .array_record files, a TFDS directory, or tokens:uint16:PATH (uint32) for "
+        "ArrayRecord files of token ids.",
     )
     weights: tuple[float, ...] = setting(
         (), "Share of rows from each source; empty means in proportion to their size."
     )
-    text_field: str = setting("text", "The field that holds the text in JSON lines and TFDS records.")
+    text_field: str = setting("text", "The field or column that holds the text.")
     bad_records: Literal["error", "skip"] = setting(
         "error", "A record that is broken or lacks its text ends the run, or is skipped and counted."
     )
     held_out: float = setting(
-        0.01, "Share of documents held out for evaluation, chosen by their text's hash.", 0, 1
+        0.01,
+        "Share of documents held out for evaluation, chosen by their text's hash; of pieces of them where "
+        "there are too few documents.",
+        0,
+        1,
     )
     sequence_length: int = setting(2048, "Tokens in a row.", 1)
     batch_size: int = setting(8, "Rows in a global batch.", 1, MOST_ROWS)

@@ -8,8 +8,11 @@ from gemma_jax.data.source import LongText, Source, Text, is_held_out
 from gemma_jax.errors import UserError
 from gemma_jax.paths import user_path
 
-_JSON_LINES = re.compile(r"\.(jsonl|ndjson|json)(\.(gz|bz2|xz|zst))?$", re.IGNORECASE)
-_ARRAY_RECORD = re.compile(r"\.array_record(-\d+-of-\d+)?$")
+_KINDS = {
+    "JSON lines": re.compile(r"\.(jsonl|ndjson|json)(\.(gz|bz2|zst))?$", re.IGNORECASE),
+    "Parquet files": re.compile(r"\.parquet$", re.IGNORECASE),
+    "ArrayRecord files": re.compile(r"\.array_record(-\d+-of-\d+)?$"),
+}
 _TOKENS = re.compile(r"tokens:(?P<dtype>[^:]*):(?P<path>.+)")
 _SAMPLED_SHARDS = 32
 
@@ -21,8 +24,9 @@ def open_source(spec: str, *, text_field: str, bad_records: str) -> Source:
       spec: `python-stdlib`; `tfds:NAME[/config][:version]`; a directory that TFDS prepared;
         `tokens:uint16:PATH` or `tokens:uint32:PATH`, ArrayRecord files whose records are one document's
         token ids each, as raw little-endian integers; or the path or glob (`**` too), local or in a bucket,
-        of .jsonl[.gz|.zst] files, of .array_record files of text, or of text files, one document each.
-      text_field: The field of JSON, TFDS and tf.train.Example records that holds the text.
+        of JSON lines (.jsonl, .ndjson, .json), of .parquet files, of .array_record files of text, or of text
+        files, one document each. JSON lines and text may be compressed (.gz, .bz2, .zst).
+      text_field: The field or column that holds the text.
       bad_records: "error" or "skip": what a record without readable text leads to.
 
     Raises:
@@ -45,15 +49,23 @@ def open_source(spec: str, *, text_field: str, bad_records: str) -> Source:
     kinds = {_kind(file) for file in files}
     if len(kinds) > 1:
         raise UserError(f"{spec} matches {' and '.join(sorted(kinds))}; name each kind as its own source.")
-    if kinds == {"ArrayRecord files"}:
-        from gemma_jax.data.record_source import TextRecords
+    match kinds.pop():
+        case "ArrayRecord files":
+            from gemma_jax.data.record_source import TextRecords
 
-        return TextRecords(spec, files, text_field, bad_records)
-    from gemma_jax.data.text_source import JsonLines, TextFiles
+            return TextRecords(spec, files, text_field, bad_records)
+        case "Parquet files":
+            from gemma_jax.data.parquet_source import Parquet
 
-    if kinds == {"JSON lines"}:
-        return JsonLines(spec, files, text_field, bad_records)
-    return TextFiles(spec, files, bad_records)
+            return Parquet(spec, files, text_field, bad_records)
+        case "JSON lines":
+            from gemma_jax.data.text_source import JsonLines
+
+            return JsonLines(spec, files, text_field, bad_records)
+        case _:
+            from gemma_jax.data.text_source import TextFiles
+
+            return TextFiles(spec, files, bad_records)
 
 
 def check_source(spec: str) -> None:
@@ -99,7 +111,9 @@ def sample_texts(sources: Sequence[Source], megabytes: float, held_out: float) -
                         found = True
                         left -= sampled.num_bytes
                         yield block
-    if not found:
+    if not found and held_out:  # too few documents: pieces are held out, which only the tokenizer decides
+        yield from sample_texts(sources, megabytes, 0.0)
+    elif not found:
         names = ", ".join(source.name for source in sources)
         raise UserError(f"There is no text in {names} to train a tokenizer on; set tokenizer.path.")
 
@@ -110,9 +124,7 @@ def _rehash(text: Text) -> Text:
 
 
 def _kind(file: str) -> str:
-    if _JSON_LINES.search(file):
-        return "JSON lines"
-    return "ArrayRecord files" if _ARRAY_RECORD.search(file) else "text files"
+    return next((kind for kind, name in _KINDS.items() if name.search(file)), "text files")
 
 
 def _parse_tokens(spec: str) -> tuple[str, str]:

@@ -17,7 +17,9 @@ from gemma_jax.data import packing
 from gemma_jax.data.documents import open_source
 from gemma_jax.data.packing import Batch
 from gemma_jax.data.rows import Origin, PackedRows
-from gemma_jax.data.token_cache import Progress, SplitSize, TokenCache, build_token_cache
+from gemma_jax.data.source import Source
+from gemma_jax.data.statistics import SourceStatistics, source_statistics
+from gemma_jax.data.token_cache import build_token_cache
 from gemma_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,16 +54,10 @@ class Loader:
         bos_id: int,
         pad_id: int,
     ):
-        """Raises UserError for weights that do not fit the sources, and sources without rows."""
+        """Raises UserError for weights that do not fit the sources."""
         self._rows = _Rows(sources, bos_id, pad_id)
         self.num_rows = len(self._rows)
         """Rows of an epoch of all sources."""
-        for source in sources:
-            if not len(source):
-                raise UserError(
-                    f"{source.cache.source.name} has no documents to train on (data.held_out takes some); "
-                    "name a larger corpus."
-                )
         if weights and len(weights) != len(sources):
             raise UserError(
                 f"data.weights has {len(weights)} numbers for {len(sources)} sources; give one each, or none."
@@ -111,7 +107,7 @@ class Loader:
 
 
 class HeldOut:
-    """The rows of the held-out documents, in a fixed order."""
+    """The held-out rows, in a fixed order."""
 
     def __init__(self, sources: Sequence[PackedRows], *, bos_id: int, pad_id: int):
         self._rows = _Rows(sources, bos_id, pad_id)
@@ -175,21 +171,6 @@ class BatchIterator(Iterator[Batch]):
 
 
 @dataclasses.dataclass(frozen=True)
-class SourceStatistics:
-    """What one corpus gave. No token is ever dropped: train.tokens are what an epoch's rows predict."""
-
-    name: str
-    train: SplitSize
-    held_out: SplitSize
-    train_rows: int
-    held_out_rows: int
-    utilisation: float
-    """Share of the slots of training rows that hold a token."""
-    skipped: int
-    """Records that could not be read, with data.bad_records=skip."""
-
-
-@dataclasses.dataclass(frozen=True)
 class Dataset:
     """The corpora of a config, ready to be trained on."""
 
@@ -197,18 +178,14 @@ class Dataset:
     held_out: HeldOut
     statistics: tuple[SourceStatistics, ...]
 
-    @property
-    def held_out_size(self) -> SplitSize:
-        """Of all sources; its tokens by its num_bytes turn nats a token into bits a byte."""
-        return sum((source.held_out for source in self.statistics), SplitSize())
-
 
 def prepare(
     data: DataConfig,
     tokenizer: "Tokenizer",
     seed: int,
-    progress: Progress | None = None,
+    progress: Callable[[int, int, int], None] | None = None,
     *,
+    sources: Sequence[Source] | None = None,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Dataset:
@@ -218,57 +195,45 @@ def prepare(
       data: The corpora and the shape of rows. `batch_size` plays no part here.
       seed: Decides the order of training rows; at least 0.
       progress: Called with bytes done, bytes in all, and tokens so far, over all corpora.
+      sources: Sources of examples, in the place of those that data.sources names.
       process_index, process_count: Several processes that share a cache directory divide the work.
 
     Raises:
       UserError: A corpus is unknown, empty or unreadable; the cache cannot be written; weights do not fit.
     """
-    sources = [
-        open_source(spec, text_field=data.text_field, bad_records=data.bad_records) for spec in data.sources
-    ]
+    if sources is None:
+        sources = [
+            open_source(spec, text_field=data.text_field, bad_records=data.bad_records)
+            for spec in data.sources
+        ]
     if not sources:
         raise UserError("data.sources is empty; name at least one corpus, such as python-stdlib.")
     total = sum(shard.size for source in sources for shard in source.shards)
-    done_bytes = 0
-    done_tokens = 0
-    caches: list[TokenCache] = []
-    for source in sources:
-        cache = build_token_cache(
+    done = tokens = 0
+
+    def add(more_bytes: int, more_tokens: int) -> None:
+        nonlocal done, tokens
+        done, tokens = done + more_bytes, tokens + more_tokens
+        if progress is not None:
+            progress(done, total, tokens)
+
+    caches = [
+        build_token_cache(
             source,
             tokenizer,
             held_out=data.held_out,
             cache_dir=data.cache_dir,
-            progress=_progress_of_source(progress, done_bytes, total, done_tokens),
+            progress=add,
             process_index=process_index,
             process_count=process_count,
         )
-        caches.append(cache)
-        done_bytes += sum(shard.size for shard in source.shards)
-        done_tokens += cache.size("train").tokens + cache.size("held_out").tokens
+        for source in sources
+    ]
     train = [PackedRows(cache, "train", data.sequence_length) for cache in caches]
     held_out = [PackedRows(cache, "held_out", data.sequence_length) for cache in caches]
     ids = {"bos_id": tokenizer.bos_id, "pad_id": tokenizer.pad_id}
-    statistics = tuple(
-        SourceStatistics(
-            cache.source.name,
-            cache.size("train"),
-            cache.size("held_out"),
-            len(train_rows),
-            len(held_out_rows),
-            train_rows.utilisation,
-            cache.skipped,
-        )
-        for cache, train_rows, held_out_rows in zip(caches, train, held_out, strict=True)
-    )
+    statistics = tuple(map(source_statistics, train, held_out))
     return Dataset(Loader(train, data.weights, seed, **ids), HeldOut(held_out, **ids), statistics)
-
-
-def _progress_of_source(
-    progress: Progress | None, bytes_before: int, total: int, tokens_before: int
-) -> Progress | None:
-    if progress is None:
-        return None
-    return lambda done, _, tokens: progress(bytes_before + done, total, tokens_before + tokens)
 
 
 class _Rows:

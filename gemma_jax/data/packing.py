@@ -12,7 +12,8 @@ and a document `d e`:
     positions      0    1    2    3    0    1    2    0
     segment_ids    1    1    1    1    2    2    2    0
 
-A row index is a pure function of the documents' lengths. Pure functions over numpy.
+Examples with loss weights are bodies as they are. A source may keep its examples in one piece, and groups of
+them as neighbours in one row. A row index is a pure function of the lengths. Pure functions over numpy.
 """
 
 import dataclasses
@@ -33,7 +34,7 @@ class Batch(NamedTuple):
     targets: NDArray[np.int32]
     """What it is to predict at each place; pad in unused slots."""
     loss_weights: NDArray[np.float32]
-    """1 where the target counts, else 0."""
+    """How much the target counts in the loss; 1 in documents, 0 in unused slots."""
     positions: NDArray[np.int32]
     """Places within the segment, from 0."""
     segment_ids: NDArray[np.int32]
@@ -67,6 +68,19 @@ def cut_documents(document_lengths: NDArray[np.int64], sequence_length: int) -> 
     pieces = np.empty(len(within), PIECE)
     pieces["offset"] = np.repeat(document_starts, counts) + within
     pieces["length"] = np.minimum(np.repeat(document_lengths, counts) - within, sequence_length)
+    return pieces
+
+
+def keep_examples(example_lengths: NDArray[np.int64], sequence_length: int, group_size: int) -> NDArray[Any]:
+    """PIECE [examples]: one piece for each example; where a group does not fit into a row, of its front part.
+
+    Each example of such a group is shortened to at most the same length, the row's share of one example.
+    """
+    pieces = np.empty(len(example_lengths), PIECE)
+    pieces["offset"] = np.cumsum(example_lengths) - example_lengths
+    too_long = example_lengths.reshape(-1, group_size).sum(axis=1) > sequence_length
+    most = np.where(np.repeat(too_long, group_size), sequence_length // group_size, sequence_length)
+    pieces["length"] = np.minimum(example_lengths, most)
     return pieces
 
 
@@ -114,18 +128,18 @@ def best_fit_decreasing(lengths: NDArray[np.integer[Any]], capacity: int) -> NDA
     return bins
 
 
-def build_row_index(document_lengths: NDArray[np.int64], sequence_length: int) -> RowIndex:
-    """Packs a shard's documents into rows of `sequence_length`; the same lengths give the same rows.
+def build_row_index(pieces: NDArray[Any], sequence_length: int, group_size: int = 1) -> RowIndex:
+    """Packs a shard's pieces (PIECE, in stream order) into rows; the same pieces give the same rows.
 
-    Rows are numbered by their first piece, so that neighbouring rows come from neighbouring documents.
+    `group_size` pieces that follow each other stay together. Rows are numbered by their first piece, so that
+    neighbouring rows come from neighbouring documents.
     """
-    pieces = cut_documents(document_lengths, sequence_length)
-    bins = best_fit_decreasing(pieces["length"], sequence_length)
-    _, first_pieces, bins = np.unique(bins, return_index=True, return_inverse=True)
-    rank = np.empty(len(first_pieces), np.int64)
-    rank[np.argsort(first_pieces)] = np.arange(len(first_pieces))
-    rows = rank[bins]
-    starts = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=len(first_pieces)))])
+    bins = best_fit_decreasing(pieces["length"].reshape(-1, group_size).sum(axis=1), sequence_length)
+    _, first_groups, bins = np.unique(bins, return_index=True, return_inverse=True)
+    rank = np.empty(len(first_groups), np.int64)
+    rank[np.argsort(first_groups)] = np.arange(len(first_groups))
+    rows = np.repeat(rank[bins], group_size)
+    starts = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=len(first_groups)))])
     return RowIndex(pieces[np.argsort(rows, kind="stable")], starts.astype(np.int64))
 
 
@@ -141,15 +155,21 @@ def empty_rows(number: int, sequence_length: int, pad_id: int) -> Batch:
     )
 
 
-def fill_row(batch: Batch, row: int, pieces: list[NDArray[Any]], bos_id: int) -> None:
-    """Writes pieces of bodies into an empty row of a batch, one segment each."""
+def fill_row(
+    batch: Batch,
+    row: int,
+    pieces: list[NDArray[Any]],
+    bos_id: int,
+    weights: list[NDArray[Any]] | None = None,
+) -> None:
+    """Writes pieces of bodies into an empty row of a batch, one segment each; without weights all weigh 1."""
     start = 0
     for segment, piece in enumerate(pieces, start=1):
         stop = start + len(piece)
         batch.tokens[row, start] = bos_id
         batch.tokens[row, start + 1 : stop] = piece[:-1]
         batch.targets[row, start:stop] = piece
-        batch.loss_weights[row, start:stop] = 1
+        batch.loss_weights[row, start:stop] = 1 if weights is None else weights[segment - 1]
         batch.positions[row, start:stop] = np.arange(len(piece))
         batch.segment_ids[row, start:stop] = segment
         start = stop

@@ -1,29 +1,24 @@
 """Corpora of records: ArrayRecord files of text or token ids, and TFDS datasets. Never imports TensorFlow."""
 
-import abc
 import dataclasses
 import difflib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from etils import epath
 
 from gemma_jax.data import source as source_module
-from gemma_jax.data.files import reading, size_and_time
+from gemma_jax.data.files import reading
 from gemma_jax.data.source import (
     BadRecord,
     Document,
-    OnSkip,
+    Records,
     Shard,
-    Source,
     Text,
     TokenIds,
-    hash_of,
-    refuse_or_skip,
     text_of,
 )
 from gemma_jax.errors import UserError
@@ -34,80 +29,50 @@ if TYPE_CHECKING:
 _RECORDS_AT_ONCE = 64
 
 
-class _Records(Source):
-    """Records that are read by number."""
-
-    bad_records: str
-
-    @abc.abstractmethod
-    def _read_records(self, shard: Shard, start: int, stop: int) -> Sequence[object]:
-        """The records `start` to `stop` of the shard's file."""
-
-    @abc.abstractmethod
-    def _document(self, record: object, shard: Shard, number: int) -> Document:
-        """The document in a record. Raises BadRecord."""
-
-    def read(self, shard: Shard, on_skip: OnSkip) -> Iterator[Document]:
-        for start in range(shard.start, shard.stop, _RECORDS_AT_ONCE):
-            try:
-                records = self._read_records(shard, start, min(start + _RECORDS_AT_ONCE, shard.stop))
-            except (OSError, RuntimeError, ValueError, IndexError) as error:
-                raise UserError(
-                    f"{shard.files[0]} cannot be read at records from {start} ({error}); fetch it again."
-                ) from error
-            for number, record in enumerate(records, start=start):
-                try:
-                    document = self._document(record, shard, number)
-                except BadRecord as error:
-                    refuse_or_skip(f"{self.place(shard, number)}: {error}", self.bad_records, on_skip)
-                    continue
-                if not document.is_empty:
-                    yield document
-
-    def place(self, shard: Shard, number: int) -> str:
-        return f"{shard.files[0]}, record {number}"
-
-
-class _ArrayRecords(_Records):
+class _ArrayRecords(Records):
     """Records of ArrayRecord files. One in a bucket is a shard, and is copied to this machine to be read."""
 
-    def __init__(self, name: str, files: Sequence[str], bad_records: str, *settings: str):
-        self.name = name
-        self.bad_records = bad_records
-        listing = [(file, *size_and_time(file)) for file in files]
-        self.fingerprint = hash_of("array_record", bad_records, settings, listing)
-        self.shards = [
+    def _cut(self, files: Sequence[tuple[str, int]]) -> list[Shard]:
+        return [
             shard
-            for file, size, _ in listing
+            for file, size in files
             for shard in (
                 [Shard((file,), size)]
                 if "://" in file
                 else _record_shards(file, _number_of_records(file), size)
             )
         ]
-        self._copies: dict[str, str] = {}
 
-    def read(self, shard: Shard, on_skip: OnSkip) -> Iterator[Document]:
+    def _records(self, shard: Shard) -> Iterator[tuple[int, Any]]:
         (file,) = shard.files
         if "://" not in file:
-            yield from super().read(shard, on_skip)
+            yield from self._records_on_disk(shard, file)
             return
         with tempfile.TemporaryDirectory(prefix="array_record.") as folder:
-            copy = self._copies[file] = os.path.join(folder, "copy.array_record")
+            copy = os.path.join(folder, "copy.array_record")
             with reading(file) as stream, open(copy, "wb") as target:
                 shutil.copyfileobj(stream, target, 2**20)
-            try:
-                records = _number_of_records(copy, file)
-                yield from super().read(dataclasses.replace(shard, stop=records), on_skip)
-            finally:
-                del self._copies[file]
+            whole = dataclasses.replace(shard, stop=_number_of_records(copy, file))
+            yield from self._records_on_disk(whole, copy)
 
-    def on_disk(self, file: str) -> str:
-        """Where a file can be read from while its shard is."""
-        return self._copies.get(file, file)
+    def _records_on_disk(self, shard: Shard, path: str) -> Iterator[tuple[int, Any]]:
+        """The records of a shard whose file can be read at `path`."""
+        return _numbered(shard, lambda start, stop: _read_array_record(path, start, stop))
 
-    def _read_records(self, shard: Shard, start: int, stop: int) -> Sequence[bytes]:
-        return _read_array_record(self.on_disk(shard.files[0]), start, stop)
+    def place(self, shard: Shard, number: int) -> str:
+        return f"{shard.files[0]}, record {number}"
+
+
+def _numbered(shard: Shard, read: Callable[[int, int], Sequence[bytes]]) -> Iterator[tuple[int, bytes]]:
+    """The records `start` to `stop` of a shard with their numbers, read some at a time."""
+    for start in range(shard.start, shard.stop, _RECORDS_AT_ONCE):
+        try:
+            records = read(start, min(start + _RECORDS_AT_ONCE, shard.stop))
+        except (OSError, RuntimeError, ValueError, IndexError) as error:
+            raise UserError(
+                f"{shard.files[0]} cannot be read at records from {start} ({error}); fetch it again."
+            ) from error
+        yield from enumerate(records, start=start)
 
 
 class TextRecords(_ArrayRecords):
@@ -118,18 +83,19 @@ class TextRecords(_ArrayRecords):
     """
 
     def __init__(self, name: str, files: Sequence[str], text_field: str, bad_records: str):
-        super().__init__(name, files, bad_records, "text", text_field)
+        super().__init__(name, files, bad_records, text_field)
         self._text_field = text_field
-        self._examples: dict[str, bool] = {}
 
-    def _document(self, record: object, shard: Shard, number: int) -> Document:
-        assert isinstance(record, bytes)
-        (file,) = shard.files
-        if file not in self._examples:
-            self._examples[file] = _first_is_example(self.on_disk(file))
-        if not self._examples[file]:
-            return text_of(record, "the record", number)
-        return _text_of_example(record, self._text_field, number)
+    def _records_on_disk(self, shard: Shard, path: str) -> Iterator[tuple[int, Any]]:
+        is_example = shard.stop > 0 and _first_is_example(path)
+        for number, record in super()._records_on_disk(shard, path):
+            yield number, (is_example, record)
+
+    def _document(self, record: tuple[bool, bytes], shard: Shard, number: int) -> Document:
+        is_example, content = record
+        if is_example:
+            return _text_of_example(content, self._text_field, number)
+        return text_of(content, "the record", number)
 
 
 class TokenRecords(_ArrayRecords):
@@ -140,17 +106,16 @@ class TokenRecords(_ArrayRecords):
     """
 
     def __init__(self, name: str, files: Sequence[str], dtype: str, bad_records: str):
-        super().__init__(name, files, bad_records, "tokens", dtype)
+        super().__init__(name, files, bad_records, dtype)
         self._dtype = np.dtype(dtype).newbyteorder("<")
 
-    def _document(self, record: object, shard: Shard, number: int) -> Document:
-        assert isinstance(record, bytes)
+    def _document(self, record: bytes, shard: Shard, number: int) -> Document:
         if len(record) % self._dtype.itemsize:
             raise BadRecord(f"{len(record)} bytes are no whole number of {self._dtype.name} token ids")
         return TokenIds(np.frombuffer(record, self._dtype).astype(np.int64), number)
 
 
-class TfdsRecords(_Records):
+class TfdsRecords(Records):
     """The train split of a TFDS dataset that was prepared in the ArrayRecord format."""
 
     def __init__(self, spec: str, text_field: str, bad_records: str):
@@ -169,31 +134,27 @@ class TfdsRecords(_Records):
 
             # Raw records, for TFDS would decode every feature of each, pictures too, to give one text.
             raw = tfds.decode.DeserializeMethod.RAW_BYTES
-            self._records = builder.as_data_source(split="train", deserialize_method=raw)
+            self._rows = builder.as_data_source(split="train", deserialize_method=raw)
         except NotImplementedError as error:
             raise UserError(
                 f"{spec} was not prepared as ArrayRecord files; prepare it with "
                 "download_and_prepare(file_format='array_record')."
             ) from error
-        self.name = spec
-        self.bad_records = bad_records
         self._text_field = text_field
-        split = splits["train"]
-        stats = [(os.fspath(path), epath.Path(path).stat()) for path in split.filepaths]
-        self.fingerprint = hash_of(
-            "tfds",
-            builder.info.full_name,
-            text_field,
-            bad_records,
-            [(path, stat.length, int(stat.mtime)) for path, stat in stats],
-        )
-        self.shards = list(_record_shards(spec, len(self._records), split.num_bytes))
+        self._size = splits["train"].num_bytes
+        files = [os.fspath(path) for path in splits["train"].filepaths]
+        super().__init__(spec, files, bad_records, builder.info.full_name, text_field)
 
-    def _read_records(self, shard: Shard, start: int, stop: int) -> Sequence[object]:
-        return list(self._records.__getitems__(range(start, stop)))
+    def _cut(self, files: Sequence[tuple[str, int]]) -> list[Shard]:
+        return list(_record_shards(self.name, len(self._rows), self._size))
 
-    def _document(self, record: object, shard: Shard, number: int) -> Document:
-        assert isinstance(record, bytes)
+    def _records(self, shard: Shard) -> Iterator[tuple[int, bytes]]:
+        return _numbered(shard, lambda start, stop: list(self._rows.__getitems__(range(start, stop))))
+
+    def place(self, shard: Shard, number: int) -> str:
+        return f"{self.name}, record {number}"
+
+    def _document(self, record: bytes, shard: Shard, number: int) -> Document:
         return _text_of_example(record, self._text_field, number)
 
 

@@ -1,13 +1,16 @@
 """The packed rows of a cached corpus, read by number. Their index is kept beside the cache.
 
 For each shard and split, `NNNNN.SPLIT.rows-L.pieces.npy` and `NNNNN.SPLIT.rows-L.starts.npy` hold the
-`RowIndex` for rows of L tokens. Rows never mix shards, so that an index needs one shard's lengths only.
+`RowIndex` for rows of L tokens (`rows-L-whole` where examples are not cut). Rows never mix shards, so that an
+index needs one shard's lengths only. A corpus whose documents are too few to hold some of them out holds out
+pieces instead; both splits then read the same file of ids.
 """
 
 import bisect
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import itertools
 from typing import Any, NamedTuple
 
@@ -15,13 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gemma_jax.data import packing
+from gemma_jax.data.cached_shard import CachedShard, SplitSize
 from gemma_jax.data.packing import Batch
+from gemma_jax.data.source import Split
 from gemma_jax.data.storage import ArrayFile, cache_error, save_array
-from gemma_jax.data.token_cache import CachedShard, Split, TokenCache
+from gemma_jax.data.token_cache import TokenCache
 from gemma_jax.errors import UserError
 
 _OPEN_SHARDS = 64
-"""Shards whose files stay open, over all corpora: each has three files, and 1,024 are a common limit."""
+"""Shards whose files stay open, over all corpora: each has up to four files, and 1,024 are a common limit."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +44,11 @@ class Origin:
     stop: int
 
 
-class _OpenIndex(NamedTuple):
-    """A `RowIndex` that is read by ranges."""
+class _OpenShard(NamedTuple):
+    """The files of a shard's rows. The index is a `RowIndex` that is read by ranges."""
 
+    tokens: ArrayFile
+    hundredths: ArrayFile | None
     pieces: ArrayFile
     starts: ArrayFile
 
@@ -51,11 +58,6 @@ class _OpenIndex(NamedTuple):
         return self.pieces.read(start, min(stop, len(self.pieces)))
 
 
-class _OpenShard(NamedTuple):
-    tokens: ArrayFile
-    rows: _OpenIndex
-
-
 class PackedRows:
     """The rows of one split of one corpus, numbered from 0 in the order of its shards."""
 
@@ -63,15 +65,26 @@ class PackedRows:
         """Packs the shards that have no index for this length yet.
 
         Raises:
-          UserError: The cache cannot be read or written.
+          UserError: The cache cannot be read or written, or an example is refused for its length.
         """
+        source = cache.source
+        if source.group_size > 1 and source.long_examples == "cut":
+            raise ValueError(
+                f"{source.name} has groups of examples, which are refused or truncated, never cut"
+            )
         self.cache = cache
         self.split = split
         self.sequence_length = sequence_length
+        self._stored = cache.stored_split(split)
+        self._index = f"rows-{sequence_length}" + ("-whole" if source.long_examples != "cut" else "")
         _open_shard.cache_clear()  # a damaged file may have been replaced since it was opened
-        self._shards = [shard for shard in cache.shards if shard.sizes[split].documents]
-        counts = [len(_open_index(shard, split, sequence_length).starts) - 1 for shard in self._shards]
-        self._row_stops = list(itertools.accumulate(counts))
+        self._shards = [shard for shard in cache.shards if shard.sizes[self._stored].documents]
+        self._row_stops = list(itertools.accumulate(map(self._complete, range(len(self._shards)))))
+        self.size = cache.size(self._stored)
+        self.truncated = 0
+        """Examples of which only the front part is in a row."""
+        if cache.by_pieces or source.long_examples != "cut":
+            self._measure()
 
     def __len__(self) -> int:
         return self._row_stops[-1] if self._row_stops else 0
@@ -80,7 +93,7 @@ class PackedRows:
     def utilisation(self) -> float:
         """Share of all slots that hold a token; 1.0 if there are no rows."""
         slots = len(self) * self.sequence_length
-        return self.cache.size(self.split).tokens / slots if slots else 1.0
+        return self.size.tokens / slots if slots else 1.0
 
     def read_into(self, batch: Batch, slot: int, row: int, bos_id: int) -> None:
         """Writes row number `row` into an empty row of a batch.
@@ -90,37 +103,40 @@ class PackedRows:
         """
         place, local_row = self._locate(row)
         shard = self._shards[place]
+        weights: list[NDArray[Any]] | None = None
         try:
-            opened = _open_shard(shard, self.split, self.sequence_length)
-            pieces = opened.rows.row(local_row)
+            opened = self._open(shard)
+            pieces = opened.row(local_row)
             stops = pieces["offset"] + pieces["length"]
-            bodies = [
-                opened.tokens.read(start, stop)
-                for start, stop in zip(pieces["offset"].tolist(), stops.tolist(), strict=True)
-            ]
+            spans = list(zip(pieces["offset"].tolist(), stops.tolist(), strict=True))
+            bodies = [opened.tokens.read(start, stop) for start, stop in spans]
+            if opened.hundredths is not None:
+                weights = [opened.hundredths.read(start, stop) / np.float32(100) for start, stop in spans]
         except OSError as error:
-            raise cache_error(shard.path(self.split, "ids"), error) from error
+            raise cache_error(shard.path(self._stored, "ids"), error) from error
         except ValueError as error:
             raise _damaged(shard) from error
+        lengths = pieces["length"].tolist()
         whole = (
-            [len(body) for body in bodies] == pieces["length"].tolist()
-            and 0 < sum(map(len, bodies)) <= self.sequence_length
+            [len(body) for body in bodies] == lengths
+            and 0 < sum(lengths) <= self.sequence_length
             and all(len(body) > 0 and body.max() < self.cache.vocab_size for body in bodies)
+            and (weights is None or [len(each) for each in weights] == lengths)
         )
         if not whole:
             raise _damaged(shard)
-        packing.fill_row(batch, slot, bodies, bos_id)
+        packing.fill_row(batch, slot, bodies, bos_id, weights)
 
     def origin(self, row: int) -> list[Origin]:
         """Where each segment of a row comes from, in order. Reads the shard's documents again: seconds."""
         place, local_row = self._locate(row)
         shard = self._shards[place]
-        lengths = shard.lengths(self.split)
+        lengths = shard.lengths(self._stored)
         stops = np.cumsum(lengths)
-        pieces = _open_shard(shard, self.split, self.sequence_length).rows.row(local_row)
+        pieces = self._open(shard).row(local_row)
         documents = np.searchsorted(stops, pieces["offset"], side="right")
         starts = pieces["offset"] - (stops - lengths)[documents]
-        places = self.cache.places(self.split, shard.number, set(documents.tolist()))
+        places = self.cache.places(self._stored, shard.number, set(documents.tolist()))
         return [
             Origin(self.cache.source.name, places[document], shard.number, document, start, start + length)
             for document, start, length in zip(
@@ -132,32 +148,96 @@ class PackedRows:
         place = bisect.bisect_right(self._row_stops, row)
         return place, row - (self._row_stops[place - 1] if place else 0)
 
+    def _open(self, shard: CachedShard) -> _OpenShard:
+        return _open_shard(shard, self._stored, self.split, self._index)
+
+    def _complete(self, place: int) -> int:
+        """Builds the index of a shard where it is missing or not whole, and returns its number of rows."""
+        shard = self._shards[place]
+        try:
+            with contextlib.suppress(FileNotFoundError, ValueError):  # not built yet, or not whole
+                opened = self._open(shard)
+                end = opened.starts.read(len(opened.starts) - 1, len(opened.starts)).tolist()
+                kinds_fit = opened.pieces.dtype == packing.PIECE and opened.starts.dtype == np.int64
+                if kinds_fit and end == [len(opened.pieces)]:
+                    return len(opened.starts) - 1
+            group_size = self.cache.source.group_size
+            pieces = self._pieces(shard)
+            if self.cache.by_pieces:
+                mine = self._held_out_groups[place] == (self.split == "held_out")
+                pieces = pieces[np.repeat(mine, group_size)]
+            built = packing.build_row_index(pieces, self.sequence_length, group_size)
+            save_array(shard.path(self.split, f"{self._index}.pieces.npy"), built.pieces)
+            save_array(shard.path(self.split, f"{self._index}.starts.npy"), built.starts)
+            _open_shard.cache_clear()
+            return len(built)
+        except OSError as error:
+            raise cache_error(shard.path(self.split, self._index), error) from error
+
+    def _pieces(self, shard: CachedShard) -> NDArray[Any]:
+        """PIECE: all pieces of a shard, of both splits where pieces are held out."""
+        source = self.cache.source
+        lengths = shard.lengths(self._stored)
+        if lengths.sum() != shard.sizes[self._stored].tokens or np.min(lengths) < 1:
+            raise _damaged(shard)
+        if source.long_examples == "cut":
+            return packing.cut_documents(lengths, self.sequence_length)
+        return packing.keep_examples(lengths, self.sequence_length, source.group_size)
+
+    @functools.cached_property
+    def _held_out_groups(self) -> list[NDArray[np.bool_]]:
+        """For each shard, which of its pieces (or groups of examples) are held out.
+
+        Those with the smallest hashes of their ids, at least one, unless all are equal; so equal pieces are
+        always on the same side.
+        """
+        digests = []
+        for shard in self._shards:
+            groups = self._pieces(shard).reshape(-1, self.cache.source.group_size)
+            tokens = shard.tokens(self._stored)
+            stops = (groups["offset"] + groups["length"])[:, -1].tolist()
+            contents = map(tokens.read, groups["offset"][:, 0].tolist(), stops)
+            hashes = [hashlib.blake2b(content.tobytes(), digest_size=8).digest() for content in contents]
+            digests.append(np.frombuffer(b"".join(hashes), "<u8"))
+        distinct = np.unique(np.concatenate(digests))
+        count = min(max(round(self.cache.held_out * len(distinct)), 1), len(distinct) - 1)
+        return [np.isin(each, distinct[:count]) for each in digests]
+
+    def _measure(self) -> None:
+        """Counts what is in the rows, where it is not just all of the stored split."""
+        tokens = 0
+        for place, shard in enumerate(self._shards):
+            opened = self._open(shard)
+            pieces = opened.pieces.read(0, len(opened.pieces))
+            tokens += int(pieces["length"].sum())
+            if self.cache.source.long_examples != "cut":
+                lengths = shard.lengths(self._stored)
+                examples = np.searchsorted(np.cumsum(lengths), pieces["offset"], side="right")
+                shortened = examples[pieces["length"] < lengths[examples]]
+                self.truncated += len(shortened)
+                if len(shortened) and self.cache.source.long_examples == "refuse":
+                    self._refuse(place, int(shortened[0]), int(lengths[shortened[0]]))
+        self.size = dataclasses.replace(self.size, tokens=tokens)
+        if self.cache.by_pieces and self.split == "held_out":
+            self.size = SplitSize(tokens=tokens)
+
+    def _refuse(self, place: int, example: int, length: int) -> None:
+        shard = self._shards[place].number
+        where = self.cache.places(self._stored, shard, {example})[example]
+        raise UserError(
+            f"{where} is an example of {length:,} tokens, which does not fit into a row of "
+            f"{self.sequence_length:,}; shorten it, or raise data.sequence_length."
+        )
+
 
 @functools.lru_cache(_OPEN_SHARDS)
-def _open_shard(shard: CachedShard, split: Split, sequence_length: int) -> _OpenShard:
-    return _OpenShard(shard.tokens(split), _open_index(shard, split, sequence_length))
-
-
-def _open_index(shard: CachedShard, split: Split, sequence_length: int) -> _OpenIndex:
-    """The index beside the shard, which is built where it is missing or not whole."""
-    pieces_path = shard.path(split, f"rows-{sequence_length}.pieces.npy")
-    starts_path = shard.path(split, f"rows-{sequence_length}.starts.npy")
-    try:
-        with contextlib.suppress(FileNotFoundError, ValueError):  # not built yet, or not whole
-            index = _OpenIndex(ArrayFile(pieces_path), ArrayFile(starts_path))
-            end = index.starts.read(len(index.starts) - 1, len(index.starts)).tolist()
-            kinds_fit = index.pieces.dtype == packing.PIECE and index.starts.dtype == np.int64
-            if kinds_fit and end == [len(index.pieces)]:
-                return index
-        lengths = shard.lengths(split)
-        if lengths.sum() != shard.sizes[split].tokens or np.min(lengths) < 1:
-            raise _damaged(shard)
-        built = packing.build_row_index(lengths, sequence_length)
-        save_array(pieces_path, built.pieces)
-        save_array(starts_path, built.starts)
-        return _OpenIndex(ArrayFile(pieces_path), ArrayFile(starts_path))
-    except OSError as error:
-        raise cache_error(pieces_path, error) from error
+def _open_shard(shard: CachedShard, stored: Split, split: Split, index: str) -> _OpenShard:
+    return _OpenShard(
+        shard.tokens(stored),
+        shard.weights(stored),
+        ArrayFile(shard.path(split, f"{index}.pieces.npy")),
+        ArrayFile(shard.path(split, f"{index}.starts.npy")),
+    )
 
 
 def _damaged(shard: CachedShard) -> UserError:

@@ -1,14 +1,20 @@
-"""What a corpus is to the rest of the package: shards of documents, read one document at a time."""
+"""What a corpus is to the rest of the package: shards of examples, read one at a time.
+
+An example is a sequence of token ids, each with its weight in the loss. A document is the plain case: text or
+token ids without weights, which the cache completes by eos, and whose tokens all weigh 1.
+"""
 
 import abc
 import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gemma_jax.data.files import size_and_time
 from gemma_jax.errors import UserError
 
 SHARD_BYTES = 32 * 2**20
@@ -83,7 +89,46 @@ class LongText(abc.ABC):
         """Yields the text in pieces as `Text.blocks` does."""
 
 
-Document = Text | LongText | TokenIds
+class Example:
+    """Token ids that are stored as they are, and the weight of each in the loss, as a target.
+
+    The model reads bos and all but the last of `ids`, and is to predict `ids`: so they begin behind bos and
+    end with what ends the answer. A masked prompt is a run of weights 0.
+    """
+
+    num_bytes = 0
+    is_empty = False
+
+    def __init__(self, ids: Sequence[int], weights: Sequence[float], number: int = 0, split_by: bytes = b""):
+        """Takes the ids and weights, [tokens] each.
+
+        Args:
+          ids: The tokens.
+          weights: Hundredths from 0 to 2.55.
+          number: As of `Text`.
+          split_by: What decides whether the example is held out, such as its prompt; b"" is the ids.
+
+        Raises:
+          BadRecord: There is no weight above 0, or one that does not fit.
+        """
+        self.ids = np.asarray(ids, np.int64)
+        hundredths = np.asarray(weights, np.float64) * 100
+        self.weights = np.clip(np.nan_to_num(hundredths).round(), 0, 255).astype(np.uint8)
+        """In hundredths."""
+        self.number = number
+        if self.ids.shape != self.weights.shape or not np.allclose(self.weights, hundredths, 0, 1e-6):
+            raise BadRecord("each token needs a loss weight of whole hundredths from 0 to 2.55")
+        if not self.weights.any():
+            raise BadRecord("no token has a loss weight above 0, so there is nothing to learn")
+        content = self.ids.astype("<i8").tobytes()
+        self.digest = hashlib.blake2b(split_by or content, digest_size=8).digest()
+        self.content_digest = hashlib.blake2b(content + self.weights.tobytes(), digest_size=8).digest()
+
+
+Document = Text | LongText | TokenIds | Example
+Split = Literal["train", "held_out"]
+SPLITS: tuple[Split, Split] = ("train", "held_out")
+
 OnSkip = Callable[[str], None]
 """Called with the reason for every record that is skipped and counted."""
 
@@ -93,11 +138,19 @@ class Source(abc.ABC):
 
     `fingerprint` changes whenever the documents may have changed: it covers the names, sizes and times of
     the files and the settings that choose their text.
+
+    `weighted` sources yield `Example`s only, others none. `group_size` examples that follow each other belong
+    together, such as the two answers of a preference: they are held out together and are neighbours in one
+    row. `long_examples` says what is done with examples (or groups) that are longer than a row: they are cut
+    into several segments, refused, or truncated and counted; a group of examples is never cut.
     """
 
     name: str
     fingerprint: str
     shards: Sequence[Shard]
+    weighted: bool = False
+    group_size: int = 1
+    long_examples: Literal["cut", "refuse", "truncate"] = "cut"
 
     @abc.abstractmethod
     def read(self, shard: Shard, on_skip: OnSkip) -> Iterator[Document]:
@@ -115,13 +168,44 @@ class BadRecord(Exception):
     """What is wrong with a record, without its place."""
 
 
-def refuse_or_skip(problem: str, bad_records: str, on_skip: OnSkip) -> None:
-    """Raises UserError for a bad record, or skips it where data.bad_records is "skip"."""
-    if bad_records != "skip":
-        raise UserError(
-            f"{problem}; correct it, or set data.bad_records=skip to leave such records out and count them."
-        )
-    on_skip(problem)
+class Records(Source):
+    """A corpus of files that hold records, each of which is a document or an example."""
+
+    def __init__(self, name: str, files: Sequence[str], bad_records: str, *settings: str):
+        """Takes what decides the documents: files, what a bad record leads to, and further settings."""
+        self.name = name
+        self._bad_records = bad_records
+        listing = [(file, *size_and_time(file)) for file in files]
+        self.fingerprint = hash_of(type(self).__name__, bad_records, settings, listing)
+        self.shards = self._cut([(file, size) for file, size, _ in listing])
+
+    def read(self, shard: Shard, on_skip: OnSkip) -> Iterator[Document]:
+        for number, record in self._records(shard):
+            try:
+                document = self._document(record, shard, number)
+            except BadRecord as error:
+                problem = f"{self.place(shard, number)}: {error}"
+                if self._bad_records != "skip":
+                    raise UserError(
+                        f"{problem}; correct it, or set data.bad_records=skip to leave such records out and "
+                        "count them."
+                    ) from error
+                on_skip(problem)
+                continue
+            if not document.is_empty:
+                yield document
+
+    @abc.abstractmethod
+    def _cut(self, files: Sequence[tuple[str, int]]) -> list[Shard]:
+        """The shards of files with so many bytes."""
+
+    @abc.abstractmethod
+    def _records(self, shard: Shard) -> Iterator[tuple[int, Any]]:
+        """The records of a shard, as they are in the file, with their numbers."""
+
+    @abc.abstractmethod
+    def _document(self, record: Any, shard: Shard, number: int) -> Document:
+        """What a record holds. Raises BadRecord."""
 
 
 def text_of(value: object, field: str, number: int) -> Text:
@@ -152,6 +236,21 @@ def cut_position(text: str) -> int:
 def is_held_out(document: Document, held_out: float) -> bool:
     """Whether a document belongs to the held-out split: its hash decides, so equal documents go together."""
     return int.from_bytes(document.digest, "little") < held_out * 2**64
+
+
+def split_documents(
+    source: Source, shard: Shard, held_out: float, on_skip: OnSkip
+) -> Iterator[tuple[Split, Document]]:
+    """The documents of a shard, each with its split. Groups are split by their first example."""
+    split: Split = "train"
+    count = 0
+    for document in source.read(shard, on_skip):
+        if count % source.group_size == 0:
+            split = "held_out" if is_held_out(document, held_out) else "train"
+        count += 1
+        yield split, document
+    if count % source.group_size:
+        raise ValueError(f"{source.name} has {count} examples in {shard}, in groups of {source.group_size}")
 
 
 def hash_of(*parts: object) -> str:

@@ -2,27 +2,25 @@
 
 import codecs
 import hashlib
+import io
 import json
 import sys
 import sysconfig
 import tokenize
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from gemma_jax.data import source as source_module
-from gemma_jax.data.files import is_compressed, reading, size_and_time, unreadable
+from gemma_jax.data.files import KINDS, is_compressed, reading, unreadable
 from gemma_jax.data.source import (
     BadRecord,
     Document,
     LongText,
-    OnSkip,
+    Records,
     Shard,
-    Source,
     Text,
     cut_position,
-    hash_of,
-    refuse_or_skip,
     text_of,
 )
 from gemma_jax.errors import UserError
@@ -30,81 +28,63 @@ from gemma_jax.errors import UserError
 LONG_FILE_BYTES = 16 * 2**20
 """Text files from here on are read in blocks, never whole."""
 
-_READ_BYTES = 2**20
+_READ_CHARACTERS = 2**20
 
 
-class PythonStdlib(Source):
+class TextFiles(Records):
+    """Files of UTF-8 text, one document each, unchanged down to their line ends."""
+
+    def _cut(self, files: Sequence[tuple[str, int]]) -> list[Shard]:
+        return _group_files(files)
+
+    def _records(self, shard: Shard) -> Iterator[tuple[int, str]]:
+        return enumerate(shard.files)
+
+    def _document(self, record: str, shard: Shard, number: int) -> Text | LongText:
+        with reading(record) as stream:
+            content = stream.read(LONG_FILE_BYTES)
+            is_long = bool(stream.read(1))
+        try:
+            return _LongFile(record, number) if is_long else Text(content.decode("utf-8"), number)
+        except UnicodeDecodeError as error:
+            where = "" if is_long else f" at byte {error.start}"
+            raise BadRecord(f"not UTF-8 text ({error.reason}{where}; {KINDS} are read)") from error
+
+    def place(self, shard: Shard, number: int) -> str:
+        return shard.files[number]
+
+
+class PythonStdlib(TextFiles):
     """The Python sources of this installation's standard library, tests included, installed packages not.
 
     Files are read by Python's own rules (PEP 263). The few that these rules cannot decode are the standard
-    library's own tests of bad encodings: they are skipped and counted whatever bad_records says.
+    library's own tests of bad encodings, and no part of the corpus.
     """
 
     def __init__(self, name: str):
-        self.name = name
         root = Path(sysconfig.get_path("stdlib"))
-        files = sorted(
-            path
-            for path in root.rglob("*.py")
-            if not {"site-packages", "dist-packages"}.intersection(path.relative_to(root).parts)
-        )
-        stats = [(path, path.stat()) for path in files if path.is_file()]
-        if not stats:
+        installed = {"site-packages", "dist-packages"}
+        found = sorted(root.rglob("*.py"))
+        files = [str(path) for path in found if not installed & {*path.relative_to(root).parts}]
+        if not files:
             raise UserError(f"{name}: this Python has no source files under {root}; name another corpus.")
-        listing = [(str(path.relative_to(root)), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-        self.fingerprint = hash_of("python-stdlib", sys.version, listing)
-        self.shards = _group_files([(str(path), stat.st_size) for path, stat in stats])
+        super().__init__(name, files, "error", sys.version)
 
-    def read(self, shard: Shard, on_skip: OnSkip) -> Iterator[Document]:
-        for number, file in enumerate(shard.files):
-            try:
-                with tokenize.open(file) as stream:
-                    text = stream.read()
-            except (SyntaxError, UnicodeDecodeError) as error:
-                on_skip(f"{file}: {error}")
-                continue
-            except OSError as error:
-                raise unreadable(file, error) from error
-            if text:
-                yield Text(text, number)
-
-    def place(self, shard: Shard, number: int) -> str:
-        return shard.files[number]
-
-
-class TextFiles(Source):
-    """Files of UTF-8 text, one document each, unchanged down to their line ends."""
-
-    def __init__(self, name: str, files: Sequence[str], bad_records: str):
-        self.name = name
-        self._bad_records = bad_records
-        listing = [(file, *size_and_time(file)) for file in files]
-        self.fingerprint = hash_of("text", bad_records, listing)
-        self.shards = _group_files([(file, size) for file, size, _ in listing])
-
-    def read(self, shard: Shard, on_skip: OnSkip) -> Iterator[Document]:
-        for number, file in enumerate(shard.files):
-            try:
-                with reading(file) as stream:
-                    content = stream.read(LONG_FILE_BYTES)
-                    long = bool(stream.read(1))
-                document = _LongFile(file, number) if long else Text(content.decode("utf-8"), number)
-            except UnicodeDecodeError as error:
-                problem = f"{file} is not UTF-8 text: {error.reason} at byte {error.start}"
-                refuse_or_skip(problem, self._bad_records, on_skip)
-                continue
-            if not document.is_empty:
-                yield document
-
-    def place(self, shard: Shard, number: int) -> str:
-        return shard.files[number]
+    def _document(self, record: str, shard: Shard, number: int) -> Text:
+        try:
+            with tokenize.open(record) as stream:
+                return Text(stream.read(), number)
+        except (SyntaxError, UnicodeDecodeError):
+            return Text("", number)
+        except OSError as error:
+            raise unreadable(record, error) from error
 
 
 class _LongFile(LongText):
     """A text file that is read once to check and hash it, and again for its blocks."""
 
     def __init__(self, file: str, number: int):
-        """Raises UnicodeDecodeError with the offset in the file."""
+        """Raises UnicodeDecodeError."""
         self._file = file
         self.number = number
         digest = hashlib.blake2b(digest_size=8)
@@ -116,20 +96,9 @@ class _LongFile(LongText):
         self.digest = digest.digest()
 
     def _decoded(self) -> Iterator[str]:
-        decoder = codecs.getincrementaldecoder("utf-8")()
-        done = 0
-        with reading(self._file) as stream:
-            while True:
-                content = stream.read(_READ_BYTES)
-                kept = len(decoder.getstate()[0])
-                try:
-                    yield decoder.decode(content, final=not content)
-                except UnicodeDecodeError as error:
-                    offset = done - kept + error.start
-                    raise UnicodeDecodeError("utf-8", b"", offset, offset + 1, error.reason) from error
-                if not content:
-                    return
-                done += len(content)
+        with reading(self._file) as stream, io.TextIOWrapper(stream, "utf-8", newline="") as decoded:
+            while text := decoded.read(_READ_CHARACTERS):
+                yield text
 
     def blocks(self) -> Iterator[str]:
         limit = source_module.BLOCK_CHARACTERS
@@ -144,43 +113,36 @@ class _LongFile(LongText):
             yield text
 
 
-class JsonLines(Source):
+class JsonLines(Records):
     """Files with one JSON object a line, whose field `text_field` is a document.
 
-    Uncompressed local files are cut into shards of bytes: a line belongs to the shard that it begins in.
+    Uncompressed files are cut into shards of bytes: a line belongs to the shard that it begins in.
     """
 
     def __init__(self, name: str, files: Sequence[str], text_field: str, bad_records: str):
-        self.name = name
         self._text_field = text_field
-        self._bad_records = bad_records
-        listing = [(file, *size_and_time(file)) for file in files]
-        self.fingerprint = hash_of("jsonl", text_field, bad_records, listing)
-        step = source_module.SHARD_BYTES
-        self.shards = [
-            shard
-            for file, size, _ in listing
-            for shard in (
-                [Shard((file,), size)]
-                if is_compressed(file)
-                else [
-                    Shard((file,), min(step, size - start), start, min(start + step, size))
-                    for start in range(0, size, step)
-                ]
-            )
-        ]
+        super().__init__(name, files, bad_records, text_field)
 
-    def read(self, shard: Shard, on_skip: OnSkip) -> Iterator[Document]:
-        for number, line in enumerate(_lines(shard), start=1):
-            if not line.strip():
-                continue
-            try:
-                document = self._document(line, number)
-            except BadRecord as error:
-                refuse_or_skip(f"{self.place(shard, number)}: {error}", self._bad_records, on_skip)
-                continue
-            if not document.is_empty:
-                yield document
+    def _cut(self, files: Sequence[tuple[str, int]]) -> list[Shard]:
+        shards: list[Shard] = []
+        step = source_module.SHARD_BYTES
+        for file, size in files:
+            if is_compressed(file):
+                shards.append(Shard((file,), size))
+            else:
+                starts = range(0, size, step)
+                shards += [Shard((file,), min(step, size - at), at, min(at + step, size)) for at in starts]
+        return shards
+
+    def _records(self, shard: Shard) -> Iterator[tuple[int, bytes]]:
+        """Lines that are not empty; the first of a file without a byte order mark."""
+        with reading(shard.files[0]) as stream:
+            lines = _lines_between(stream, shard.start, shard.stop) if shard.stop else stream
+            for number, line in enumerate(lines, start=1):
+                if number == 1 and not shard.start:
+                    line = line.removeprefix(codecs.BOM_UTF8)
+                if line.strip():
+                    yield number, line
 
     def place(self, shard: Shard, number: int) -> str:
         if shard.start:
@@ -188,19 +150,23 @@ class JsonLines(Source):
                 number += _count_lines(stream, shard.start)
         return f"{shard.files[0]}, line {number}"
 
-    def _document(self, line: bytes, number: int) -> Text:
+    def _document(self, record: bytes, shard: Shard, number: int) -> Document:
         try:
-            record = json.loads(line.decode("utf-8"))
+            fields = json.loads(record.decode("utf-8"))
         except UnicodeDecodeError as error:
             raise BadRecord(f"not UTF-8 ({error.reason} at byte {error.start} of the line)") from error
         except (ValueError, RecursionError) as error:
             raise BadRecord(f"not valid JSON ({error})") from error
-        if not isinstance(record, dict):
-            raise BadRecord(f"a JSON {type(record).__name__} where an object is expected")
-        if self._text_field not in record:
-            fields = ", ".join(map(str, record)) or "none"
-            raise BadRecord(f"no field {self._text_field!r} (data.text_field); its fields are: {fields}")
-        return text_of(record[self._text_field], f"field {self._text_field!r}", number)
+        if not isinstance(fields, dict):
+            raise BadRecord(f"a JSON {type(fields).__name__} where a line with an object is expected")
+        return self.document_of(fields, number)
+
+    def document_of(self, fields: dict[str, Any], number: int) -> Document:
+        """The document in an object. Raises BadRecord."""
+        if self._text_field not in fields:
+            names = ", ".join(fields) or "none"
+            raise BadRecord(f"no field {self._text_field!r} (data.text_field); its fields are: {names}")
+        return text_of(fields[self._text_field], f"field {self._text_field!r}", number)
 
 
 def _group_files(files: Iterable[tuple[str, int]]) -> list[Shard]:
@@ -215,14 +181,6 @@ def _group_files(files: Iterable[tuple[str, int]]) -> list[Shard]:
         group.append(file)
         total += size
     return [*shards, Shard(tuple(group), total)]
-
-
-def _lines(shard: Shard) -> Iterator[bytes]:
-    """The lines of a shard, the first of a file without a byte order mark."""
-    with reading(shard.files[0]) as stream:
-        lines = _lines_between(stream, shard.start, shard.stop) if shard.stop else stream
-        for number, line in enumerate(lines):
-            yield line if number or shard.start else line.removeprefix(codecs.BOM_UTF8)
 
 
 def _lines_between(stream: BinaryIO, start: int, stop: int) -> Iterator[bytes]:

@@ -73,13 +73,9 @@ def prepare_corpus(config: TrainingConfig, tokenizer: Tokenizer) -> Dataset:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    for s in dataset.statistics:
-        say(
-            f"{s.name}: {s.train.documents:,} documents, {s.train.tokens:,} tokens in {s.train_rows:,} rows "
-            f"({s.utilisation:.1%} full)"
-        )
-        skipped = f"; {s.skipped:,} unreadable records skipped" if s.skipped else ""
-        say(f"{s.name}: {s.held_out.documents:,} documents, {s.held_out.tokens:,} tokens held out{skipped}")
+    for statistics in dataset.statistics:
+        for sentence in statistics.sentences():
+            say(sentence)
     return dataset
 
 

@@ -106,7 +106,7 @@ def record_data(run_dir: "epath.Path", dataset: "Dataset") -> None:
 def check_data(run_dir: "epath.Path", dataset: "Dataset") -> None:
     """Make sure that row i of the data is still the row that the run has seen.
 
-    By the documents, tokens and bytes of each corpus, not by the times of its files: a copy will do.
+    By the contents of each corpus in their order, not by the names and times of its files: a copy will do.
 
     Raises:
       UserError: a corpus has changed since the run began.
@@ -117,12 +117,10 @@ def check_data(run_dir: "epath.Path", dataset: "Dataset") -> None:
     try:
         before = json.loads(path.read_text())
         for then, now in zip(before, dataset.statistics, strict=True):
-            if then != dataclasses.asdict(now):
+            if change := now.change_since(then):
                 raise UserError(
-                    f"{now.name} has changed since {run_dir} began (training data then: "
-                    f"{then['train']['documents']:,} documents, {then['train']['tokens']:,} tokens; now: "
-                    f"{now.train.documents:,} and {now.train.tokens:,}), so its rows are others; restore "
-                    "that corpus, or begin a new run."
+                    f"{now.name} has changed since {run_dir} began ({change}), so its rows are others; "
+                    "restore that corpus, or begin a new run."
                 )
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} is damaged ({error}); delete it to go on without the check.") from error

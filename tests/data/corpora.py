@@ -1,8 +1,12 @@
 """Corpora for the tests of this folder, and what is made of them."""
 
 import random
+import struct
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from array_record.python.array_record_module import ArrayRecordWriter
 
 from gemma_jax.data.documents import open_source
 from gemma_jax.data.source import Source, Text
@@ -46,6 +50,39 @@ def all_texts(source: Source) -> list[str]:
     return texts
 
 
+def build(
+    source: Source, tokenizer: Tokenizer, folder: Path, held_out: float = 0.0, **options: Any
+) -> TokenCache:
+    return build_token_cache(source, tokenizer, held_out=held_out, cache_dir=str(folder), **options)
+
+
 def cache_of(texts: Sequence[str], tokenizer: Tokenizer, folder: Path, held_out: float = 0.0) -> TokenCache:
-    source = open_default(write_texts(folder / "texts", texts))
-    return build_token_cache(source, tokenizer, held_out=held_out, cache_dir=str(folder / "cache"))
+    return build(open_default(write_texts(folder / "texts", texts)), tokenizer, folder / "cache", held_out)
+
+
+def write_records(path: Path, records: Sequence[bytes]) -> str:
+    writer = ArrayRecordWriter(str(path), "group_size:1")
+    for record in records:
+        writer.write(record)
+    writer.close()
+    return str(path)
+
+
+def field(number: int, content: bytes) -> bytes:
+    """A length-delimited proto field."""
+    length = len(content)
+    varint = b""
+    while length > 127:
+        varint += bytes([length & 127 | 128])
+        length >>= 7
+    return bytes([number << 3 | 2]) + varint + bytes([length]) + content
+
+
+def example(**features: str) -> bytes:
+    """A serialised tf.train.Example with string features and one of numbers."""
+    entries = b"".join(
+        field(1, field(1, name.encode()) + field(2, field(1, field(1, text.encode()))))
+        for name, text in features.items()
+    )
+    floats = field(1, field(1, b"score") + field(2, field(2, field(1, struct.pack("<f", 1.5)))))
+    return field(1, entries + floats)

@@ -6,8 +6,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from array_record.python.array_record_module import ArrayRecordWriter
-from corpora import cache_of, open_default, random_texts
+from corpora import all_texts, cache_of, open_default, random_texts, write_records
 from etils import epath
 
 from gemma_jax.data import source as source_module
@@ -34,6 +33,10 @@ def test_documents_and_cache_in_a_bucket_equal_those_on_disk(
         (corpus / f"{number:06d}.txt").write_text(text)
     local = cache_of(texts, tokenizer, tmp_path, held_out=0.2)
     check_source("gs://bucket/corpus/*.txt")
+    (corpus / "a.jsonl.gz").write_bytes(
+        gzip.compress("".join(json.dumps({"text": text}) + "\n" for text in texts).encode())
+    )
+    assert all_texts(open_default("gs://bucket/corpus/a.jsonl.gz")) == texts
     source = open_default("gs://bucket/corpus/*.txt")
     for _ in range(2):
         remote = build_token_cache(source, tokenizer, held_out=0.2, cache_dir="gs://bucket/cache")
@@ -46,17 +49,6 @@ def test_documents_and_cache_in_a_bucket_equal_those_on_disk(
                 rows.read_into(batch, 0, row, 2)
             assert all((x == y).all() for x, y in zip(*batches, strict=True))
     assert not list(epath.Path("gs://bucket/cache/tokens").glob("*/*.tmp"))
-
-
-def test_json_lines_in_a_bucket(corpus: epath.Path) -> None:
-    texts = random_texts(60)
-    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
-    (corpus / "a.jsonl").write_bytes(lines)
-    (corpus / "b.jsonl.gz").write_bytes(gzip.compress(lines))
-    for name in ("a.jsonl", "b.jsonl.gz"):
-        source = open_default(f"gs://bucket/corpus/{name}")
-        read = [document for shard in source.shards for document in source.read(shard, print)]
-        assert [document.text for document in read if isinstance(document, source_module.Text)] == texts
 
 
 def test_what_is_not_in_the_bucket_is_named(corpus: epath.Path) -> None:
@@ -76,16 +68,12 @@ def test_array_records_in_a_bucket(
     files = []
     for name, part in (("a", texts[:25]), ("b", texts[25:])):
         path = tmp_path / f"{name}.array_record"
-        writer = ArrayRecordWriter(str(path), "group_size:1")
-        for text in part:
-            writer.write(text.encode())
-        writer.close()
+        write_records(path, [text.encode() for text in part])
         files.append(corpus / path.name)
         files[-1].write_bytes(path.read_bytes())
     source = open_default("gs://bucket/corpus/*.array_record")
     assert [shard.files for shard in source.shards] == [(str(file),) for file in files]
-    read = [document for shard in source.shards for document in source.read(shard, print)]
-    assert [document.text for document in read if isinstance(document, source_module.Text)] == texts
+    assert all_texts(source) == texts
     assert source.place(source.shards[1], 3) == "gs://bucket/corpus/b.array_record, record 3"
     assert not list(copies.iterdir())
     files[0].write_bytes(b"nonsense" * 1000)

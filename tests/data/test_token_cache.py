@@ -1,23 +1,22 @@
-import errno
-import os
+import contextlib
+import resource
 import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from array_record.python.array_record_module import ArrayRecordWriter
-from corpora import cache_of, open_default, random_texts, write_texts
+from corpora import build, cache_of, open_default, random_texts, write_records, write_texts
 from etils import epath
 
+from gemma_jax.data import shard_writer, storage, token_cache
 from gemma_jax.data import source as source_module
-from gemma_jax.data import storage, text_source, token_cache
-from gemma_jax.data.source import Text, is_held_out
-from gemma_jax.data.token_cache import SPLITS, Split, SplitSize, TokenCache, build_token_cache
+from gemma_jax.data.cached_shard import SplitSize
+from gemma_jax.data.source import SPLITS, Split, Text, is_held_out
+from gemma_jax.data.token_cache import TokenCache
 from gemma_jax.errors import UserError
 from gemma_jax.tokenizer import Tokenizer
 
@@ -53,7 +52,7 @@ class Counting(Tokenizer):
 def test_the_cache_holds_each_document_with_eos_in_its_split(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, batch: int
 ) -> None:
-    monkeypatch.setattr(token_cache, "_BATCH_CHARACTERS", batch)
+    monkeypatch.setattr(shard_writer, "_BATCH_CHARACTERS", batch)
     monkeypatch.setattr(source_module, "SHARD_BYTES", 5000)
     texts = random_texts(100)
     cache = cache_of(texts, tokenizer, tmp_path, held_out=0.2)
@@ -67,18 +66,8 @@ def test_the_cache_holds_each_document_with_eos_in_its_split(
             sum(len(text.encode()) for text in mine),
         )
     assert cache.shards[0].dtype == "<u2"
-    assert not [*(tmp_path / "cache").rglob("*.tmp")]
-
-
-def test_a_long_file_is_cached_as_its_text(
-    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(text_source, "LONG_FILE_BYTES", 1000)
-    monkeypatch.setattr(source_module, "BLOCK_CHARACTERS", 64)
-    monkeypatch.setattr(token_cache, "_BATCH_CHARACTERS", 200)
-    texts = ["short", "def f(x):\n    return x\n" * 300, "also short"]
-    cache = cache_of(texts, tokenizer, tmp_path)
-    assert documents_of(cache, "train") == [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts]
+    kinds = {path.name.split(".", 2)[-1] for path in (tmp_path / "cache").rglob("*.*.*")}
+    assert kinds == {"ids", "lengths.npy"}  # nothing of loss weights, and nothing temporary
 
 
 def test_equal_documents_are_never_on_both_sides(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -97,37 +86,13 @@ def test_a_second_run_encodes_nothing_and_other_settings_have_a_cache_of_their_o
 ) -> None:
     counting = Counting(tokenizer)
     source = open_default(write_texts(tmp_path / "texts", random_texts(30)))
-    first = build_token_cache(source, counting, held_out=0.1, cache_dir=str(tmp_path / "cache"))
+    caches = [build(source, counting, tmp_path / "cache", 0.1) for _ in range(2)]
     assert counting.encoded == 30
-    again = build_token_cache(source, counting, held_out=0.1, cache_dir=str(tmp_path / "cache"))
-    assert counting.encoded == 30
-    assert documents_of(again, "train") == documents_of(first, "train")
-    build_token_cache(source, counting, held_out=0.2, cache_dir=str(tmp_path / "cache"))
-    assert counting.encoded == 60
+    assert documents_of(caches[0], "train") == documents_of(caches[1], "train")
+    build(source, counting, tmp_path / "cache", 0.2)
     counting.fingerprint = "another"
-    build_token_cache(source, counting, held_out=0.1, cache_dir=str(tmp_path / "cache"))
-    assert counting.encoded == 90
-    assert len([*(tmp_path / "cache" / "tokens").iterdir()]) == 3
-
-
-def test_progress_rises_to_the_whole(
-    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(source_module, "SHARD_BYTES", 5000)
-    monkeypatch.setattr(token_cache, "_BATCH_CHARACTERS", 1000)
-    source = open_default(write_texts(tmp_path / "texts", random_texts(100)))
-    calls: list[tuple[int, int, int]] = []
-    cache = build_token_cache(
-        source,
-        tokenizer,
-        held_out=0.1,
-        cache_dir=str(tmp_path / "cache"),
-        progress=lambda *call: calls.append(call),
-    )
-    size = sum(shard.size for shard in source.shards)
-    assert len(calls) > 2 * len(source.shards)
-    assert calls == sorted(calls)
-    assert calls[-1] == (size, size, sum(cache.size(split).tokens for split in SPLITS))
+    build(source, counting, tmp_path / "cache", 0.1)
+    assert counting.encoded == 90 and len([*(tmp_path / "cache" / "tokens").iterdir()]) == 3
 
 
 @pytest.mark.parametrize("damage", ["cut", "grown", "gone", "nonsense"])
@@ -147,118 +112,67 @@ def test_a_damaged_shard_is_written_again(
     else:
         path.write_bytes({"cut": content[:-3], "grown": content + b"x", "nonsense": b"\x93NUMPY"}[damage])
     counting = Counting(tokenizer)
-    build_token_cache(cache.source, counting, held_out=0.0, cache_dir=str(tmp_path / "cache"))
+    build(cache.source, counting, tmp_path / "cache", 0.0)
     assert files_of(tmp_path / "cache") == good
     assert counting.encoded == cache.shards[1].sizes["train"].documents
 
 
-def test_a_full_disk_is_one_clear_sentence_and_leaves_only_whole_shards(
+def test_a_file_that_cannot_be_written_is_one_sentence_and_leaves_only_whole_shards(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(source_module, "SHARD_BYTES", 5000)
-    left = 60_000 // 4
-    append = token_cache._SplitWriter.append
-
-    def append_until_full(writer: token_cache._SplitWriter, ids: Sequence[int]) -> None:
-        nonlocal left
-        left -= len(ids)
-        if left < 0:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        append(writer, ids)
-
-    monkeypatch.setattr(token_cache._SplitWriter, "append", append_until_full)
-    with pytest.raises(UserError, match="No space left on device.*free some space"):
-        cache_of(random_texts(200), tokenizer, tmp_path)
-    assert not [*(tmp_path / "cache").rglob("*.tmp")]
-    done = len([*(tmp_path / "cache").rglob("*.json")])
-    assert done > 0
-    monkeypatch.setattr(token_cache._SplitWriter, "append", append)
-    cache = cache_of(random_texts(200), tokenizer, tmp_path / "whole")
-    resumed = build_token_cache(
-        open_default(str(tmp_path / "texts" / "*.txt")),
-        tokenizer,
-        held_out=0.0,
-        cache_dir=str(tmp_path / "cache"),
-    )
-    assert documents_of(resumed, "train") == documents_of(cache, "train") and len(resumed.shards) > done
+    texts = random_texts(60)
+    texts[40] = "x y " * 4000  # longer than a file may be
+    source = open_default(write_texts(tmp_path / "texts", texts))
+    counting = Counting(tokenizer)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6000, limits[1]))
+    try:
+        with pytest.raises(UserError, match="The cache file .* failed .*File too large"):
+            build(source, tokenizer, tmp_path, 0.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not [*tmp_path.rglob("*.tmp")]
+    build(source, counting, tmp_path, 0.0)
+    assert 0 < counting.encoded < 60
 
 
-def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
+def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
     path = epath.Path(tmp_path / "file")
     path.write_text("old")
-
-    def interrupted() -> None:
-        with storage.replacing(path) as stream:
-            stream.write(b"new")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
+    with contextlib.suppress(KeyboardInterrupt), storage.replacing(path) as stream:
+        stream.write(b"new")
+        raise KeyboardInterrupt
     assert files_of(tmp_path) == {"file": b"old"}
-    # A whole write leaves what a reader has open as it was: it takes the name, never the file.
     with path.open("rb") as reader:
         with storage.replacing(path) as stream:
             stream.write(b"new")
-        assert reader.read() == b"old"
-    assert files_of(tmp_path) == {"file": b"new"}
+        assert reader.read() == b"old" and files_of(tmp_path) == {"file": b"new"}
 
 
-def test_a_cache_that_cannot_be_made_is_named(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="data.cache_dir"):
-        build_token_cache(
-            open_default(write_texts(tmp_path / "texts", ["a"])),
-            tokenizer,
-            held_out=0.0,
-            cache_dir=str(tmp_path / "file"),
-        )
-
-
-def test_an_empty_corpus_is_named(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    with pytest.raises(UserError, match=r"texts/\*\.txt has no documents"):
-        cache_of(["", ""], tokenizer, tmp_path)
-
-
-def test_leftovers_of_killed_processes_go_away_but_not_those_of_running_ones(
+def test_a_cache_that_cannot_be_made_and_an_empty_corpus_are_named(
     tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
-    cache = cache_of(["text"], tokenizer, tmp_path)
-    directory = Path(cache.shards[0].directory)
-    for name, age in (("old.tmp", 7200), ("new.tmp", 10)):
-        (directory / name).touch()
-        os.utime(directory / name, (time.time() - age,) * 2)
-    cache_of(["text"], tokenizer, tmp_path)
-    build_token_cache(cache.source, tokenizer, held_out=0.0, cache_dir=str(tmp_path / "cache"))
-    assert (directory / "new.tmp").exists() and not (directory / "old.tmp").exists()
+    (tmp_path / "cache").touch()
+    with pytest.raises(UserError, match="data.cache_dir"):
+        cache_of(["a"], tokenizer, tmp_path)
+    with pytest.raises(UserError, match=r"texts/\*\.txt has no documents"):
+        cache_of(["", ""], tokenizer, tmp_path / "empty")
 
 
-def test_processes_fill_one_cache_together(
+def test_hosts_fill_one_cache_together(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(source_module, "SHARD_BYTES", 3000)
     alone = cache_of(random_texts(150), tokenizer, tmp_path)
     counters = [Counting(tokenizer) for _ in range(3)]
-    failures: list[BaseException] = []
 
-    def build(index: int) -> None:
-        try:
-            build_token_cache(
-                alone.source,
-                counters[index],
-                held_out=0.0,
-                cache_dir=str(tmp_path / "together"),
-                process_index=index,
-                process_count=3,
-            )
-        except BaseException as error:
-            failures.append(error)
+    def work(index: int) -> None:
+        folder = tmp_path / "together"
+        build(alone.source, counters[index], folder, process_index=index, process_count=3)
 
-    threads = [threading.Thread(target=build, args=(index,)) for index in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    with ThreadPoolExecutor(3) as hosts:
+        assert [*hosts.map(work, range(3))] == [None] * 3
     assert files_of(tmp_path / "together") == files_of(tmp_path / "cache")
     assert all(counter.encoded < 150 for counter in counters)
 
@@ -269,47 +183,30 @@ def test_several_processes_of_one_machine_write_the_same_cache(
     monkeypatch.setattr(source_module, "SHARD_BYTES", 3000)
     alone = cache_of(random_texts(150), tokenizer, tmp_path, held_out=0.2)
     monkeypatch.setattr(token_cache, "_cores", lambda: 2 * token_cache.THREADS_A_PROCESS)
-    counting, progress = Counting(tokenizer), list[tuple[int, int, int]]()
-    again = build_token_cache(
-        alone.source, tokenizer, held_out=0.2, cache_dir=str(tmp_path / "cache"), progress=print
-    )
-    assert again.shards == alone.shards  # nothing was missing, so nothing was started
-    build_token_cache(
-        alone.source,
-        counting,
-        held_out=0.2,
-        cache_dir=str(tmp_path / "together"),
-        progress=lambda *numbers: progress.append(numbers),
-    )
+    counting = Counting(tokenizer)
+    build(alone.source, counting, tmp_path / "together", 0.2)
     assert files_of(tmp_path / "together") == files_of(tmp_path / "cache")
     assert counting.encoded == 0 and len(alone.shards) > 3
-    assert progress == sorted(progress) and len(progress) == len(alone.shards)
-    assert progress[-1][0] == progress[-1][1]
-
-
-def test_a_mistake_in_one_of_several_processes_is_told(
-    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(source_module, "SHARD_BYTES", 3000)
-    monkeypatch.setattr(token_cache, "_cores", lambda: 2 * token_cache.THREADS_A_PROCESS)
-    spec = write_texts(tmp_path / "texts", random_texts(60))
-    (tmp_path / "texts" / "000050.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(UserError, match="000050.txt is not UTF-8 text"):
-        build_token_cache(open_default(spec), tokenizer, held_out=0.2, cache_dir=str(tmp_path / "cache"))
 
 
 KILLED = """
 import sys, time
-from gemma_jax.data import source, token_cache
+from gemma_jax.data import shard_writer, source
 from gemma_jax.data.documents import open_source
+from gemma_jax.data.token_cache import build_token_cache
 from gemma_jax.tokenizer import Tokenizer
 
+class Slow(Tokenizer):
+    def encode_batch(self, texts, num_threads=-1):
+        print("batch", flush=True)
+        time.sleep(0.002)
+        return super().encode_batch(texts, num_threads)
+
 source.SHARD_BYTES = 20_000
-token_cache._BATCH_CHARACTERS = 4_000
-report = lambda *call: (print("batch", flush=True), time.sleep(0.002))
+shard_writer._BATCH_CHARACTERS = 4_000
 corpus, model, cache = sys.argv[1:]
 opened = open_source(corpus, text_field="text", bad_records="error")
-token_cache.build_token_cache(opened, Tokenizer.load(model), held_out=0.1, cache_dir=cache, progress=report)
+build_token_cache(opened, Slow.load(model), held_out=0.1, cache_dir=cache)
 print("whole", flush=True)
 """
 
@@ -321,11 +218,9 @@ def test_a_tokenisation_killed_at_any_moment_resumes_to_the_same_cache(
     model = tmp_path / "tokenizer.model"
     tokenizer.save(model)
     corpus = write_texts(tmp_path / "texts", random_texts(500))
-    undisturbed = build_token_cache(
-        open_default(corpus), tokenizer, held_out=0.1, cache_dir=str(tmp_path / "undisturbed")
-    )
+    undisturbed = build(open_default(corpus), tokenizer, tmp_path / "undisturbed", 0.1)
     shards_seen = []
-    for batches in (5, 12, 20):
+    for batches in (8, 15, 20):
         command = [sys.executable, "-c", KILLED, corpus, str(model), str(tmp_path / "killed")]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
@@ -338,28 +233,12 @@ def test_a_tokenisation_killed_at_any_moment_resumes_to_the_same_cache(
         shards_seen.append(len([*(tmp_path / "killed").rglob("*.json")]))
     assert 0 < shards_seen[0] < shards_seen[-1] < len(undisturbed.shards)
     counting = Counting(tokenizer)
-    build_token_cache(open_default(corpus), counting, held_out=0.1, cache_dir=str(tmp_path / "killed"))
+    build(open_default(corpus), counting, tmp_path / "killed", 0.1)
     assert 0 < counting.encoded < 500
     whole = files_of(tmp_path / "killed")
     assert {name: content for name, content in whole.items() if not name.endswith(".tmp")} == files_of(
         tmp_path / "undisturbed"
     )
-
-
-def write_token_records(path: Path, documents: Sequence[Sequence[int]], dtype: str) -> str:
-    writer = ArrayRecordWriter(str(path), "group_size:1")
-    for ids in documents:
-        writer.write(np.array(ids, dtype).tobytes())
-    writer.close()
-    return f"tokens:{dtype}:{path}"
-
-
-def test_token_records_are_cached_without_their_own_bos_and_eos(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    spec = write_token_records(
-        tmp_path / "a.array_record", [[300, 301], [2, 302, 1], [2, 303], [304, 1]], "uint32"
-    )
-    cache = build_token_cache(open_default(spec), tokenizer, held_out=0.0, cache_dir=str(tmp_path))
-    assert documents_of(cache, "train") == [[300, 301, 1], [302, 1], [303, 1], [304, 1]]
 
 
 @pytest.mark.parametrize(
@@ -371,12 +250,16 @@ def test_token_records_are_cached_without_their_own_bos_and_eos(tmp_path: Path, 
         ([300, 0, 301, 0], "record 1 holds the pad id 0 inside"),
     ],
 )
-def test_token_ids_that_no_document_of_this_vocabulary_holds(
+def test_token_records_lose_their_own_bos_and_eos_and_hold_no_other_control_ids(
     tmp_path: Path, tokenizer: Tokenizer, ids: list[int], says: str
 ) -> None:
-    spec = write_token_records(tmp_path / "a.array_record", [[300], ids], "uint16")
+    good = [[300, 301], [2, 302, 1], [2, 303], [304, 1]]
+    write_records(tmp_path / "a.array_record", [np.array(each, np.uint32).tobytes() for each in good])
+    cache = build(open_default(f"tokens:uint32:{tmp_path}/a.array_record"), tokenizer, tmp_path)
+    assert documents_of(cache, "train") == [[300, 301, 1], [302, 1], [303, 1], [304, 1]]
+    write_records(tmp_path / "b.array_record", [np.array(each, np.uint16).tobytes() for each in ([300], ids)])
     with pytest.raises(UserError, match=says):
-        build_token_cache(open_default(spec), tokenizer, held_out=0.0, cache_dir=str(tmp_path / "cache"))
+        build(open_default(f"tokens:uint16:{tmp_path}/b.array_record"), tokenizer, tmp_path)
 
 
 def test_a_large_vocabulary_is_stored_in_32_bits(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -388,12 +271,3 @@ def test_a_large_vocabulary_is_stored_in_32_bits(tmp_path: Path, tokenizer: Toke
     large.vocab_size = 70_001
     cache = cache_of(["abc"], large, tmp_path)
     assert documents_of(cache, "train") == [[70_000, 70_000, 70_000, 1]]
-
-
-def test_skipped_records_are_counted(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "a"}\nbad\n{"text": "b"}\n{}\n')
-    source = open_default(str(path), bad_records="skip")
-    for _ in range(2):
-        cache = build_token_cache(source, tokenizer, held_out=0.0, cache_dir=str(tmp_path / "cache"))
-        assert (cache.skipped, cache.size("train").documents) == (2, 2)

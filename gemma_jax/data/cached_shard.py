@@ -1,0 +1,95 @@
+"""One shard of a token cache: its files, and whether they are whole.
+
+A cache is kept under CACHE_DIR/tokens/KEY, where KEY is a hash of everything that decides its contents.
+For each shard NNNNN of the corpus and each split, `NNNNN.SPLIT.ids` holds the token ids of its examples one
+after the other (little-endian uint16, or uint32 for vocabularies over 65,536), those of a document followed
+by eos, and `NNNNN.SPLIT.lengths.npy` their lengths (int64). Of a source with loss weights,
+`NNNNN.SPLIT.weights` holds the weight of each id, one byte, in hundredths. `NNNNN.json`, written last, holds
+the sizes and a digest of each file's examples: a shard without it, or whose files have other sizes, is
+written again. All writers write the same bytes, so that any number of processes may fill one cache at once.
+
+The ids are flat files rather than records because packing wants any piece of any document as one slice.
+"""
+
+import dataclasses
+import json
+from typing import Any
+
+import numpy as np
+from etils import epath
+from numpy.typing import NDArray
+
+from gemma_jax.data.source import SPLITS, Split
+from gemma_jax.data.storage import ArrayFile, cache_error
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitSize:
+    """How much a split holds. `tokens` counts one eos a document; `num_bytes` is its text in UTF-8."""
+
+    documents: int = 0
+    tokens: int = 0
+    num_bytes: int = 0
+
+    def __add__(self, other: "SplitSize") -> "SplitSize":
+        return SplitSize(
+            self.documents + other.documents, self.tokens + other.tokens, self.num_bytes + other.num_bytes
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedShard:
+    """One shard of a cache, checked to be whole."""
+
+    directory: epath.Path
+    number: int
+    dtype: np.dtype[Any]
+    sizes: dict[Split, SplitSize] = dataclasses.field(hash=False)
+    skipped: int
+    digests: tuple[str, ...] = dataclasses.field(default=(), hash=False)
+    """Of the documents of each of its files, in order."""
+    weighted: bool = False
+
+    def path(self, split: Split, ending: str) -> epath.Path:
+        return self.directory / f"{self.number:05d}.{split}.{ending}"
+
+    def tokens(self, split: Split) -> ArrayFile:
+        """The ids of all documents one after the other, each followed by eos."""
+        return ArrayFile(self.path(split, "ids"), self.dtype)
+
+    def weights(self, split: Split) -> ArrayFile | None:
+        """For each id its weight in the loss, in hundredths, where the corpus has weights."""
+        return ArrayFile(self.path(split, "weights"), np.dtype("u1")) if self.weighted else None
+
+    def lengths(self, split: Split) -> NDArray[np.int64]:
+        """int64 [documents]: tokens of each document, eos included."""
+        file = ArrayFile(self.path(split, "lengths.npy"))
+        return file.read(0, len(file))
+
+
+def open_shard(directory: epath.Path, number: int, dtype: np.dtype[Any]) -> CachedShard | None:
+    """A shard whose files have the sizes that its metadata gives, or None."""
+    try:
+        metadata = json.loads((directory / f"{number:05d}.json").read_text())
+        sizes = {split: SplitSize(**metadata[split]) for split in SPLITS}
+        shard = CachedShard(
+            directory,
+            number,
+            dtype,
+            sizes,
+            int(metadata["skipped"]),
+            tuple(metadata["digests"]),
+            bool(metadata["weighted"]),
+        )
+        for split, size in sizes.items():
+            if shard.path(split, "ids").stat().length != size.tokens * dtype.itemsize:
+                return None
+            if shard.weighted and shard.path(split, "weights").stat().length != size.tokens:
+                return None
+            if shard.lengths(split).shape != (size.documents,):
+                return None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+    except OSError as error:
+        raise cache_error(directory, error) from error
+    return shard

@@ -1,0 +1,123 @@
+"""What the corpora of a run hold, for people, and for a later start to see whether they are the same."""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gemma_jax.data.cached_shard import SplitSize
+from gemma_jax.data.rows import PackedRows
+from gemma_jax.data.source import hash_of
+from gemma_jax.data.token_cache import TokenCache
+
+_MOST_FILES = 1000
+_NAMED_FILES = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceStatistics:
+    """What one corpus holds. No token of a document is ever dropped: an epoch predicts train.tokens."""
+
+    name: str
+    train: SplitSize
+    held_out: SplitSize
+    """Without documents and bytes where pieces of documents are held out."""
+    train_rows: int
+    held_out_rows: int
+    utilisation: float
+    """Share of the slots of training rows that hold a token."""
+    skipped: int
+    """Records that could not be read, with data.bad_records=skip."""
+    truncated: int
+    """Examples that are longer than a row and lack their end in it."""
+    by_pieces: bool
+    """Whether pieces of documents are held out, because there are too few documents."""
+    digest: str
+    """Of the contents, in order: the same wherever the files are, and whatever their names and times are."""
+    files: Mapping[str, str]
+    """A digest of each file (of neighbouring ones where there are many), by its name below their folder."""
+
+    def sentences(self) -> list[str]:
+        """What to say of the corpus when a run starts."""
+        train, held_out = self.train, self.held_out
+        lines = [
+            f"{self.name}: {train.documents:,} documents, {train.tokens:,} tokens in "
+            f"{self.train_rows:,} rows ({self.utilisation:.1%} full)"
+        ]
+        if not self.by_pieces:
+            lines.append(
+                f"{self.name}: {held_out.documents:,} documents, {held_out.tokens:,} tokens held out"
+            )
+        elif held_out.tokens:
+            lines.append(
+                f"{self.name} has too few documents to hold some of them out, so pieces of them are held "
+                f"out: {held_out.tokens:,} tokens"
+            )
+        else:
+            lines.append(
+                f"{self.name} is too small to hold anything out, so no held-out loss is measured on it; "
+                "name a larger corpus or shorten data.sequence_length"
+            )
+        if self.skipped:
+            lines.append(f"{self.name}: {self.skipped:,} unreadable records skipped")
+        if self.truncated:
+            lines.append(f"{self.name}: {self.truncated:,} examples longer than a row are truncated")
+        return lines
+
+    def change_since(self, then: Mapping[str, Any]) -> str:
+        """What has changed since these statistics (as JSON has them) were taken; "" if the rows are the same.
+
+        Raises:
+          ValueError, KeyError, TypeError: `then` is something else.
+        """
+        now = dataclasses.asdict(self)
+        deciding = ("digest", "train", "held_out", "train_rows", "held_out_rows")
+        if all(then[name] == now[name] for name in deciding):
+            return ""
+        before, after = dict(then["files"]), self.files
+        kinds = {
+            "changed": [name for name in before if name in after and before[name] != after[name]],
+            "missing": [name for name in before if name not in after],
+            "new": [name for name in after if name not in before],
+        }
+        found = [f"{kind}: {_some(names)}" for kind, names in kinds.items() if names]
+        sizes = f"{then['train']['tokens']:,} tokens to train on before, {self.train.tokens:,} now"
+        return "; ".join([*found, sizes])
+
+
+def source_statistics(train: PackedRows, held_out: PackedRows) -> SourceStatistics:
+    cache = train.cache
+    return SourceStatistics(
+        name=cache.source.name,
+        train=train.size,
+        held_out=held_out.size,
+        train_rows=len(train),
+        held_out_rows=len(held_out),
+        utilisation=train.utilisation,
+        skipped=cache.skipped,
+        truncated=train.truncated + held_out.truncated,
+        by_pieces=cache.by_pieces,
+        digest=hash_of([shard.digests for shard in cache.shards]),
+        files=_file_digests(cache),
+    )
+
+
+def _file_digests(cache: TokenCache) -> dict[str, str]:
+    digests: dict[str, list[str]] = {}
+    for part, shard in zip(cache.source.shards, cache.shards, strict=True):
+        for file, digest in zip(part.files, shard.digests, strict=True):
+            digests.setdefault(file, []).append(digest)
+    files = list(digests)
+    folder = os.path.commonprefix(files).rpartition("/")[0]
+    step = -(-len(files) // _MOST_FILES)
+    found = {}
+    for start in range(0, len(files), step):
+        some = files[start : start + step]
+        name = " to ".join(file.removeprefix(f"{folder}/") for file in dict.fromkeys([some[0], some[-1]]))
+        found[name] = hash_of([digests[file] for file in some])[:16]
+    return found
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - _NAMED_FILES
+    return ", ".join(names[:_NAMED_FILES]) + (f" and {more:,} more" if more > 0 else "")

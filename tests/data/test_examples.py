@@ -1,0 +1,190 @@
+"""Examples with loss weights: from a source through cache, row index and loader to the loss."""
+
+import json
+import random
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gemma_jax.config.sections import DataConfig
+from gemma_jax.data import source as source_module
+from gemma_jax.data.loader import Dataset, prepare
+from gemma_jax.data.packing import Batch
+from gemma_jax.data.source import Document, Example
+from gemma_jax.data.text_source import JsonLines
+from gemma_jax.errors import UserError
+from gemma_jax.tokenizer import Tokenizer
+
+LENGTH = 48
+
+
+class Completions(JsonLines):
+    """Lines with the ids of a prompt, which is not trained, and of an answer, with a weight."""
+
+    weighted = True
+    long_examples = "refuse"
+
+    def document_of(self, fields: dict[str, Any], number: int) -> Document:
+        prompt, answer, weight = fields["prompt"], fields["answer"], fields["weight"]
+        weights = [0] * len(prompt) + [weight] * len(answer)
+        split_by = b"" if self.group_size > 1 else repr(prompt).encode()
+        return Example(prompt + answer, weights, number, split_by)
+
+
+class Truncated(Completions):
+    long_examples = "truncate"
+
+
+class Pairs(Truncated):
+    """Two lines with the same prompt are the two answers of a preference."""
+
+    group_size = 2
+
+
+def lines_of(count: int, answers: int = 1, longest: int = 20) -> list[dict[str, Any]]:
+    generator = random.Random(0)
+
+    def ids(most: int) -> list[int]:
+        return [generator.randrange(300, 500) for _ in range(generator.randint(1, most))]
+
+    return [
+        {"prompt": prompt, "answer": ids(longest), "weight": generator.choice([1, 0.1, 2.5])}
+        for prompt in [ids(12) for _ in range(count)]
+        for _ in range(answers)
+    ]
+
+
+def dataset_of(
+    folder: Path, tokenizer: Tokenizer, kind: type[Completions], lines: Sequence[dict[str, Any]]
+) -> Dataset:
+    (folder / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = DataConfig(held_out=0.2, sequence_length=LENGTH, cache_dir=str(folder / "cache"))
+    source = kind("examples", [str(folder / "a.jsonl")], "", "error")
+    return prepare(config, tokenizer, 3, sources=[source])
+
+
+def segments(batch: Batch) -> list[tuple[list[int], list[int], list[float]]]:
+    """Inputs, targets and weights of each segment of all rows."""
+    return [
+        (tokens[mine].tolist(), targets[mine].tolist(), weights[mine].tolist())
+        for tokens, targets, weights, ids in zip(
+            batch.tokens, batch.targets, batch.loss_weights, batch.segment_ids, strict=True
+        )
+        for mine in [ids == number for number in range(1, ids.max() + 1)]
+    ]
+
+
+def nats(inputs: Sequence[int], target: int) -> float:
+    """In the place of a model: a number for a target after all that its segment has before it."""
+    return zlib.crc32(repr((list(inputs), target)).encode()) / 2**32
+
+
+def test_the_loss_of_packed_examples_is_the_weighted_mean_over_separate_ones(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source_module, "SHARD_BYTES", 4000)
+    lines = lines_of(200)
+    dataset = dataset_of(tmp_path, tokenizer, Completions, lines)
+    whole = dataset.train.batch(0, dataset.train.num_rows)
+    held_out = [segment for batch in dataset.held_out.batches(3) for segment in segments(batch)]
+    found = [*segments(whole), *held_out]
+    expected = []
+    for line in lines:
+        ids = line["prompt"] + line["answer"]
+        weights = np.float32([0] * len(line["prompt"]) + [line["weight"]] * len(line["answer"]))
+        expected.append(([2, *ids[:-1]], ids, weights.tolist()))
+    assert sorted(found) == sorted(expected)  # each once, in one piece, with its exact weights
+    assert len(held_out) > 10 and dataset.statistics[0].utilisation > 0.9
+    total = weight = 0.0
+    for tokens, targets, weights, positions in zip(
+        whole.tokens, whole.targets, whole.loss_weights, whole.positions, strict=True
+    ):
+        for place in np.flatnonzero(weights):
+            first = place - positions[place]
+            total += float(weights[place]) * nats(tokens[first : place + 1].tolist(), int(targets[place]))
+            weight += float(weights[place])
+    separate = [
+        (w * nats(inputs[: i + 1], target), w)
+        for inputs, targets, weights in expected
+        if (inputs, targets, weights) not in held_out
+        for i, (target, w) in enumerate(zip(targets, weights, strict=True))
+    ]
+    mean = sum(nats for nats, _ in separate) / sum(weight for _, weight in separate)
+    assert total / weight == pytest.approx(mean, rel=1e-6)
+
+
+def test_rows_of_examples_are_found_by_number_on_any_host_and_name_their_lines(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    lines = lines_of(60)
+    train = dataset_of(tmp_path, tokenizer, Completions, lines).train
+    whole = train.batch(0, 12)
+    with train.iterate(4, 4, slice(0, 2)) as first, train.iterate(4, 4, [2, 3]) as second:
+        resumed = [next(host) for _ in range(2) for host in (first, second)]
+    for array, parts in zip(whole, zip(*resumed, strict=True), strict=True):
+        assert (array[4:] == np.concatenate(parts)).all()
+    for row in range(12):
+        origins = train.origin(row)
+        shown = segments(train.batch(row, 1))
+        for origin, (_, targets, _) in zip(origins, shown, strict=True):
+            line = lines[int(origin.place.rsplit(" ", 1)[1]) - 1]
+            assert targets == line["prompt"] + line["answer"]
+            assert (origin.start, origin.stop) == (0, len(targets))
+
+
+def test_pairs_stay_together_in_a_row_and_on_one_side(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    lines = lines_of(80, answers=2, longest=30)
+    dataset = dataset_of(tmp_path, tokenizer, Pairs, lines)
+    partner = {}
+    for chosen, rejected in zip(lines[::2], lines[1::2], strict=True):
+        both = [line["prompt"] + line["answer"] for line in (chosen, rejected)]
+        most = LENGTH // 2 if sum(map(len, both)) > LENGTH else LENGTH
+        partner[tuple(both[0][:most])] = both[1][:most]
+    pairs = 0
+    for batch in [dataset.train.batch(0, dataset.train.num_rows), *dataset.held_out.batches(1)]:
+        for row in range(len(batch.tokens)):
+            found = [targets for _, targets, _ in segments(Batch(*(array[row : row + 1] for array in batch)))]
+            assert all(partner[tuple(a)] == b for a, b in zip(found[::2], found[1::2], strict=True))
+            pairs += len(found) // 2
+    assert pairs == 80 and dataset.held_out.num_rows
+    statistics = dataset.statistics[0]
+    assert 0 < statistics.truncated < 160 and "truncated" in " ".join(statistics.sentences())
+
+
+def test_examples_longer_than_a_row_are_refused_by_name_or_truncated_and_counted(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    lines = lines_of(40)
+    lines[7] = {"prompt": [300, 301], "answer": [302] * LENGTH, "weight": 1}
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"a\.jsonl, line 8 is an example of 50 tokens.*row of 48"):
+            dataset_of(tmp_path, tokenizer, Completions, lines)
+    dataset = dataset_of(tmp_path, tokenizer, Truncated, lines)
+    assert dataset.statistics[0].truncated == 1
+    everything = [*segments(dataset.train.batch(0, dataset.train.num_rows))]
+    everything += [segment for batch in dataset.held_out.batches(1) for segment in segments(batch)]
+    assert [300, 301] + [302] * (LENGTH - 2) in [targets for _, targets, _ in everything]
+    tokens = dataset.statistics[0].train.tokens + dataset.statistics[0].held_out.tokens
+    assert tokens == sum(len(targets) for _, targets, _ in everything)
+
+
+@pytest.mark.parametrize(
+    "change", [{"weight": 0}, {"weight": -1}, {"weight": 3}, {"weight": 0.005}, {"weight": float("nan")}]
+)
+def test_weights_that_teach_nothing_or_do_not_fit_are_refused(
+    tmp_path: Path, tokenizer: Tokenizer, change: dict[str, Any]
+) -> None:
+    with pytest.raises(UserError, match="line 2: .* loss weight"):
+        dataset_of(tmp_path, tokenizer, Completions, [*lines_of(1), {**lines_of(1)[0], **change}])
+
+
+def test_damaged_weights_are_written_again(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    first = dataset_of(tmp_path, tokenizer, Completions, lines_of(40)).train.batch(0, 5)
+    (path,) = (tmp_path / "cache").rglob("*.train.weights")
+    path.write_bytes(path.read_bytes()[:10])
+    again = dataset_of(tmp_path, tokenizer, Completions, lines_of(40)).train.batch(0, 5)
+    assert (first.loss_weights == again.loss_weights).all()
