@@ -16,7 +16,7 @@ from gemma_jax.sharding import platform
 from gemma_jax.weights.matmul import precision
 
 PREFILL_CHUNK = 512  # tokens of each prompt, where attention has no kernel for whole rows
-KEY_BLOCK = 512  # slots of the cache whose scores exist at one time
+QUERY_BLOCK = 64  # new tokens whose scores of the whole cache exist at one time
 ATTENDED = "attended"  # what self_attend gives, for a policy of jax.checkpoint
 
 
@@ -128,51 +128,15 @@ def cache_attend(
     Returns:
       [B, L, N, H] in q's dtype.
     """
-    if q.shape[1] == 1 or k.shape[1] <= KEY_BLOCK:
+
+    def of_block(block: tuple[jax.Array, Integers, Integers]) -> jax.Array:
+        q, positions, segments = block
         return attend(q, k, v, attention_mask(positions, segments, cache.positions, cache.segments))
-    return _attend_in_blocks(q, k, v, positions, segments, cache)
 
-
-def _attend_in_blocks(
-    q: jax.Array, k: jax.Array, v: jax.Array, positions: Integers, segments: Integers, cache: KVCache
-) -> jax.Array:
-    """`cache_attend` with the scores of a block of keys at a time, and no work beyond the slots in use.
-
-    The softmax is computed as the blocks come (Milakov and Gimelshein, 2018): numerator and denominator are
-    scaled down whenever a larger score appears.
-    """
-    B, L, N, H = q.shape
-    S, K = k.shape[1:3]
-    G, block = N // K, KEY_BLOCK
-    queries = q.reshape(B, L, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * L, H)
-    wide = jnp.promote_types(q.dtype, jnp.float32)
-    lowest = jnp.finfo(wide).min
-
-    def body(
-        number: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        largest, denominator, numerator = carry
-        start = jnp.minimum(number * block, S - block)  # the last block may overlap the one before
-        part = lambda x: jax.lax.dynamic_slice_in_dim(x, start, block, axis=1)  # noqa: E731
-        keys, values = part(k), part(v)
-        mask = attention_mask(positions, segments, part(cache.positions), part(cache.segments))
-        mask &= start + jnp.arange(block) >= number * block
-        exact = precision(q.dtype)
-        scores = jnp.einsum("BKQH,BSKH->BKQS", queries, keys, precision=exact, preferred_element_type=wide)
-        scores = jnp.where(mask[:, None, None], scores.reshape(B, K, G, L, block), lowest)
-        scores = scores.reshape(B, K, G * L, block)
-        new_largest = jnp.maximum(largest, jnp.max(scores, axis=-1))
-        shrink = jnp.exp(largest - new_largest)
-        weights = jnp.exp(scores - new_largest[..., None])
-        attended = jnp.einsum(
-            "BKQS,BSKH->BKQH", weights.astype(q.dtype), values, precision=exact, preferred_element_type=wide
-        )
-        denominator = denominator * shrink + jnp.sum(weights, axis=-1)
-        return new_largest, denominator, numerator * shrink[..., None] + attended
-
-    shape = (B, K, G * L)
-    begin = (jnp.full(shape, lowest, wide), jnp.zeros(shape, wide), jnp.zeros((*shape, H), wide))
-    blocks = (jnp.max(cache.lengths) + block - 1) // block
-    _, denominator, numerator = jax.lax.fori_loop(0, blocks, body, begin)
-    out = (numerator / denominator[..., None]).astype(q.dtype)
-    return out.reshape(B, K, G, L, H).transpose(0, 3, 1, 2, 4).reshape(B, L, N, H)
+    B, L = q.shape[:2]
+    if L <= QUERY_BLOCK or L % QUERY_BLOCK:
+        return of_block((q, positions, segments))
+    blocks = jax.tree.map(
+        lambda x: x.reshape(B, -1, QUERY_BLOCK, *x.shape[2:]).swapaxes(0, 1), (q, positions, segments)
+    )
+    return jax.lax.map(of_block, blocks).swapaxes(0, 1).reshape(q.shape)

@@ -115,29 +115,3 @@ def test_every_row_has_settings_of_its_own() -> None:
     seen = [set(column) for column in np.stack(chosen, axis=1).tolist()]
     assert seen[:4] == [{3}, {3}, {3}, {3, 1}]
     assert len(seen[4]) >= 5
-
-
-def test_a_row_is_chosen_as_if_it_were_alone() -> None:
-    rng = np.random.default_rng(0)
-    rows = jnp.asarray(rng.normal(size=(8, 50)), jnp.float32)
-    keys = jax.random.split(jax.random.key(7), 8)
-    temperature = jnp.linspace(0, 2, 8)
-    top_k, top_p = jnp.arange(8) * 3, jnp.linspace(0.3, 1, 8)
-    together = compiled(rows, keys, temperature, top_k, top_p)
-    for row in range(8):
-        one = slice(row, row + 1)
-        alone = compiled(rows[one], keys[one], temperature[one], top_k[one], top_p[one])
-        assert int(alone[0][0]) == int(together[0][row])
-        np.testing.assert_allclose(alone[1][0], together[1][row], rtol=1e-6)
-
-
-@pytest.mark.parametrize("settings", [(0.0, 0, 1.0), (0.3, 2, 0.6), (5.0, 0, 1.0)])
-def test_log_probabilities_are_those_of_the_model_whatever_the_settings(
-    settings: tuple[float, int, float],
-) -> None:
-    rows = jnp.tile(
-        jnp.asarray([*(LOGITS + 3), -np.inf]), (64, 1)
-    )  # logits that do not sum to one, and padding
-    values = [jnp.full(64, value) for value in settings]
-    tokens, log_probs = compiled(rows, jax.random.split(jax.random.key(3), 64), *values)
-    np.testing.assert_allclose(log_probs, np.log(PROBABILITIES)[np.asarray(tokens)], rtol=1e-5)
