@@ -153,14 +153,6 @@ def test_held_out_rows_come_once_in_a_fixed_order_and_the_last_batch_is_filled_u
     assert places == sorted(set(places)) and places[-1] > held.num_rows / 2, "not evenly spread"
 
 
-def test_progress_covers_all_sources(tmp_path: Path, tokenizer: Tokenizer, small_shards: None) -> None:
-    calls: list[tuple[int, int, int]] = []
-    done = prepare(config(tmp_path), tokenizer, 0, lambda *call: calls.append(call))
-    assert calls == sorted(calls) and len({total for _, total, _ in calls}) == 1
-    assert calls[-1][0] == calls[-1][1]
-    assert calls[-1][2] == sum(s.train.tokens + s.held_out.tokens for s in done.statistics)
-
-
 def test_an_error_of_the_reading_thread_reaches_the_consumer_and_close_ends_it(dataset: Dataset) -> None:
     class Failing(Loader):
         def __init__(self, inner: Loader):

@@ -1,5 +1,3 @@
-import time
-
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -77,14 +75,6 @@ def test_packing_equals_naive_best_fit_decreasing(lengths: list[int], capacity: 
             free.append(capacity - length)
     bins = best_fit_decreasing(np.array(lengths), capacity)
     assert sorted(capacity - np.bincount(bins, weights=lengths)) == sorted(free)
-
-
-def test_a_million_documents_pack_tightly_in_seconds() -> None:
-    lengths = np.maximum(1, np.random.default_rng(0).lognormal(5.5, 1.2, 1_000_000)).astype(np.int64)
-    start = time.process_time()
-    index = build_row_index(cut_documents(lengths, 2048), 2048)
-    assert time.process_time() - start < 5
-    assert lengths.sum() / (len(index) * 2048) > 0.999
 
 
 def test_rows_follow_the_order_of_documents() -> None:

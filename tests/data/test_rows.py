@@ -52,19 +52,6 @@ def test_all_documents_can_be_put_together_from_all_rows(cache: TokenCache, toke
         assert rows.utilisation == batch.loss_weights.mean()
 
 
-def test_the_index_is_kept_and_used_again(cache: TokenCache, tokenizer: Tokenizer) -> None:
-    first = read_all(PackedRows(cache, "train", LENGTH), tokenizer)
-
-    def times() -> list[int]:
-        return [path.stat().st_mtime_ns for path in Path(cache.shards[0].directory).glob(f"*rows-{LENGTH}.*")]
-
-    before = times()
-    again = PackedRows(cache, "train", LENGTH)
-    assert all((a == b).all() for a, b in zip(first, read_all(again, tokenizer), strict=True))
-    assert before == times() and len(before) == 2 * len(cache.shards)
-    assert len(PackedRows(cache, "train", 2 * LENGTH)) < len(again)
-
-
 @pytest.mark.parametrize("kind", ["pieces", "starts"])
 @pytest.mark.parametrize("damage", ["cut", "gone", "empty", "foreign"])
 def test_a_damaged_index_is_built_again(
@@ -100,14 +87,6 @@ def test_damage_under_way_is_named_and_never_trained_on(
     ids.unlink()
     with pytest.raises(UserError, match="00000.train.ids"):
         read_all(PackedRows(cache, "train", LENGTH), tokenizer)
-
-
-def test_lengths_that_do_not_fit_the_ids_are_named(cache: TokenCache, tokenizer: Tokenizer) -> None:
-    lengths = cache.shards[0].lengths("train").copy()
-    lengths[0] += 1
-    np.save(Path(cache.shards[0].path("train", "lengths.npy")), lengths)
-    with pytest.raises(UserError, match="is damaged at shard 0"):
-        PackedRows(cache, "train", LENGTH)
 
 
 @pytest.mark.parametrize(

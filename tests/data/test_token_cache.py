@@ -1,4 +1,3 @@
-import contextlib
 import resource
 import signal
 import subprocess
@@ -10,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from corpora import build, cache_of, open_default, random_texts, write_records, write_texts
-from etils import epath
 
-from gemma_jax.data import shard_writer, storage, token_cache
+from gemma_jax.data import shard_writer, token_cache
 from gemma_jax.data import source as source_module
 from gemma_jax.data.cached_shard import SplitSize
 from gemma_jax.data.source import SPLITS, Split, Text, is_held_out
@@ -135,19 +133,6 @@ def test_a_file_that_cannot_be_written_is_one_sentence_and_leaves_only_whole_sha
     assert not [*tmp_path.rglob("*.tmp")]
     build(source, counting, tmp_path, 0.0)
     assert 0 < counting.encoded < 60
-
-
-def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = epath.Path(tmp_path / "file")
-    path.write_text("old")
-    with contextlib.suppress(KeyboardInterrupt), storage.replacing(path) as stream:
-        stream.write(b"new")
-        raise KeyboardInterrupt
-    assert files_of(tmp_path) == {"file": b"old"}
-    with path.open("rb") as reader:
-        with storage.replacing(path) as stream:
-            stream.write(b"new")
-        assert reader.read() == b"old" and files_of(tmp_path) == {"file": b"new"}
 
 
 def test_a_cache_that_cannot_be_made_and_an_empty_corpus_are_named(
