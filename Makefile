@@ -4,6 +4,8 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 # The TPU compiler, which tests compile with: in a folder of its own, for in the environment jax would try it as a TPU.
 COMPILER := .venv/libtpu/installed
+# Most of a test's time is compiling, on one core; a file's tests share what they compile.
+WORKERS = --numprocesses 2 --dist loadfile
 CONSTRAINTS = constraints/$$($(BIN)/python -c 'import sys; print("py311" if sys.version_info < (3, 12) else "py312")').txt
 
 .PHONY: demo test test-slow parity lint clean
@@ -19,10 +21,10 @@ demo: $(INSTALLED)
 	  '  $(BIN)/gemma inspect runs/demo'
 
 test: lint $(COMPILER)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow"
 
 # pytest ends with 5 where no test is marked slow.
-test-slow: $(INSTALLED) $(COMPILER)
+test-slow: .venv/slow-installed $(COMPILER)
 	$(BIN)/python -m pytest -m slow || [ $$? -eq 5 ]
 
 # In an environment of its own: nothing else needs transformers and torch.
@@ -52,6 +54,11 @@ $(INSTALLED): setup.py constraints/py311.txt constraints/py312.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "Installing gemma_jax into .venv (once)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test]" \
+	  --constraint $(CONSTRAINTS)
+	@touch $@
+
+.venv/slow-installed: $(INSTALLED)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test-slow]" \
 	  --constraint $(CONSTRAINTS)
 	@touch $@
 

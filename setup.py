@@ -32,7 +32,8 @@ setup(
         "cuda": ["jax[cuda13]"],
         "data": ["gcsfs", "s3fs"],
         "kaggle": ["kagglehub"],
-        "test": ["hypothesis", "import-linter", "mypy", "pytest", "ruff"],
+        "test": ["hypothesis", "import-linter", "mypy", "pytest", "pytest-xdist", "ruff"],
+        "test-slow": ["flask", "flask-cors", "moto[s3]", "s3fs"],  # S3 on this machine
     },
     entry_points={"console_scripts": ["gemma = gemma_jax.cli:main"]},
 )

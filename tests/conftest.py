@@ -10,7 +10,9 @@ from etils import epath
 from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 
+from gemma_jax.cli import main
 from gemma_jax.testing import use_cpu_devices
+from tests.tiny_run import config_file, write_corpus
 
 use_cpu_devices(8)
 
@@ -27,6 +29,21 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no real test material: set GEMMA_JAX_TEST_DATA to its folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The documents of the tiny run, to be read only; caches are beside the folder."""
+    folder = tmp_path_factory.mktemp("tiny") / "corpus"
+    write_corpus(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_run(corpus: Path) -> Path:
+    """A run of 8 steps with checkpoints after 4 and 8, to be read only; its config file is beside it."""
+    assert main(["pretrain", config_file(corpus.parent, corpus)]) == 0
+    return corpus.parent / "run"
 
 
 class Bucket(MemoryFileSystem):  # fsspec has no types

@@ -62,14 +62,3 @@ def test_every_cell_runs(
     # Of one text the product of what is shown is its likelihood.
     generation = names["generations"][0]
     assert f'title="{100 * names["math"].exp(generation.log_probs[0]):.2f}%"' in shown[0]
-
-
-def test_the_package_is_installed_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Asked for alone: the cell must not need what it installs."""
-    ran: list[list[str]] = []
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr("subprocess.run", lambda command, check: ran.append(command))
-    first = next(cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code")
-    exec(compile("".join(first["source"]), "install", "exec"), {})
-    [command] = ran
-    assert command[1:4] == ["-m", "pip", "install"] and command[-1] == ".."

@@ -4,28 +4,15 @@ import json
 from pathlib import Path
 
 import fsspec
-import numpy as np
 import pytest
 from etils import epath
 
 from gemma_jax.cli import main
-from gemma_jax.config import (
-    PRESETS,
-    CheckpointConfig,
-    DataConfig,
-    EvaluationConfig,
-    LoggingConfig,
-    MeshConfig,
-    PretrainConfig,
-    TokenizerConfig,
-    replace,
-    to_json,
-)
+from gemma_jax.config import replace, to_json
 from gemma_jax.errors import UserError
 from gemma_jax.paths import user_path
 from gemma_jax.tokenizer import Tokenizer
-
-WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
+from tests.tiny_run import config, write_corpus
 
 
 def test_a_path_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,32 +72,15 @@ def test_what_others_write_into_a_bucket_is_seen(monkeypatch: pytest.MonkeyPatch
 @pytest.fixture
 def run(bucket: epath.Path) -> epath.Path:
     """A run in a bucket that has its files, but no checkpoint: those go by another library's way."""
-    rng = np.random.default_rng(0)
-    (bucket / "corpus").mkdir()
-    texts = [" ".join(rng.choice(WORDS, 60)) for _ in range(40)]
-    for number, text in enumerate(texts):
-        (bucket / "corpus" / f"{number}.txt").write_text(text)
+    write_corpus(bucket / "corpus")
+    texts = (path.read_text() for path in (bucket / "corpus").glob("*.txt"))
     Tokenizer.train(texts, 430, "gs://bucket/small.model")
-    config = PretrainConfig(
-        run_dir="gs://bucket/runs/a",
-        steps=4,
-        model=replace(PRESETS["gemma_tiny"], {"vocab_size": 430}),
-        tokenizer=TokenizerConfig(path="gs://bucket/small.model"),
-        data=DataConfig(
-            sources=("gs://bucket/corpus/*.txt",),
-            sequence_length=32,
-            batch_size=4,
-            held_out=0.0,
-            cache_dir="gs://bucket/cache",
-        ),
-        mesh=MeshConfig(cpu_devices=2),
-        checkpoint=CheckpointConfig(every=100),
-        evaluation=EvaluationConfig(every=0),
-        logging=LoggingConfig(every=1),
-    )
+    changes = {"steps": 4, "tokenizer.path": "gs://bucket/small.model", "data.held_out": 0.0}
+    changes |= {"evaluation.every": 0, "checkpoint.every": 100}
+    run_config = config("gs://bucket/runs/a", "gs://bucket/corpus", "gs://bucket/cache")
     path = bucket / "runs" / "a"
     path.mkdir(parents=True)
-    (path / "config.json").write_text(to_json(config))
+    (path / "config.json").write_text(to_json(replace(run_config, changes)))
     return path
 
 
@@ -120,7 +90,9 @@ def test_a_run_in_a_bucket_is_trained_listed_drawn_inspected_and_replayed(
     from gemma_jax.checkpoint.store import CheckpointStore
 
     saved: list[int] = []
-    monkeypatch.setattr(CheckpointStore, "save", lambda self, step, *rest, **more: saved.append(step))
+    monkeypatch.setattr(
+        CheckpointStore, "save", lambda self, position, *rest, **more: saved.append(position.step)
+    )
     assert main(["pretrain", str(run)]) == 0
     assert saved == [4]
     names = sorted(path.name for path in run.iterdir())

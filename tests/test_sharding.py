@@ -1,6 +1,5 @@
 """Where arrays lie on a mesh, as tables, and that they do lie there."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,11 +13,8 @@ from jax.sharding import PartitionSpec as P
 from gemma_jax.config import PRESETS, ComputeConfig, MeshConfig, PretrainConfig, replace
 from gemma_jax.errors import UserError
 from gemma_jax.model import ModelSpec
-from gemma_jax.model.layers import RESIDUAL
 from gemma_jax.sharding import (
-    RULES,
     Axes,
-    constrain,
     local_rows,
     make_mesh,
     named_arrays,
@@ -80,10 +76,6 @@ def test_what_only_a_bug_can_do_is_no_mistake_of_the_user() -> None:
         partition_spec(("no_such_axis",), (8,), cpu_mesh(8), "w")
     with pytest.raises(ValueError, match="w has shape"):
         partition_spec(("embed",), (8, 8), cpu_mesh(8), "w")
-
-
-def test_every_rule_names_axes_of_the_mesh() -> None:
-    assert {axis for axes in RULES.values() for axis in axes} == set(cpu_mesh(8).axis_names)
 
 
 def test_a_model_that_the_mesh_does_not_divide_is_refused_by_the_parameters_name() -> None:
@@ -192,23 +184,6 @@ def test_batches_are_split_by_rows(data: int, fsdp: int, tensor: int) -> None:
     # Each row lies on as many devices as tensor has.
     firsts = [shard.index[0].start or 0 for shard in placed["weights"].addressable_shards]
     assert {firsts.count(first) for first in firsts} == {tensor}
-
-
-def test_a_constraint_decides_where_an_activation_lies() -> None:
-    """Compiled from copied inputs, a function's result would be a copy on every device without it."""
-    mesh = cpu_mesh(8, data=2, fsdp=2, tensor=2)
-    everywhere = NamedSharding(mesh, P())
-    x = jax.ShapeDtypeStruct((8, 4, 6), jnp.float32, sharding=everywhere)
-
-    def placed(function: Callable[[jax.Array], jax.Array]) -> NamedSharding:
-        return jax.jit(function).lower(x).compile().output_shardings
-
-    assert placed(lambda x: x + 1).is_equivalent_to(everywhere, 3)
-    split = placed(lambda x: constrain(x + 1, RESIDUAL, mesh))
-    assert split.is_equivalent_to(NamedSharding(mesh, P(("slice", "data", "fsdp"))), 3)
-    assert split.shard_shape((8, 4, 6)) == (2, 4, 6)
-    heads = placed(lambda x: constrain(x + 1, ("batch", "length", "heads"), mesh))
-    assert heads.shard_shape((8, 4, 6)) == (2, 4, 3)
 
 
 def test_the_models_activations_are_split_by_rows() -> None:

@@ -3,7 +3,6 @@
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import pytest
@@ -52,7 +51,7 @@ def test_a_coordinator_that_is_named_goes_before_what_is_found() -> None:
     }
 
 
-def test_pathways_needs_its_package_and_is_started_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pathways_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JAX_PLATFORMS", "proxy")
     monkeypatch.setitem(sys.modules, "pathwaysutils", None)
     with (
@@ -60,14 +59,6 @@ def test_pathways_needs_its_package_and_is_started_once(monkeypatch: pytest.Monk
         startup.joined(HostsConfig(), on_cpu=False),
     ):
         pass
-    calls: list[str] = []
-    module = SimpleNamespace(initialize=lambda: calls.append("initialize"))
-    monkeypatch.setitem(sys.modules, "pathwaysutils", module)
-    with startup.joined(HostsConfig(), on_cpu=False):
-        calls.append("inside")
-    assert calls == ["initialize", "inside"]
-    with startup.joined(HostsConfig(), on_cpu=True):
-        assert calls == ["initialize", "inside"]
 
 
 LEAVES = """
@@ -118,12 +109,3 @@ def test_a_process_without_others_just_raises() -> None:
         raise ValueError("a bug")
     startup.wait_for_all("nothing")
     assert startup.any_process(True) and not startup.any_process(False)
-
-
-def test_programs_are_kept_where_the_config_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    updates: list[tuple[str, str]] = []
-    monkeypatch.setattr(jax.config, "update", lambda name, value: updates.append((name, value)))
-    startup.keep_programs("")
-    assert updates == []
-    startup.keep_programs(str(tmp_path / "programs"))
-    assert updates == [("jax_compilation_cache_dir", str(tmp_path / "programs"))]

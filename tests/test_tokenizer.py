@@ -5,7 +5,6 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -26,15 +25,7 @@ unicode_text = st.text(st.characters(exclude_categories=["Cs"], exclude_characte
 marker_fragments = st.lists(
     st.sampled_from(
         [
-            *(
-                "<start_of_turn>",
-                "<end_of_turn>",
-                "<mask>",
-                "<unused7>",
-                "[@BOS@]",
-                "[toxicity=0]",
-                "<unused99>",
-            ),
+            *("<start_of_turn>", "<end_of_turn>", "<mask>", "<unused7>", "[@BOS@]", "[toxicity=0]"),
             *("<start_of_", "_of_turn>", "start_of_turn", "turn>", "<end", "<", ">"),
             *("<bos>", "<eos>", "<pad>", "<unk>", "<0x0A>", "<h1>", "</h1>"),
             *("\n", "\n\n", " ", "   ", "\t", "user", "é", "\0"),
@@ -108,21 +99,11 @@ def test_typed_text_never_becomes_a_control_token(tokenizer: Tokenizer, text: st
     assert not control & set(ids)
 
 
-def test_typed_text_without_markers_is_encoded_as_any_other(tokenizer: Tokenizer) -> None:
-    text = "if a < b and c[0] > d:\n\n    print('<h1>white  space</h1>\t<start_of_turn')"
-    assert tokenizer.encode_typed(text) == tokenizer.encode(text)
-
-
 def test_typed_text_splits_markers_that_overlap(small: Tokenizer) -> None:
     overlapping = Tokenizer(small._model.replace(b"<mask>", b"ababab"))
     assert overlapping.encode("abababab")[0] == 4
     assert 4 not in overlapping.encode_typed("abababab")
     assert overlapping.decode(overlapping.encode_typed("abababab")) == "abababab"
-
-
-def test_plain_encode_keeps_the_turn_markers(tokenizer: Tokenizer) -> None:
-    assert tokenizer.encode("<start_of_turn>") == [106]
-    assert tokenizer.encode("<end_of_turn>") == [107]
 
 
 @settings(deadline=None)
@@ -136,13 +117,9 @@ def test_gemma_id_layout(tokenizer: Tokenizer) -> None:
     assert (tokenizer.pad_id, tokenizer.eos_id, tokenizer.bos_id, tokenizer.unk_id) == (0, 1, 2, 3)
     assert (tokenizer.start_of_turn_id, tokenizer.end_of_turn_id) == (106, 107)
     assert tokenizer.piece(105) == "<unused98>"
+    assert tokenizer.encode("<start_of_turn><end_of_turn>") == [106, 107]
+    assert [tokenizer.piece(i) for i in tokenizer.encode("2024")] == ["2", "0", "2", "4"]
     assert [tokenizer.encode("\n" * n) for n in (1, 2, 3)] == [[108], [109], [110]]
-
-
-def test_every_digit_is_a_piece_of_its_own(real: Tokenizer, tmp_path: Path) -> None:
-    trained = Tokenizer.train(["2024 ab " * 500], 111 + 256 + 8, tmp_path / "tokenizer.model")
-    for tokenizer in (real, trained):
-        assert [tokenizer.piece(i) for i in tokenizer.encode("2024")] == ["2", "0", "2", "4"]
 
 
 def test_real_model_facts(real: Tokenizer) -> None:
@@ -185,10 +162,6 @@ def test_bytes_that_are_not_utf8_decode_to_replacement_characters(tokenizer: Tok
     assert tokenizer.decode([byte["<0xC3>"], byte["<0xFF>"]]) == "\ufffd\ufffd"
 
 
-def test_lower_one_eighth_block_is_a_space(tokenizer: Tokenizer) -> None:
-    assert tokenizer.decode(tokenizer.encode("a\u2581b")) == "a b"
-
-
 def test_id_outside_the_vocabulary_is_named(tokenizer: Tokenizer) -> None:
     for wrong in (-1, tokenizer.vocab_size):
         with pytest.raises(UserError, match=f"Token id {wrong} .* 0 to {tokenizer.vocab_size - 1}"):
@@ -228,12 +201,6 @@ def test_long_lines_and_reserved_characters_are_trained_on(tmp_path: Path) -> No
     assert [trained.piece(i) for i in trained.encode("abc x")] == ["abc", "\u2581", "x"]
 
 
-def test_text_without_spaces_still_gives_a_piece_for_them(tmp_path: Path) -> None:
-    trained = Tokenizer.train(["abc\n" * 100], 111 + 256 + 6, tmp_path / "a.model")
-    assert [trained.piece(i) for i in trained.encode(" ")] == ["\u2581"]
-    assert trained.decode(trained.encode("  a b ")) == "  a b "
-
-
 def test_impossible_vocabularies_state_what_is_possible(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.model"
     with pytest.raises(UserError, match="vocabulary of 100 is too small") as too_small:
@@ -248,15 +215,6 @@ def test_impossible_vocabularies_state_what_is_possible(tmp_path: Path) -> None:
     assert smallest and largest
     for size in (int(smallest[1]), int(largest[1])):
         assert Tokenizer.train(SOURCES, size, path).vocab_size == size
-
-
-def test_training_does_not_hide_the_error_of_its_texts(tmp_path: Path) -> None:
-    def texts() -> Iterator[str]:
-        yield SOURCES[0]
-        raise KeyError("corpus")
-
-    with pytest.raises(KeyError, match="corpus"):
-        Tokenizer.train(texts(), 480, tmp_path / "tokenizer.model")
 
 
 def test_saves_and_pickles_as_its_model_file(small: Tokenizer, tmp_path: Path) -> None:

@@ -11,22 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from gemma_jax.config import (
-    PRESETS,
-    CheckpointConfig,
-    DataConfig,
-    EvaluationConfig,
-    LoggingConfig,
-    MeshConfig,
-    OptimizerConfig,
-    PretrainConfig,
-    replace,
-    to_json,
-)
 from gemma_jax.training.metrics import read_metrics
+from tests.tiny_run import config_file, write_corpus
 
 REPOSITORY = Path(__file__).parents[2]
-WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho".split()  # noqa: SIM905
 STEPS = 80
 WIDE = ("--compute.dtype", "float64", "--compute.param_dtype", "float64")
 Arrays = dict[str, np.ndarray]
@@ -38,27 +26,9 @@ class Runs:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.corpus = folder / "corpus"
-        self.corpus.mkdir()
-        rng = np.random.default_rng(0)
-        for number in range(60):
-            (self.corpus / f"{number}.txt").write_text(" ".join(rng.choice(WORDS, 80)), encoding="utf-8")
-        config = PretrainConfig(
-            steps=STEPS,
-            model=replace(PRESETS["gemma_tiny"], {"vocab_size": 430}),
-            data=DataConfig(
-                sources=(f"{self.corpus}/*.txt",),
-                sequence_length=32,
-                batch_size=8,
-                held_out=0.2,
-                cache_dir=str(folder / "cache"),
-            ),
-            optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
-            mesh=MeshConfig(cpu_devices=2),
-            checkpoint=CheckpointConfig(every=1),
-            evaluation=EvaluationConfig(every=20, rows=8),
-            logging=LoggingConfig(every=1),
-        )
-        (folder / "config.json").write_text(to_json(config))
+        write_corpus(self.corpus)
+        changes = {"steps": STEPS, "checkpoint.every": 1, "evaluation.every": 20}
+        config_file(folder, self.corpus, **changes)
 
     def environment(self, cache: str = "programs") -> dict[str, str]:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}

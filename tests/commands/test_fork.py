@@ -6,24 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_pretrain import config_file, corpus, saved_arrays  # noqa: F401  # corpus is a fixture
+from test_pretrain import saved_arrays
 
 from gemma_jax.cli import main
 from gemma_jax.training.metrics import read_metrics
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:  # noqa: F811
-    """A run of 8 steps with checkpoints after 4 and 8."""
-    folder = tmp_path_factory.mktemp("trained")
-    assert main(["pretrain", config_file(folder, corpus)]) == 0
-    return folder / "run"
-
-
 @pytest.fixture
-def source(trained: Path, tmp_path: Path) -> Path:
-    """That run, to be spoilt."""
-    return Path(shutil.copytree(trained, tmp_path / "run"))
+def source(tiny_run: Path, tmp_path: Path) -> Path:
+    """A run of 8 steps with checkpoints after 4 and 8, to be spoilt."""
+    return Path(shutil.copytree(tiny_run, tmp_path / "run"))
 
 
 def files(run: Path) -> dict[Path, int]:

@@ -12,7 +12,6 @@ import pytest
 
 from tests.commands.processes import (
     STEPS,
-    WORDS,
     Arrays,
     Runs,
     assert_same_bits,
@@ -20,6 +19,7 @@ from tests.commands.processes import (
     losses,
     wait_for,
 )
+from tests.tiny_run import WORDS
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Sharding info not provided")]
 
@@ -184,9 +184,3 @@ def test_a_run_whose_data_files_are_lost_ends_clearly(
     else:
         runs.finish("robbed", "--data.cache_dir", str(tmp_path / "cache"))
     assert_same_bits(runs.arrays("robbed"), undisturbed)
-
-
-def test_a_stopped_run_keeps_its_batch_size(runs: Runs, undisturbed: Arrays) -> None:
-    status, said = ended(runs.start("undisturbed", "--data.batch_size", "16", "--steps", "90"), 60)
-    assert status == 2 and "data.batch_size 8, not 16" in said
-    assert_same_bits(runs.arrays("undisturbed"), undisturbed)

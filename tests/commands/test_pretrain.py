@@ -8,56 +8,10 @@ import numpy as np
 import pytest
 
 from gemma_jax.cli import main
-from gemma_jax.config import (
-    PRESETS,
-    CheckpointConfig,
-    DataConfig,
-    EvaluationConfig,
-    LoggingConfig,
-    MeshConfig,
-    OptimizerConfig,
-    PretrainConfig,
-    replace,
-    to_json,
-)
 from gemma_jax.errors import RESTART_STATUS
 from gemma_jax.training import interruption
 from gemma_jax.training.metrics import read_metrics
-
-WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho".split()  # noqa: SIM905
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of small documents of random words, and the cache beside it."""
-    folder = tmp_path_factory.mktemp("corpus")
-    rng = np.random.default_rng(0)
-    for number in range(60):
-        (folder / f"{number}.txt").write_text(" ".join(rng.choice(WORDS, 80)), encoding="utf-8")
-    return folder
-
-
-def config_file(tmp_path: Path, corpus: Path, **changes: object) -> str:
-    config = PretrainConfig(
-        run_dir=str(tmp_path / "run"),
-        steps=8,
-        model=replace(PRESETS["gemma_tiny"], {"vocab_size": 430}),
-        data=DataConfig(
-            sources=(f"{corpus}/*.txt",),
-            sequence_length=32,
-            batch_size=8,
-            held_out=0.2,
-            cache_dir=str(corpus / "cache"),
-        ),
-        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
-        mesh=MeshConfig(cpu_devices=2),
-        checkpoint=CheckpointConfig(every=4),
-        evaluation=EvaluationConfig(every=4, rows=8),
-        logging=LoggingConfig(every=1),
-    )
-    path = tmp_path / "config.json"
-    path.write_text(to_json(config))
-    return str(path)
+from tests.tiny_run import config_file
 
 
 class StopAfter:

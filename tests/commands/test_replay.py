@@ -13,57 +13,17 @@ from rich.console import Console
 
 from gemma_jax.cli import main
 from gemma_jax.commands.replay_report import Replay, print_report
-from gemma_jax.config import (
-    PRESETS,
-    CheckpointConfig,
-    DataConfig,
-    EvaluationConfig,
-    LoggingConfig,
-    MeshConfig,
-    OptimizerConfig,
-    PretrainConfig,
-    replace,
-    to_json,
-)
+from gemma_jax.config import DataConfig, PretrainConfig
 from gemma_jax.data.loader import Loader, prepare
 from gemma_jax.tokenizer import Tokenizer
 from gemma_jax.training.metrics import read_metrics
 from gemma_jax.training.replay import BatchMeasures
 
-WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "日本"]
 
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 6 steps with checkpoints after 3 and 6; its corpus, config and cache lie beside it."""
-    folder = tmp_path_factory.mktemp("replay")
-    (folder / "corpus").mkdir()
-    rng = np.random.default_rng(0)
-    for number in range(60):
-        lines = [" ".join(rng.choice(WORDS, 5)) for _ in range(number % 8 + 1)]
-        (folder / "corpus" / f"{number}.txt").write_text("\n".join(lines), encoding="utf-8")
-    # One document stands out, and would take over a terminal.
-    (folder / "corpus" / "odd.txt").write_text("\x1b[31m QXJ ж☃ ZZZ\x07", encoding="utf-8")
-    config = PretrainConfig(
-        run_dir=str(folder / "run"),
-        steps=6,
-        model=replace(PRESETS["gemma_tiny"], {"vocab_size": 430}),
-        data=DataConfig(
-            sources=(f"{folder}/corpus/*.txt",),
-            sequence_length=64,
-            batch_size=4,
-            held_out=0.0,
-            cache_dir=str(folder / "cache"),
-        ),
-        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
-        mesh=MeshConfig(cpu_devices=2),
-        checkpoint=CheckpointConfig(every=3),
-        evaluation=EvaluationConfig(every=0),
-        logging=LoggingConfig(every=1),
-    )
-    (folder / "config.json").write_text(to_json(config))
-    assert main(["pretrain", str(folder / "config.json")]) == 0
-    return folder / "run"
+@pytest.fixture
+def trained(tiny_run: Path) -> Path:
+    """A run of 8 steps with checkpoints after 4 and 8."""
+    return tiny_run
 
 
 def replayed(capsys: pytest.CaptureFixture[str], *arguments: object) -> list[dict[str, Any]]:
@@ -76,9 +36,9 @@ def replayed(capsys: pytest.CaptureFixture[str], *arguments: object) -> list[dic
 def test_the_step_after_a_checkpoint_has_the_numbers_that_the_run_logged(
     trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    summary, *rows = replayed(capsys, trained, 4, "--rows", 0)
-    logged = next(entry for entry in read_metrics(trained) if entry["step"] == 4)
-    assert summary["parameters_of_step"] == 3 and summary["logged"] == logged
+    summary, *rows = replayed(capsys, trained, 5, "--rows", 0)
+    logged = next(entry for entry in read_metrics(trained) if entry["step"] == 5)
+    assert summary["parameters_of_step"] == 4 and summary["logged"] == logged
     assert summary["loss"] == pytest.approx(logged["loss"], rel=1e-6)
     assert summary["grad_norm"] == pytest.approx(logged["grad_norm"], rel=1e-5)
     # By layer: two layers, and what is not stacked has one norm.
@@ -94,7 +54,7 @@ def test_the_step_after_a_checkpoint_has_the_numbers_that_the_run_logged(
     for segment in segments:
         assert segment["loss"] == pytest.approx(np.mean(segment["token_losses"]), rel=1e-5)
     assert [row["loss"] for row in rows] == sorted((row["loss"] for row in rows), reverse=True)
-    assert sorted(row["row"] for row in rows) == [12, 13, 14, 15]
+    assert sorted(row["row"] for row in rows) == list(range(32, 40))
 
 
 def test_segments_are_the_text_at_the_place_that_is_named(
@@ -122,29 +82,31 @@ def test_every_step_before_the_first_checkpoint_has_the_first_parameters(
     assert summary["parameters_of_step"] == 0
     assert abs(summary["loss"] - summary["logged"]["loss"]) > 1e-3
     # The checkpoint of a step comes after it.
-    assert [replayed(capsys, trained, step)[0]["parameters_of_step"] for step in (3, 6)] == [0, 3]
+    assert [replayed(capsys, trained, step)[0]["parameters_of_step"] for step in (4, 8)] == [0, 4]
 
 
-def test_a_step_that_is_to_come_and_another_mesh(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = trained.with_name("longer")
-    shutil.copytree(trained, run)
-    config = json.loads((run / "config.json").read_text()) | {"steps": 9}
+def test_a_step_that_is_to_come_and_another_mesh(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(trained, tmp_path / "longer"))
+    config = json.loads((run / "config.json").read_text()) | {"steps": 11}
     (run / "config.json").write_text(json.dumps(config))
-    on_two = replayed(capsys, run, 8)
-    on_four = replayed(capsys, run, 8, "--mesh.cpu_devices", 4, "--mesh.tensor", 2)
-    assert on_two[0]["logged"] is None and on_two[0]["parameters_of_step"] == 6
+    on_two = replayed(capsys, run, 10)
+    on_four = replayed(capsys, run, 10, "--mesh.cpu_devices", 4, "--mesh.tensor", 2)
+    assert on_two[0]["logged"] is None and on_two[0]["parameters_of_step"] == 8
     assert on_four[0]["loss"] == pytest.approx(on_two[0]["loss"], rel=1e-5)
     assert [row["row"] for row in on_four[1:]] == [row["row"] for row in on_two[1:]]
 
 
-def test_a_damaged_checkpoint_is_passed_over_aloud(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = trained.with_name("damaged")
-    shutil.copytree(trained, run)
-    (run / "checkpoints" / "3" / "run" / "data.json").write_text("{")
+def test_a_damaged_checkpoint_is_passed_over_aloud(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(trained, tmp_path / "damaged"))
+    (run / "checkpoints" / "4" / "run" / "data.json").write_text("{")
     assert main(["replay", str(run), "5", "--json"]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out.splitlines()[0])["parameters_of_step"] == 0
-    assert "3 is damaged" in err and "older" in err
+    assert "4 is damaged" in err and "older" in err
 
 
 @pytest.fixture
@@ -209,7 +171,7 @@ def test_tokens_without_weight_are_told_and_do_not_count(
     replay.batch.loss_weights[0, :4] = 0
     assert replay.row_loss(0) == 1.0
     text = report(loader, replay).partition("number 0 of")[2]
-    bracketed = re.search(r"│ ⟨([^⟩]*)⟩", text)
+    bracketed = re.search(r"⟨([^⟩]*)⟩", text.replace("\n  │ ", "\n"))
     ids = replay.batch.targets[0, :4].tolist()
     assert bracketed and bracketed[1] == loader[1].decode(ids) and "⟦" not in bracketed[0]
     replay.batch.loss_weights[:] = 0
@@ -231,15 +193,15 @@ def test_mistakes(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     foreign.mkdir()
     (foreign / "config.json").write_text('{"experiment": "sample"}')
     cases: list[tuple[list[object], str]] = [
-        ([trained, 0], "has no step 0; its steps are 1 to 6"),
-        ([trained, 7], "has no step 7"),
+        ([trained, 0], "has no step 0; its steps are 1 to 8"),
+        ([trained, 9], "has no step 9"),
         ([trained, "last"], "has no step last"),
         ([trained], "RUN STEP"),
         ([tmp_path / "nowhere", 1], "is not the directory of a run"),
         ([foreign, 1], "holds a SampleConfig"),
         ([trained, 1, "--rows", -1], "rows is -1"),
         ([trained, 1, "--row", 1], "did you mean --rows?"),
-        ([trained, 1, "--mesh.cpu_devices", 8], "which data 1 x fsdp 8"),
+        ([trained, 1, "--mesh.cpu_devices", 3], "which data 1 x fsdp 3"),
     ]
     for arguments, told in cases:
         capsys.readouterr()
@@ -262,7 +224,7 @@ def test_data_that_has_changed_is_not_taken_for_what_the_run_saw(
     statistics = json.loads((run / "data.json").read_text())
     statistics[0]["name"] = f"{corpus}/*.txt"
     (run / "data.json").write_text(json.dumps(statistics))
-    assert main(["replay", str(run), "4"]) == 0  # a copy of the corpus will do
+    assert main(["replay", str(run), "5"]) == 0  # a copy of the corpus will do
     (corpus / "7.txt").write_text("something else")
-    assert main(["replay", str(run), "4"]) == 2
+    assert main(["replay", str(run), "5"]) == 2
     assert "has changed since" in capsys.readouterr().err

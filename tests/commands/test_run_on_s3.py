@@ -1,11 +1,10 @@
-"""A run whose directory is on S3, as moto plays it: `pip install 'moto[server]' s3fs`."""
+"""A run whose directory is on S3, as moto plays it."""
 
 import json
 import re
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
 
-import numpy as np
 import pytest
 from etils import epath
 from etils.epath import backend
@@ -13,41 +12,21 @@ from etils.epath import backend
 from gemma_jax.checkpoint.folders import saved_steps
 from gemma_jax.checkpoint.record import run_record
 from gemma_jax.cli import main
+from gemma_jax.config import replace, to_json
 from gemma_jax.tokenizer import Tokenizer
+from tests.tiny_run import config, write_corpus
 
 pytestmark = pytest.mark.slow
-
-WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
-SETTINGS: dict[str, Any] = {
-    "tokenizer.path": "s3://bucket/small.model",
-    "data.sources": "s3://bucket/corpus/*.txt",
-    "data.cache_dir": "s3://bucket/cache",
-    "data.sequence_length": 32,
-    "data.batch_size": 4,
-    "model.num_layers": 2,
-    "model.embed_dim": 32,
-    "model.hidden_dim": 64,
-    "model.num_heads": 2,
-    "model.num_kv_heads": 1,
-    "model.head_dim": 16,
-    "model.vocab_size": 430,
-    "mesh.cpu_devices": 2,
-    "checkpoint.every": 2,
-    "checkpoint.keep_last": 2,
-    "checkpoint.keep_best": 1,
-    "evaluation.every": 2,
-    "evaluation.rows": 2,
-    "data.held_out": 0.2,
-    "logging.every": 1,
-}
 
 
 @pytest.fixture
 def bucket() -> Iterator[epath.Path]:
-    moto = pytest.importorskip("moto.server", reason="moto[server] is not installed")
-    s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed")
+    # Installed by `make test-slow` alone.
+    import s3fs
+    from moto.server import ThreadedMotoServer
+
     with pytest.MonkeyPatch.context() as patch:
-        server = moto.ThreadedMotoServer(port=0, verbose=False)
+        server = ThreadedMotoServer(port=0, verbose=False)
         server.start()
         host, port = server.get_host_and_port()
         for name, value in {
@@ -66,21 +45,21 @@ def bucket() -> Iterator[epath.Path]:
         server.stop()
 
 
-def train(run: str, steps: int, *more: str) -> int:
-    settings = [part for name, value in SETTINGS.items() for part in (f"--{name}", str(value))]
-    return main(
-        ["pretrain", "demo", "--run_dir", f"s3://bucket/runs/{run}", *settings, "--steps", str(steps), *more]
-    )
-
-
 def test_a_run_on_s3_is_trained_resumed_forked_sampled_replayed_and_deleted(
-    bucket: epath.Path, capsys: pytest.CaptureFixture[str]
+    bucket: epath.Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rng = np.random.default_rng(0)
-    texts = [" ".join(rng.choice(WORDS, 60)) for _ in range(40)]
-    for number, text in enumerate(texts):
-        (bucket / "corpus" / f"{number}.txt").write_text(text)
+    write_corpus(bucket / "corpus")
+    texts = [path.read_text() for path in (bucket / "corpus").glob("*.txt")]
     Tokenizer.train(texts, 430, "s3://bucket/small.model")
+    changes = {"tokenizer.path": "s3://bucket/small.model", "evaluation.every": 2}
+    changes |= {"checkpoint.every": 2, "checkpoint.keep_last": 2, "checkpoint.keep_best": 1}
+    s3_config = replace(config("", "s3://bucket/corpus", "s3://bucket/cache"), changes)
+    (tmp_path / "config.json").write_text(to_json(s3_config))
+
+    def train(run: str, steps: int, *more: str) -> int:
+        run_dir = ("--run_dir", f"s3://bucket/runs/{run}", "--steps", str(steps))
+        return main(["pretrain", str(tmp_path / "config.json"), *run_dir, *more])
+
     run, steps = bucket / "runs" / "a", bucket / "runs" / "a" / "checkpoints"
     assert train("a", 8) == 0
     assert saved_steps(run) == [6, 8] and {path.name for path in steps.iterdir()} == {"6", "8"}

@@ -31,8 +31,7 @@ def test_mask_of_a_token_against_a_cache_with_free_slots() -> None:
     assert picture(attention_mask(np.array([[3]]), np.array([[1]]), keys, segments)) == ["xxxx.."]
 
 
-@pytest.mark.parametrize("length", [300, 2500])
-@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize(("length", "kv_heads"), [(300, 1), (300, 4), (2500, 1)])
 def test_blocks_of_queries_equal_the_whole(length: int, kv_heads: int) -> None:
     """Lengths that blocks do not divide, of 128 queries and of more; value and gradients."""
     rng = np.random.default_rng(0)

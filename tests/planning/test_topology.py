@@ -43,21 +43,14 @@ def test_slices_multiply_chips() -> None:
 
 @pytest.mark.parametrize(("name", "slices", "told"), [
     ("v9-8", 1, "topology 'v9-8' is not known"),
-    ("v5e", 1, "topology 'v5e' is not known"),
     ("", 1, "topology '' is not known"),
     ("v5p-7", 1, "named by its TensorCores, 2 a chip"),
     ("v5e-7", 1, "7 chips of v5e make no slice"),
-    ("v5e-17", 1, "17 chips of v5e make no slice"),
     ("v5e-0", 1, "does not exist"),
     ("v5e-512", 1, "at most 256 chips"),
-    ("v5e-999999999", 1, "at most 256 chips"),
-    ("v5e-99999999999", 1, "at most 256 chips"),
-    ("v5p-17922", 1, "at most 8960 chips"),
     ("v5p-4x4", 1, "has 3 dimensions"),
-    ("v5e-4x4x4", 1, "has 2 dimensions"),
     ("v5p-130", 1, "65 chips of v5p make no slice"),
     ("v5e-4", 0, "slices is 0"),
-    ("v5e-4", 10**9, "slices is 1000000000"),
 ])  # fmt: skip
 def test_slices_that_there_are_not(name: str, slices: int, told: str) -> None:
     with pytest.raises(UserError) as error:

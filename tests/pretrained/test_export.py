@@ -1,6 +1,5 @@
 """Weights written and read again: every bit is the same, and nothing is left of what fails."""
 
-import errno
 import json
 import shutil
 from collections import namedtuple
@@ -188,13 +187,6 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         patch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6, 1000))
         with pytest.raises(UserError, match="needs 0.0 GB, but its disk has 0.0 GB free"):
             gemma.save_pretrained(tmp_path / "out", format=format)
-
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(export_module, "write_generation_config", full)
-    with pytest.raises(UserError, match=r"cannot write .*/out \(No space left on device\)"):
-        gemma.save_pretrained(tmp_path / "out", format=format)
     assert left(tmp_path) == {"source"}
 
 
@@ -232,8 +224,6 @@ def test_mistakes_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(UserError, match="a run keeps float32 or bfloat16"):
         gemma.save_pretrained(tmp_path / "out", format="run", dtype="float16")
     for arguments, told in [
-        ((), "name a source and a destination first"),
-        (("random:gemma_tiny",), "name a source and a destination first"),
         (("random:gemma_tiny", str(tmp_path / "out"), "--format", "gguf"), "gguf"),
         ((str(tmp_path / "nothing"), str(tmp_path / "out")), "there is no checkpoint"),
         (("random:gemma_tini", str(tmp_path / "out")), "did you mean gemma_tiny?"),

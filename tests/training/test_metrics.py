@@ -4,7 +4,6 @@ import io
 import re
 import struct
 import sys
-import types
 from pathlib import Path
 
 import jax
@@ -179,31 +178,6 @@ def test_tensorboard_shows_every_number_once_after_a_resume(tmp_path: Path) -> N
     }
     assert scalars["held_out_loss", 4] == 2.5 and ("held_out_loss", 3) not in scalars
     assert not {tag for tag, _ in scalars} & {"step", "time"}
-
-
-def test_weights_and_biases_goes_on_with_the_same_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[dict[str, object]] = []
-    logged: list[tuple[dict[str, float], int]] = []
-    finished: list[bool] = []
-
-    def init(**options: object) -> types.SimpleNamespace:
-        calls.append(options)
-        return types.SimpleNamespace(
-            log=lambda numbers, step: logged.append((numbers, step)), finish=lambda: finished.append(True)
-        )
-
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
-    config = PretrainConfig(steps=7, logging=LoggingConfig(wandb_project="gemmas"))
-    check_sinks(config.logging)
-    for start in (0, 1):
-        log = RunLog(tmp_path, 10, start, open_sinks(config, epath.Path(tmp_path), start))
-        log.training(written(start + 1), 0)
-        log.close()
-    assert [call["project"] for call in calls] == ["gemmas"] * 2 and calls[0]["config"]["steps"] == 7
-    assert calls[0]["id"] == calls[1]["id"] and calls[1]["resume"] == "allow"
-    assert [step for _, step in logged] == [1, 2] and logged[0][0]["loss"] == 3.0 and finished == [True] * 2
 
 
 @pytest.mark.parametrize(
