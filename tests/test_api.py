@@ -57,21 +57,16 @@ def test_typed_text_cannot_become_a_control_token(gemma: Gemma) -> None:
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"temperature": -1.0}, "temperature is -1.0"),
-    ({"temperature": True}, "temperature must be a number, not True"),
     ({"top_k": 2.9}, "top_k must be an integer, not 2.9"),
     ({"top_p": 0.0}, "top_p is 0.0"),
-    ({"top_p": None}, "top_p must be a number, not None"),
     ({"max_new_tokens": 0}, "max_new_tokens is 0"),
-    ({"max_new_tokens": 3.5}, "max_new_tokens must be an integer, not 3.5"),
     ({"samples": 0}, "samples is 0"),
     (
         {"samples": 1_000_000_000},
         "1,000,000,000 continuations, 1,073,741,824 at a time, needs .* GiB",
     ),
     ({"samples": 1_000_000_000, "batch_size": 8}, "1,000,000,000 continuations, 8 at a time, needs .* GiB"),
-    ({"seed": 1.5}, "seed must be an integer, not 1.5"),
     ({"stop": "return"}, "stop must be a list, not 'return'"),
-    ({"stop": None}, "stop must be a list, not None"),
     ({"stop": [b"a"]}, "must be a string, not b.a."),
     ({"stop": [""]}, "empty text"),
     ({"temprature": 1.0}, "did you mean temperature"),

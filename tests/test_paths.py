@@ -40,13 +40,9 @@ def test_an_address_that_cannot_be_reached(
         user_path(address)
     commands = [
         ["pretrain", address],
-        ["pretrain", "demo", "--run_dir", address],
-        ["pretrain", "demo", "--run_dir", "/nowhere/a", "--fork_from", address],
         ["pretrain", "demo", "--run_dir", "/nowhere/a", "--data.sources", f"{address}/*.txt"],
         ["pretrain", "demo", "--run_dir", "/nowhere/a", "--tokenizer.path", address],
         ["sample", address, "--prompt", "a"],
-        ["replay", address, "1"],
-        ["runs", address],
         ["inspect", address],
     ]
     for command in commands:

@@ -51,16 +51,6 @@ def test_a_coordinator_that_is_named_goes_before_what_is_found() -> None:
     }
 
 
-def test_pathways_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("JAX_PLATFORMS", "proxy")
-    monkeypatch.setitem(sys.modules, "pathwaysutils", None)
-    with (
-        pytest.raises(UserError, match="pip install pathwaysutils"),
-        startup.joined(HostsConfig(), on_cpu=False),
-    ):
-        pass
-
-
 LEAVES = """
 import jax
 from gemma_jax.config import HostsConfig

@@ -75,14 +75,6 @@ def test_piece_bytes_sum_to_the_length_of_the_text(
     assert sum(piece_bytes[tokenizer.encode(text)]) == len(text.encode())
 
 
-def test_piece_bytes_of_each_kind_of_piece(tokenizer: Tokenizer) -> None:
-    counts = tokenizer.piece_bytes()
-    assert counts.dtype == np.int32 and counts.shape == (tokenizer.vocab_size,)
-    assert list(counts[:4]) == [0, 0, 0, 0]
-    assert [counts[i] for i in tokenizer.encode("\t")] == [1]
-    assert counts[tokenizer.start_of_turn_id] == len("<start_of_turn>")
-
-
 @settings(deadline=None)
 @given(text=marker_fragments | unicode_text)
 @example(text="<start_of_turn>")
@@ -187,13 +179,6 @@ def test_same_texts_give_the_same_file(
     assert os.listdir(tmp_path / "deep") == ["tokenizer.model"]
     assert again.vocab_size == 480
     assert capfd.readouterr() == ("", "")
-
-
-def test_learned_pieces_compress_and_may_cross_spaces(small: Tokenizer) -> None:
-    text = SOURCES[3]
-    assert len(small.encode(text)) < 0.4 * len(text.encode())
-    assert any(re.search("\\w\u2581\\w", small.piece(i)) for i in range(111 + 256, 480))
-    assert not any("\n" in small.piece(i) for i in range(111, 480))
 
 
 def test_long_lines_and_reserved_characters_are_trained_on(tmp_path: Path) -> None:

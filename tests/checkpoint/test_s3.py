@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from etils import epath
 
-from gemma_jax.checkpoint import store as store_module
 from gemma_jax.checkpoint.folders import saved_steps
 from gemma_jax.checkpoint.record import DamagedCheckpoint, run_record
 from gemma_jax.checkpoint.restore import load_arrays
@@ -51,30 +50,6 @@ def test_a_run_on_s3_comes_back_bit_for_bit_and_a_damaged_step_is_put_aside(
     assert saved_steps(run) == [1, 2] and (folder / "3.damaged" / "run" / "data.json").exists()
     with CheckpointStore(run, KEEP_ALL, overwrite=True) as store:
         assert store.steps() == [] and not folder.exists()
-
-
-def test_a_save_that_failed_stays_unfinished_until_the_next_start(
-    buckets: BucketsOnDisk, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its last objects may still be on their way."""
-    run = epath.Path("s3://bucket/run")
-
-    def fails(*args: object) -> None:
-        raise OSError("no answer")
-
-    store = CheckpointStore(run, KEEP_ALL)
-    store.save(position(1), PARTS)
-    store.wait()
-    monkeypatch.setattr(store_module, "write_record", fails)
-    store.save(position(2), PARTS)
-    with pytest.raises(
-        UserError, match="cannot write a checkpoint into s3://bucket/run/checkpoints .no answer"
-    ):
-        store.close()
-    assert {child.name for child in store.folder.iterdir()} == {"1", "2", "2.unfinished"}
-    assert saved_steps(run) == [1]
-    with CheckpointStore(run, KEEP_ALL):
-        assert {child.name for child in store.folder.iterdir()} == {"1"}
 
 
 @pytest.mark.parametrize("scheme", ["s3", "gs"])

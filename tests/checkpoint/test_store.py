@@ -1,7 +1,6 @@
 """Checkpoints come back bit for bit, or are refused by name; what is whole is never harmed."""
 
 import dataclasses
-import errno
 import hashlib
 import json
 import os
@@ -9,7 +8,6 @@ import random
 import re
 import shutil
 import subprocess
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,9 +17,8 @@ import numpy as np
 import pytest
 
 from gemma_jax import Gemma
-from gemma_jax.checkpoint import store as store_module
 from gemma_jax.checkpoint.folders import saved_steps
-from gemma_jax.checkpoint.record import DamagedCheckpoint, check_files, fingerprints, run_record
+from gemma_jax.checkpoint.record import DamagedCheckpoint, fingerprints, run_record
 from gemma_jax.checkpoint.restore import load_arrays, step_folder
 from gemma_jax.checkpoint.store import CheckpointStore
 from gemma_jax.config import CheckpointConfig, ComputeConfig, MeshConfig
@@ -249,22 +246,6 @@ def test_steps_that_follow_at_once_do_not_reach_what_is_being_saved(tmp_path: Pa
             assert bits(restored[0]) == expected
 
 
-def test_save_returns_before_the_checkpoint_is_written(
-    tmp_path: Path, states: dict[int, TrainState], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    go_on = threading.Event()
-    write = store_module.write_record
-    monkeypatch.setattr(store_module, "write_record", lambda *args: (go_on.wait(60), write(*args)))
-    with CheckpointStore(tmp_path / "run", KEEP_ALL) as store:
-        save(store, 1, states[1])
-        assert saved_steps(tmp_path / "run") == []
-        with pytest.raises(UserError, match="holds no checkpoint"):
-            step_folder(tmp_path / "run")
-        go_on.set()
-        store.wait()
-        assert saved_steps(tmp_path / "run") == [1]
-
-
 LOSSES = {1: float("nan"), 2: 4.0, 3: 1.0, 4: None, 5: 5.0, 6: 2.0, 7: 3.0, 8: None}
 KEPT = {
     "last": (CheckpointConfig(keep_last=3), {6, 7, 8}),
@@ -287,13 +268,6 @@ def test_what_is_kept(tmp_path: Path, config: CheckpointConfig, kept: set[int], 
     store.close()
     assert set(saved_steps(tmp_path / "run")) == kept
     assert names(tmp_path / "run" / "checkpoints") == sorted(map(str, kept))
-
-
-def test_what_a_stop_saved_besides_pushes_out_nothing(tmp_path: Path) -> None:
-    with CheckpointStore(tmp_path / "run", CheckpointConfig(every=4, keep_last=2)) as store:
-        for step in (4, 8, 12, 13, 14):
-            store.save(position(step), PARTS)
-        assert store.steps() == saved_steps(tmp_path / "run") == [8, 12, 13, 14]
 
 
 def test_a_run_that_goes_back_loses_what_came_later_and_remembers_what_it_was_given(tmp_path: Path) -> None:
@@ -341,27 +315,6 @@ def test_a_full_disk_is_told_and_harms_nothing(
     assert restored is not None and restored[1].step == 1
     assert bits(restored[0]) == bits(states[1].parts)
     assert capfd.readouterr().err == ""
-
-
-def test_an_error_of_the_writer_comes_with_the_next_save_or_the_end(
-    tmp_path: Path, states: dict[int, TrainState], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store = CheckpointStore(tmp_path / "run", CheckpointConfig(keep_last=1))
-    save(store, 1, states[1])
-    store.wait()
-
-    def fails(*args: object) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr(store_module, "write_record", fails)
-    save(store, 2, states[2])
-    with pytest.raises(UserError, match="cannot write a checkpoint .*Input/output error"):
-        save(store, 3, states[3])
-    save(store, 3, states[3])
-    with pytest.raises(UserError, match="Input/output error"):
-        store.close()
-    assert names(tmp_path / "run" / "checkpoints") == ["1"]
-    check_files(step_folder(tmp_path / "run")[0], run_record(tmp_path / "run" / "checkpoints" / "1"), [])
 
 
 def test_what_a_kill_left_is_removed_by_the_next_run_and_no_reader(run: Path, abstract: TrainState) -> None:

@@ -93,24 +93,6 @@ def test_in_a_pipe_a_mistake_ends_it(
     assert taken.read_text() == "mine"
 
 
-def test_what_cannot_be_talked_to(
-    run: Path, typed: Callable[[str], None], capsys: pytest.CaptureFixture[str]
-) -> None:
-    typed("1\n")
-    for arguments, told in [
-        ([], "name a checkpoint first"),
-        ([str(run), "--instruction_tuned", "no"], "--instruction_tuned yes"),
-        ([str(run), "--instruction_tuned", "maybe"], "invalid choice"),
-        (["random:gemma_tiny", "--instruction_tuned", "yes"], "no tokenizer.model"),
-        ([str(run), "--samples", "2"], "samples is 2"),
-        ([str(run / "nothing")], "no checkpoint"),
-    ]:
-        assert main(["chat", *arguments]) == 2
-        captured = capsys.readouterr()
-        [sentence] = captured.err.splitlines()
-        assert told in sentence and captured.out == ""
-
-
 @pytest.mark.slow
 def test_a_real_terminal_with_a_real_ctrl_c(run: Path) -> None:
     """Ctrl-C stops an answer at most, never the program; Ctrl-D ends it with status 0."""

@@ -63,18 +63,6 @@ def test_gemma_2b_on_eight_devices(capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
-def test_bytes_follow_the_mesh_and_the_dtype(capsys: pytest.CaptureFixture[str]) -> None:
-    whole, summary = inspect(capsys, "gemma_2b", "--mesh.cpu_devices", "1")
-    assert sum(held(whole).values()) == 4 * 2_506_172_416
-    assert summary.endswith("on 1 devices (data 1 x fsdp 1 x tensor 1)")
-    eighth, _ = inspect(capsys, "gemma_2b", "--mesh.cpu_devices", "8")
-    assert held(eighth) == {name: value // 8 for name, value in held(whole).items()}
-    copied, _ = inspect(capsys, "gemma_2b", "--mesh.cpu_devices", "8", "--mesh.data", "8")
-    assert held(copied) == held(whole)
-    half, _ = inspect(capsys, "gemma_2b", "--mesh.cpu_devices", "1", "--compute.param_dtype", "bfloat16")
-    assert held(half) == {name: value // 2 for name, value in held(whole).items()}
-
-
 def test_everything_that_has_a_model_can_be_inspected(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -96,35 +84,6 @@ def save(run: Path, config: PretrainConfig | SampleConfig) -> None:
     store = CheckpointStore(run, CheckpointConfig())
     store.save(RunPosition(step=2, rows_seen=0, config=to_dict(config)), {"params": params})
     store.close()
-
-
-BAD = {
-    "nothing": ([], "name a config or a checkpoint first"),
-    "unknown config": (["dmeo"], "did you mean demo?"),
-    "unknown preset": (["random:gemma2b"], "did you mean gemma_2b?"),
-    "missing": (["{tmp}/nothing"], "no config '{tmp}/nothing'"),
-    "config of another kind": (["{tmp}/sample.json"], "holds a SampleConfig, but a PretrainConfig is needed"),
-    "checkpoint without a record": (["{tmp}/damaged"], "{tmp}/damaged"),
-    "mesh": (["gemma_2b", "--mesh.tensor", "3"], "does not use exactly the 8 devices"),
-    "indivisible": (
-        ["gemma_tiny", "--mesh.tensor", "8"],
-        "blocks.attention.o: axis 'heads' of size 4 is not divisible by mesh axis tensor of size 8",
-    ),
-}
-
-
-@pytest.mark.parametrize(("arguments", "told"), BAD.values(), ids=BAD)
-def test_mistakes_end_in_one_sentence(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
-) -> None:
-    (tmp_path / "sample.json").write_text(to_json(SampleConfig()))
-    (tmp_path / "damaged" / "run").mkdir(parents=True)
-    (tmp_path / "damaged" / "run" / "data.json").write_text("{}")
-    assert main(["inspect", *(argument.format(tmp=tmp_path) for argument in arguments)]) == 2
-    captured = capsys.readouterr()
-    (line,) = captured.err.splitlines()
-    assert line.startswith("error: ") and told.format(tmp=tmp_path) in line
-    assert captured.out == ""
 
 
 def test_a_checkpoint_whose_record_is_of_another_kind(

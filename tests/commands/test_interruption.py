@@ -145,21 +145,6 @@ def test_signals_before_training_end_the_program_soon_and_harm_nothing(
     assert not (runs.folder / run).exists()
 
 
-def test_two_runs_do_not_write_into_one_directory(
-    runs: Runs, undisturbed: Arrays, cleanup: list[subprocess.Popen[str]]
-) -> None:
-    first = runs.start("twice")
-    cleanup.append(first)
-    wait_for(first, lambda: len(runs.steps("twice")) >= 2)
-    for arguments in ((), ("--existing_run", "overwrite")):
-        status, said = ended(runs.start("twice", *arguments), 60)
-        assert status == 2 and f"error: process {first.pid} on " in said and "is training in" in said
-    assert first.poll() is None, "it ended too soon for this test"
-    status, said = ended(first, 120)
-    assert status == 0, said
-    assert_same_bits(runs.arrays("twice"), undisturbed)
-
-
 def test_a_run_whose_data_files_are_lost_ends_clearly(
     runs: Runs, undisturbed: Arrays, cleanup: list[subprocess.Popen[str]], tmp_path: Path
 ) -> None:

@@ -115,32 +115,6 @@ def test_a_run_leaves_what_the_next_tools_need(
     assert "blocks.attention.q" in capsys.readouterr().out
 
 
-BAD = {
-    "no corpus": (["--data.sources", "/nowhere/*.txt"], "/nowhere/*.txt"),
-    "unknown corpus": (["--data.sources", "python-stdlb"], "python-stdlib"),
-    "tokenizer is no model": (["--tokenizer.path", "{config}"], "config.json"),
-    "no tokenizer": (["--tokenizer.path", "/nowhere.model"], "/nowhere.model"),
-    "more devices than there are": (["--mesh.fsdp", "64", "--mesh.cpu_devices", "0"], "64 devices"),
-    "batch": (["--data.batch_size", "7"], "use 8"),
-    "context": (["--data.sequence_length", "300"], "model.context_length, 256"),
-    "heads": (["--model.num_kv_heads", "3"], "num_heads"),
-    "parameter": (["--model.embed_dim", "33"], "axis 'embed' of size 33"),
-    "key": (["--optimizer.learning_rat", "1"], "did you mean --optimizer.learning_rate?"),
-    "type": (["--steps", "many"], "many"),
-}
-
-
-@pytest.mark.parametrize(("arguments", "told"), BAD.values(), ids=BAD)
-def test_mistakes_end_in_one_sentence_and_harm_nothing(
-    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
-) -> None:
-    config = config_file(tmp_path, corpus)
-    assert main(["pretrain", config, *(argument.format(config=config) for argument in arguments)]) == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: ") and told in lines[0], lines
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_vocabulary_that_does_not_match_the_model(
     tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

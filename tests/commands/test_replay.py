@@ -188,30 +188,6 @@ def test_documents_cannot_control_the_terminal(loader: tuple[Loader, Tokenizer, 
     assert "\\x1b" in re.sub(r" \d+\.\d⟧|⟦", "", shown)
 
 
-def test_mistakes(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    foreign = tmp_path / "foreign"
-    foreign.mkdir()
-    (foreign / "config.json").write_text('{"experiment": "sample"}')
-    cases: list[tuple[list[object], str]] = [
-        ([trained, 0], "has no step 0; its steps are 1 to 8"),
-        ([trained, 9], "has no step 9"),
-        ([trained, "last"], "has no step last"),
-        ([trained], "RUN STEP"),
-        ([tmp_path / "nowhere", 1], "is not the directory of a run"),
-        ([foreign, 1], "holds a SampleConfig"),
-        ([trained, 1, "--rows", -1], "rows is -1"),
-        ([trained, 1, "--row", 1], "did you mean --rows?"),
-        ([trained, 1, "--mesh.cpu_devices", 3], "which data 1 x fsdp 3"),
-    ]
-    for arguments, told in cases:
-        capsys.readouterr()
-        assert main(["replay", *map(str, arguments)]) == 2
-        lines = capsys.readouterr().err.strip().splitlines()
-        assert len(lines) == 1 and lines[0].startswith("error: ") and told in lines[0], lines
-    assert main(["replay", "--help"]) == 0
-    assert "--rows" in capsys.readouterr().out
-
-
 def test_data_that_has_changed_is_not_taken_for_what_the_run_saw(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -66,17 +66,3 @@ def test_the_picture(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(["runs", str(folder), "--plot", str(picture)]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert f"first, sweep/deep/second: {picture}" in capsys.readouterr().err
-
-
-def test_mistakes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments, told in [
-        ([], "name a directory first"),
-        ([tmp_path / "nowhere"], "no directory"),
-        ([folder / "published"], "no runs under"),
-        ([folder, "--plot", "curves.pdf"], "ends in .png"),
-        ([folder / "first", "--plot", tmp_path / "no" / "where.png"], "cannot be written"),
-    ]:
-        capsys.readouterr()
-        assert main(["runs", *map(str, arguments)]) == 2
-        lines = capsys.readouterr().err.strip().splitlines()
-        assert len(lines) == 1 and lines[0].startswith("error: ") and told in lines[0], lines

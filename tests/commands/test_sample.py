@@ -91,39 +91,3 @@ def test_an_instruction_tuned_model_gets_the_prompt_as_a_turn(
     assert entry["turn"] is True and entry["token_ids"] == expected.token_ids
     raw = sample(capsys, run, *prompts("alpha"), *FIVE, *flag, "--raw", "--json")
     assert raw == sample(capsys, run, *prompts("alpha"), *FIVE, "--json") != captured.out
-
-
-BAD = {
-    "no checkpoint": (["--prompt", "x"], "name a checkpoint first"),
-    "no prompt": (["{run}"], "add --prompt TEXT"),
-    "run without a step": (["{tmp}/begun", "--prompt", "x"], "begun holds no checkpoint"),
-    "a file": (["{tmp}/file", "--prompt", "x"], "{tmp}/file"),
-    "damaged record": (["{tmp}/damaged", "--prompt", "x"], "{tmp}/damaged"),
-    "text for a model without a tokenizer": (
-        # Larger than this machine, so that it is told before any weights are made.
-        ["random:gemma_7b", "--prompt", "x", *FIVE],
-        "random:gemma_7b has no tokenizer.model",
-    ),
-    "unknown flag": (["{run}", "--prompt", "x", "--temprature", "1"], "did you mean --temperature?"),
-    "wrong type": (["{run}", "--prompt", "x", "--top_k", "1.5"], "invalid int value: '1.5'"),
-    "out of range": (["{run}", "--prompt", "x", "--top_p", "0"], "top_p is 0.0"),
-    "too long": (["{run}", "--prompt", "alpha " * 300, *FIVE], "context of 256"),
-    "too few devices": (["{run}", "--prompt", "x", "--mesh.fsdp", "64"], "needs 64 devices, but there are 8"),
-    "no text at all": (["{run}", "--prompt", "\udcff", *FIVE], "surrogate"),
-}
-
-
-@pytest.mark.parametrize(("arguments", "told"), BAD.values(), ids=BAD)
-def test_mistakes_end_in_one_sentence(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], told: str
-) -> None:
-    (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
-    (tmp_path / "file").write_text("no checkpoint")
-    (tmp_path / "damaged" / "run").mkdir(parents=True)
-    (tmp_path / "damaged" / "run" / "data.json").write_text("[]")
-    names = {"run": str(run), "tmp": str(tmp_path)}
-    assert main(["sample", *(argument.format(**names) for argument in arguments)]) == 2
-    captured = capsys.readouterr()
-    (line,) = captured.err.splitlines()
-    assert line.startswith("error: ") and told.format(**names) in line
-    assert captured.out == ""

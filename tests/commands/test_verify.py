@@ -2,14 +2,11 @@
 
 import importlib.util
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from gemma_jax import verification
 from gemma_jax.cli import main
-from gemma_jax.commands import verify
 from tests.golden import make
 from tests.pretrained import published
 
@@ -112,33 +109,3 @@ def test_random_weights_can_be_looked_at_too(capsys: pytest.CaptureFixture[str])
     status, report = checked(capsys, "random:gemma_tiny")
     assert status == 0
     assert "shape          gemma_tiny\n" in report and "`gemma convert`" in report
-
-
-@pytest.mark.parametrize(("factor", "status"), [(1 + 1e-6, 0), (1.01, 1)])
-def test_what_transformers_computes_is_compared_layer_by_layer(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    factor: float,
-    status: int,
-) -> None:
-    """With our own outputs, a little changed from layer 1 on, in the place of those of transformers."""
-    layer_outputs, ours = verification.layer_outputs, {}
-
-    def remembered(*arguments: Any) -> dict[str, np.ndarray]:
-        ours.update(layer_outputs(*arguments))
-        return ours
-
-    def imitation(folder: Path, dtype: str, tokens: np.ndarray) -> dict[str, np.ndarray]:
-        assert dtype == "float32" and tokens.shape[0] == 1 and tokens[0, 0] == 2
-        return {name: x * (1 if name in ("embeddings", "layer_0") else factor) for name, x in ours.items()}
-
-    monkeypatch.setattr(verification, "layer_outputs", remembered)
-    monkeypatch.setattr(verification, "transformers_outputs", imitation)
-    monkeypatch.setattr(verify.importlib.util, "find_spec", lambda name: True)
-    actual, report = checked(capsys, directory(tmp_path))
-    assert actual == status
-    places = [line.split("  ")[0] for line in report.splitlines()]
-    start = places.index("embeddings")
-    assert places[start : start + 5] == ["embeddings", "layer 0", "layer 1", "final norm", "logits"]
-    assert ("transformers computes something else: layer 1 differs" in report) is bool(status)

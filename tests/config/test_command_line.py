@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-import sys
 import typing
 from pathlib import Path
 from typing import Any, Literal
@@ -77,16 +76,6 @@ def test_every_field_can_be_set_and_help_has_its_meaning_and_default(
         assert parse(kind(), [f"--{name}", *words], "gemma test") == replace(kind(), {name: value}), name
 
 
-def test_the_default_that_help_shows_is_that_of_the_config(capsys: pytest.CaptureFixture[str]) -> None:
-    for config, shown in [
-        (SampleConfig(prompt=("50% of %s",)), "(default: 50% of %s)"),
-        (grouped(ParameterGroup("*norm", 0.5)), "(default: '*norm learning_rate_factor=0.5')"),
-    ]:
-        with pytest.raises(SystemExit):
-            parse(config, ["-h"], "gemma test")
-        assert shown in " ".join(capsys.readouterr().out.split())
-
-
 def grouped(*groups: ParameterGroup) -> PretrainConfig:
     return PretrainConfig(optimizer=OptimizerConfig(groups=groups))
 
@@ -138,32 +127,21 @@ def test_the_value_of_an_option_is_left_as_it_was_typed(text: str) -> None:
 
 WRONG = {
     "type": (["--steps", "many"], "--steps: invalid int value: 'many'"),
-    "number for an integer": (["--steps", "1e3"], "--steps: invalid int value: '1e3'"),
-    "float": (["--optimizer.b1", "x"], "--optimizer.b1: invalid float value: 'x'"),
-    "one of a tuple": (["--data.weights", "1", "x"], "--data.weights: invalid float value: 'x'"),
     "choice": (["--compute.remat", "all"], "--compute.remat: invalid choice: 'all'"),
     "no value": (["--steps"], "--steps: expected one argument"),
     "a dash": (["--run_dir", "-x"], "--run_dir: expected one argument; .* --run_dir=-x"),
     "two dashes": (["--data.sources", "--"], "expected at least one argument; .* --data.sources=--"),
     "a dash later": (["--data.sources", "a", "-x"], "unknown option -x; .* --OPTION=-x"),
-    "no value of a tuple": (["--data.sources", "--steps", "1"], "expected at least one argument \\("),
     "typing slip": (["--optimizer.learning_rat", "1"], "did you mean --optimizer.learning_rate"),
     "no section": (["--learning-rate=1"], "did you mean --optimizer.learning_rate"),
     "cut short": (["--mesh.cpu", "2"], "did you mean --mesh.cpu_devices"),
-    "no dashes": (["steps", "5"], "unknown option steps; did you mean --steps"),
     "one dash": (["-steps", "5"], "did you mean --steps"),
     "nothing like it": (["--zzzzzzzzzzzz", "5"], "unknown option --zzzzzzzzzzzz \\("),
     "name in a group": (
         ["--optimizer.groups", "a weight_deca=1"],
         "'weight_deca'; did you mean weight_decay",
     ),
-    "no name in a group": (["--optimizer.groups", "a zzz=1"], "'zzz'; the names are learning_rate_factor, "),
-    "pattern in a group": (["--optimizer.groups", "a pattern=b"], "sets 'pattern'"),
     "value in a group": (["--optimizer.groups", "a weight_decay=x"], "float value of weight_decay: 'x'"),
-    "twice in a group": (
-        ["--optimizer.groups", "a weight_decay=1 weight_decay=1"],
-        "weight_decay is given tw",
-    ),
 }
 
 
@@ -227,46 +205,23 @@ def test_configs_beside_the_packages_source_are_found_from_anywhere(home: Path) 
     assert load("demo", PretrainConfig)[0].steps == 15  # but those of the current folder come first
 
 
-def test_a_config_file_leaves_nothing_behind(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "dont_write_bytecode", False)
-    load("mine", PretrainConfig)
-    load("./configs/mine.py", PretrainConfig)
-    assert [path.name for path in (home / "configs").iterdir()] == ["mine.py"]
-    assert sys.dont_write_bytecode is False
-
-
 START = "from gemma_jax.config import *\n"
 FILES: dict[str, tuple[str | bytes, str | tuple[str, ...]]] = {
     "syntax.py": (START + "config = (\n", "syntax.py, line 2: '(' was never closed."),
-    "typo.py": (
-        START + "config = PretrainConfig(step=3)",
-        ("line 2: TypeError", "'step'; did you mean steps?"),
-    ),
     "section.py": (
         START + "\nconfig = PretrainConfig(\n    optimizer=OptimizerConfig(learning_rat=1)\n)",
         ("section.py, line 4: TypeError", "'learning_rat'; did you mean learning_rate?"),
     ),
     "value.py": ("def f():\n  raise ValueError('odd\\nvalue')\nf()\n", "line 2: ValueError: odd"),
-    "group.py": (
-        START + "config = PretrainConfig(optimizer=OptimizerConfig(groups=('embedding weight_decay=0',)))",
-        "optimizer.groups[0] must be an object with pattern, learning_rate_factor, weight_decay, not 'embedd",
-    ),
     "said.py": ("from gemma_jax.errors import UserError\nraise UserError('as it says')", "as it says"),
     "empty.py": ("", "defines no `config`"),
-    "dict.py": ("config = {}", "holds a dict, but a PretrainConfig is needed here"),
     "type.py": (START + "config = PretrainConfig(steps='5')", "type.py: steps must be an integer, not '5'"),
-    "tuple.py": (
-        START + "config = PretrainConfig(data=DataConfig(sources='x'))",
-        "data.sources must be a list",
-    ),
     "bytes.py": (b"config = '\xff'", "bytes.py"),
     "empty.json": ("", "not valid JSON"),
-    "bytes.json": (b"\xff\xfe", "not UTF-8"),
     "key.json": (
         '{"experiment": "pretrain", "stepz": 1}',
         "key.json: unknown key 'stepz'; did you mean steps",
     ),
-    "other.json": ('{"experiment": "sample"}', "holds a SampleConfig, but a PretrainConfig is needed here"),
 }
 
 
@@ -291,11 +246,7 @@ def test_numbers_in_a_config_file_have_the_types_of_the_fields(home: Path) -> No
 @pytest.mark.parametrize(("name", "told"), [
     ("mien", "no config 'mien'; did you mean mine? (a file, a run directory, or one of: demo, "),
     ("nothing.py", "no config 'nothing.py'"),
-    ("configs", "no config 'configs'"),  # a folder without a run
-    ("no/where", "no config 'no/where'"),
     ("x" * 5000, "no config 'xxx"),
-    ("mine.py/config", "no config 'mine.py/config'"),
-    ("", "no config ''"),
 ])  # fmt: skip
 def test_names_that_mean_nothing(home: Path, name: str, told: str) -> None:
     with pytest.raises(UserError) as error:

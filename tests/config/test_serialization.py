@@ -73,23 +73,16 @@ DEEP = "[" * 300 + "]" * 300
 WRONG = {
     "not JSON": ("{", r"not valid JSON"),
     "deeper than the parser goes": ("[" * 100_000, r"not valid JSON"),
-    "not an object": ("[]", r"no key 'experiment'"),
     "no experiment": ("{}", r"no key 'experiment'"),
     "unknown experiment": ('{"experiment": "pretrian"}', r"'pretrian' is not one of pretrain, sample"),
-    "experiment of a wrong type": ('{"experiment": ["pretrain"]}', r"is not one of"),
     "the same key twice": (PRETRAIN + '"steps": 1, "steps": 2}', r"same key twice"),
     "unknown key": (
         PRETRAIN + '"optimizer": {"learning_rat": 1}}',
         r"'optimizer\.learning_rat'; did you mean learning_rate\?$",
     ),
-    "unknown section": (PRETRAIN + '"optimiser": {}}', r"'optimiser'; did you mean optimizer\?"),
     "section that is a number": (PRETRAIN + '"model": 3}', r"model must be an object with .*, not 3"),
-    "string for an integer": (PRETRAIN + '"steps": "10"}', r"steps must be an integer, not '10'"),
     "number for an integer": (PRETRAIN + '"steps": 1.5}', r"steps must be an integer, not 1\.5"),
-    "true for an integer": (PRETRAIN + '"steps": true}', r"steps must be an integer, not True"),
-    "number for a string": (PRETRAIN + '"run_dir": 5}', r"run_dir must be a string, not 5"),
     "number for a bool": ('{"experiment": "sample", "json": 1}', r"json must be true or false, not 1"),
-    "null": (PRETRAIN + '"steps": null}', r"steps must be an integer, not None"),
     "choice": (PRETRAIN + '"compute": {"remat": "all"}}', r"compute\.remat must be one of .*, not 'all'"),
     "string for a list": (PRETRAIN + '"data": {"sources": "a"}}', r"data\.sources must be a list, not 'a'"),
     "list of a wrong type": (PRETRAIN + '"data": {"weights": [1, "2"]}}', r"weights\[1\] must be a number"),
@@ -101,17 +94,11 @@ WRONG = {
         PRETRAIN + '"optimizer": {"groups": [{"patern": "a"}]}}',
         r"'optimizer\.groups\[0\]\.patern'; did you mean pattern\?",
     ),
-    "wrong value of a group": (
-        PRETRAIN + '"optimizer": {"groups": [{"pattern": "a", "weight_decay": "1"}]}}',
-        r"groups\[0\]\.weight_decay must be a number, not '1'",
-    ),
     "too large for a float": (
         PRETRAIN + '"optimizer": {"b1": 1' + "0" * 400 + "}}",
         r"optimizer\.b1 is 1000.*too large",
     ),
-    "value too deep to be shown whole": (PRETRAIN + '"steps": ' + DEEP + "}", r"steps must be"),
     "value too long to be shown whole": (PRETRAIN + '"steps": "' + "x" * 10**6 + '"}', r"steps"),
-    "key too long to be shown whole": (PRETRAIN + '"' + "x" * 10**6 + '": 1}', r"unknown key"),
 }
 
 

@@ -1,6 +1,4 @@
 import contextlib
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -191,13 +189,3 @@ def test_no_sources_and_too_few_documents_are_named(tmp_path: Path, tokenizer: T
         assert says in " ".join(dataset.statistics[0].sentences())
         assert dataset.train.num_rows == 1 and dataset.held_out.num_rows == len(texts) - 1
         assert len([*dataset.held_out.batches(4)]) == len(texts) - 1
-
-
-def test_importing_the_floor_stays_light() -> None:
-    heavy = (
-        "{'jax', 'grain', 'tensorflow_datasets', 'tensorflow', 'pyarrow', 'array_record', 'sentencepiece'}"
-    )
-    modules = "loader, documents, text_source, record_source, parquet_source"
-    script = f"import sys; from gemma_jax.data import {modules}; print(sorted({heavy} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"

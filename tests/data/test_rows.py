@@ -3,13 +3,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpora import cache_of, open_default, random_texts
+from corpora import cache_of, random_texts
 
 from gemma_jax.data import source as source_module
 from gemma_jax.data.packing import Batch, empty_rows
 from gemma_jax.data.rows import PackedRows
 from gemma_jax.data.source import SPLITS, Text, is_held_out
-from gemma_jax.data.token_cache import TokenCache, build_token_cache
+from gemma_jax.data.token_cache import TokenCache
 from gemma_jax.errors import UserError
 from gemma_jax.tokenizer import Tokenizer
 
@@ -131,22 +131,3 @@ def test_too_few_documents_hold_out_pieces_which_are_never_trained_on(
 def test_a_corpus_of_one_piece_holds_nothing_out(tmp_path: Path, tokenizer: Tokenizer) -> None:
     cache = cache_of(["tiny"], tokenizer, tmp_path, held_out=0.1)
     assert [len(PackedRows(cache, split, 1000)) for split in SPLITS] == [1, 0]
-
-
-def test_rows_of_the_standard_library_are_full(tmp_path: Path) -> None:
-    """With one token for eight bytes instead of a real tokenizer, which would take ten seconds."""
-
-    class Stub(Tokenizer):
-        def __init__(self) -> None:
-            self.vocab_size = 512
-            self.fingerprint = "stub"
-
-        def encode_batch(
-            self, texts: "list[str]", num_threads: int = -1
-        ) -> list[list[int]]:  # narrower on purpose
-            return [[300] * (len(text) // 8) for text in texts]
-
-    cache = build_token_cache(open_default("python-stdlib"), Stub(), held_out=0.01, cache_dir=str(tmp_path))
-    assert cache.size("train").documents > 500
-    for length in (512, 2048):
-        assert PackedRows(cache, "train", length).utilisation > 0.99

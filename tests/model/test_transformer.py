@@ -105,25 +105,6 @@ def test_prefill_and_decode_equal_one_forward_pass_in_a_ragged_batch() -> None:
         np.testing.assert_array_equal(cache.lengths, lengths + new)
 
 
-def test_packed_row_equals_the_same_sequences_alone() -> None:
-    rng = np.random.default_rng(3)
-    pieces = [rng.integers(0, TINY.vocab_size, n) for n in (5, 9, 4)]
-    row = np.concatenate([*pieces, np.zeros(3, int)])[None]
-    positions = np.concatenate([*(np.arange(len(p)) for p in pieces), np.zeros(3, int)])[None]
-    segments = np.concatenate([*(np.full(len(p), i + 1) for i, p in enumerate(pieces)), np.zeros(3, int)])[
-        None
-    ]
-    with jax.enable_x64(True):
-        params = random_params(TINY, FLOAT64)
-        packed = np.asarray(forward(TINY, FLOAT64)(params, row, positions, segments))[0]
-        start = 0
-        for piece in pieces:
-            alone = forward(TINY, FLOAT64)(params, piece[None], *simple_rows(piece[None]))[0]
-            assert relative_difference(packed[start : start + len(piece)], alone) < 1e-10
-            start += len(piece)
-    assert np.isfinite(packed[:, : TINY.vocab_size]).all()
-
-
 def test_no_gradient_reaches_a_later_token_or_another_document() -> None:
     """The Jacobian of every output with respect to every input embedding, as a picture.
 
@@ -205,17 +186,6 @@ def test_no_whole_weight_is_kept_for_the_backward_pass(policy: str) -> None:
 
     weights = [array for array in jax.tree.leaves(jax.jit(kept)(params)) if array.shape in stacked]
     assert weights and not [array.shape for array in weights if array.is_fully_replicated]
-
-
-def test_rows_that_pad_the_vocabulary_are_never_predicted() -> None:
-    config = replace(TINY, {"vocab_size": 500})
-    assert config.vocab_rows == 512
-    params = random_params(config)
-    logits = forward(config)(params, np.array([[2, 3]]), *simple_rows(np.array([[2, 3]])))
-    assert logits.shape == (1, 2, 512)
-    assert (np.asarray(logits[..., 500:]) == -np.inf).all()
-    assert np.isfinite(np.asarray(logits[..., :500])).all()
-    assert np.isfinite(np.asarray(jax.nn.log_softmax(logits)[..., :500])).all()
 
 
 def test_initialisation_is_the_same_on_every_mesh_and_never_whole_on_a_device() -> None:

@@ -9,23 +9,15 @@ from gemma_jax.planning.topology import parse_topology
 @pytest.mark.parametrize(("name", "compiler_name", "chips", "shown"), [
     # docs.cloud.google.com/tpu/docs/v5e, v6e
     ("v5e-1", "v5e:1x1", 1, "v5e-1"),
-    ("v5e-4", "v5e:2x2", 4, "v5e-4"),
     ("v5e-8", "v5e:2x4", 8, "v5e-8"),
-    ("v5e-16", "v5e:4x4", 16, "v5e-16"),
     ("v5litepod-32", "v5e:4x8", 32, "v5e-32"),
-    ("v6e-64", "v6e:8x8", 64, "v6e-64"),
     ("v6e-128", "v6e:8x16", 128, "v6e-128"),
     ("v5e-256", "v5e:16x16", 256, "v5e-256"),
     # docs.cloud.google.com/tpu/docs/v4, v5p, tpu7x
     ("v4-8", "v4:2x2x1", 4, "v4-8"),
-    ("v4-16", "v4:2x2x2", 8, "v4-16"),
-    ("v5p-32", "v5p:2x2x4", 16, "v5p-32"),
     ("v5p-64", "v5p:2x4x4", 32, "v5p-64"),
-    ("v5p-128", "v5p:4x4x4", 64, "v5p-128"),
-    ("v5p-256", "v5p:4x4x8", 128, "v5p-256"),
     ("tpu7x-128", "tpu7x:4x4x4", 64, "tpu7x-128"),
     ("v5p-1536", "v5p:8x8x12", 768, "v5p-1536"),
-    ("v5p-6144", "v5p:12x16x16", 3072, "v5p-6144"),
     ("v5p-12288", "v5p:16x16x24", 6144, "v5p-12288"),
     # layouts
     ("v5e:4x8", "v5e:4x8", 32, "v5e-32"),
@@ -43,12 +35,9 @@ def test_slices_multiply_chips() -> None:
 
 @pytest.mark.parametrize(("name", "slices", "told"), [
     ("v9-8", 1, "topology 'v9-8' is not known"),
-    ("", 1, "topology '' is not known"),
     ("v5p-7", 1, "named by its TensorCores, 2 a chip"),
     ("v5e-7", 1, "7 chips of v5e make no slice"),
-    ("v5e-0", 1, "does not exist"),
     ("v5e-512", 1, "at most 256 chips"),
-    ("v5p-4x4", 1, "has 3 dimensions"),
     ("v5p-130", 1, "65 chips of v5p make no slice"),
     ("v5e-4", 0, "slices is 0"),
 ])  # fmt: skip

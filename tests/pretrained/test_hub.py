@@ -11,14 +11,12 @@ import socket
 import subprocess
 import sys
 import threading
-import types
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from gemma_jax.errors import UserError
-from gemma_jax.pretrained import hub as hub_module
 from gemma_jax.pretrained.checkpoint import open_checkpoint
 from gemma_jax.pretrained.hub import is_hub_name
 from tests.pretrained.published import MULTI_QUERY, random_tensors, write_huggingface
@@ -184,27 +182,3 @@ def test_weights_of_google_are_under_its_terms(tmp_path: Path, monkeypatch: pyte
     assert open_checkpoint("google/gemma-2b").terms_source == "google/gemma-2b"
     assert open_checkpoint("somebody/from-scratch").terms_source == ""
     assert open_checkpoint(folder).terms_source == ""
-
-
-def test_kaggle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="pip install kagglehub"):
-        hub_module.download("google/gemma/flax/2b")
-
-    class Unauthenticated(Exception):
-        pass
-
-    def model_download(name: str) -> str:
-        if name.endswith("7b"):
-            raise Unauthenticated("User is not authenticated")
-        return str(tmp_path)
-
-    client, exceptions = types.ModuleType("kagglehub"), types.ModuleType("kagglehub.exceptions")
-    client.model_download = model_download  # a stand-in
-    client.exceptions, exceptions.Unauthenticated = exceptions, Unauthenticated
-    monkeypatch.setitem(sys.modules, "kagglehub", client)
-    monkeypatch.setitem(sys.modules, "kagglehub.exceptions", exceptions)
-    assert hub_module.download("google/gemma/flax/2b") == tmp_path
-    with pytest.raises(
-        UserError, match=r"does not give google/gemma/flax/7b \(User is not authenticated\); accept"
-    ):
-        hub_module.download("google/gemma/flax/7b")

@@ -109,9 +109,7 @@ def test_what_is_no_json_object_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     for content, told in [
         (b"{", "not valid JSON"),
-        (b"\xff{}", "not valid JSON"),
         (b"[" * 100_000, "not valid JSON"),
-        (b"[]", "must hold a JSON object"),
         (b" " * (2**20 + 1), "is larger than"),
     ]:
         path.write_bytes(content)

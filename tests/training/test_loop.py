@@ -21,7 +21,7 @@ from gemma_jax.data.packing import Batch, empty_rows
 from gemma_jax.errors import UserError
 from gemma_jax.testing import cpu_mesh
 from gemma_jax.training.evaluation import Evaluator
-from gemma_jax.training.goodput import KINDS, Goodput
+from gemma_jax.training.goodput import Goodput
 from gemma_jax.training.hardware import training_flops_a_token
 from gemma_jax.training.loop import RunServices, Trainer
 from gemma_jax.training.metrics import RunLog, read_metrics
@@ -169,22 +169,6 @@ def test_a_stop_saves_the_step_it_comes_after(tmp_path: Path) -> None:
     assert stopped["step"] == 3 and stopped["seconds_saving"] >= steps[-1]["seconds_saving"]
 
 
-def test_input_that_is_waited_for_is_told_a_step(tmp_path: Path) -> None:
-    rows = empty_rows(2, 8, 0)
-
-    def slowly(row: int) -> Batch:
-        time.sleep(0.02)
-        return rows
-
-    config = replace(CONFIG, {"logging.every": 5, "checkpoint.every": 100})
-    run(tmp_path / "slow", counting_step(), config, slowly)
-    run(tmp_path / "fast", counting_step(), config, lambda row: rows)
-    slow, fast = (read_metrics(tmp_path / name)[-1] for name in ("slow", "fast"))
-    assert slow["step"] == 10 and 0.01 < slow["input_wait_seconds"] < 0.03
-    assert slow["input_wait_share"] > 0.5
-    assert fast["input_wait_seconds"] < 0.005
-
-
 def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path: Path) -> None:
     config = replace(CONFIG, {"stability.skip_nonfinite": 2})
     bad = {2, 5, 6, 9}
@@ -261,27 +245,6 @@ def test_an_evaluation_that_is_cut_off_stops_the_run_at_its_step(tmp_path: Path)
     run(tmp_path, counting_step(), start=3, evaluators=evaluators, evaluated=evaluated)
     assert [step for name, step in measured if name == "cut_off"] == [3, 6, 9, 10]
     assert [step for name, step in measured if name == "done"] == [6, 9, 10]
-
-
-def test_where_the_time_goes(tmp_path: Path) -> None:
-    config = replace(CONFIG, {"stability.skip_nonfinite": 1, "checkpoint.every": 5})
-    bare = counting_step(loss=lambda step: math.nan if step == 7 else 1.0)
-
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        time.sleep(0.3 if state.step == 0 else 0.02)
-        return bare(state, batch)
-
-    def evaluate(params: Any, stop_requested: Callable[[], bool]) -> dict[str, float]:
-        time.sleep(0.1)
-        return {"held_out_loss": 1.0}
-
-    run(tmp_path, step, config, evaluators=[held_out(evaluate, 5)])
-    last = [entry for entry in read_metrics(tmp_path) if "goodput" in entry][-1]
-    assert last["seconds_starting"] >= 0.3 and last["seconds_evaluating"] >= 0.1
-    # Eight steps count; a step's numbers are read when the next one was started, so the first has two sleeps.
-    assert last["seconds_steps"] >= 7 * 0.02 and last["seconds_lost"] >= 0.02
-    total = sum(last[f"seconds_{kind}"] for kind in KINDS)
-    assert last["goodput"] == pytest.approx(last["seconds_steps"] / total, abs=0.01)
 
 
 def test_chosen_steps_are_traced(tmp_path: Path) -> None:

@@ -1,23 +1,19 @@
 """What a run tells: its file, the terminal, TensorBoard, Weights & Biases, and the picture."""
 
-import io
-import re
 import struct
 import sys
 from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
 from etils import epath
 from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
-from rich.console import Console
 
 from gemma_jax.config import LoggingConfig, PretrainConfig
 from gemma_jax.errors import UserError
 from gemma_jax.training import metrics
-from gemma_jax.training.metrics import RunLog, plot_losses, read_metrics
+from gemma_jax.training.metrics import RunLog, read_metrics
 from gemma_jax.training.sinks import Entry, check_sinks, open_sinks
 
 SHOWN = {
@@ -113,36 +109,6 @@ def test_other_processes_write_and_say_nothing(
     assert list(tmp_path.iterdir()) == [] and sink.entries == [] and capsys.readouterr().err == ""
 
 
-def terminal_lines(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int, steps: int, **more: float
-) -> list[str]:
-    """What stands on a terminal of this width after a step and an evaluation."""
-    screen = io.StringIO()
-
-    def console(**options: object) -> Console:
-        return Console(file=screen, force_terminal=True, width=width, highlight=False, color_system=None)
-
-    monkeypatch.setattr(metrics, "Console", console)
-    log = RunLog(tmp_path, steps, 0)
-    log.evaluation({"step": steps, "held_out_loss": 2.0, "held_out_bits_per_byte": 1.0})
-    log.training({"step": steps - 1, **SHOWN, **more}, 3599)
-    log._progress.refresh()  # there is one: this is a terminal
-    log.close()
-    return [line for line in re.split(r"\r|\n|\x1b\[[?0-9]*[a-zA-Z]", screen.getvalue()) if line.strip()]
-
-
-def test_a_terminal_of_80_columns_shows_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = terminal_lines(tmp_path, monkeypatch, 80, 100_000)
-    assert all(len(line.rstrip()) <= 80 for line in lines), lines
-    last = lines[-1]
-    assert (
-        last.startswith("99999/100000 ━━━━")
-        and "loss 3.000  lr 1.00e-03  1,234,567 tokens/s  59m59s left" in last
-        and "FLOP" not in last
-    )
-    assert any("held out loss 2.000, held out bits per byte 1.000" in line for line in lines)
-
-
 def tensorboard_scalars(folder: Path) -> dict[tuple[str, int], float]:
     """What TensorBoard would show, read without it."""
     from tensorboardX.proto.event_pb2 import Event
@@ -194,28 +160,3 @@ def test_a_sink_whose_package_is_missing(
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=f"pip install {package}"):
         check_sinks(logging)
-
-
-def test_the_picture_is_not_squashed_by_the_first_steps_or_one_spike(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from matplotlib.figure import Figure
-
-    drawn: list[Figure] = []
-    save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **o: (drawn.append(self), save(self, *a, **o)))
-    steps = range(10, 5001, 10)
-    entries = [{"step": step, "loss": 2 + 50 / step} for step in steps]
-    entries[0]["loss"], entries[300]["loss"] = 1000.0, 500.0
-    entries += [{"step": 5000, "held_out_loss": 2.2}]
-    plot_losses({"one": entries, "two": entries[:100], "empty": []}, tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    low, high = drawn[0].axes[0].get_ylim()
-    assert 1.8 < low < 2.01 and 2.2 < high < 4
-    names = [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()]
-    assert names == ["training", "held out", "one", "two", "empty"]
-    # Many runs: the legend stands beside the curves.
-    plot_losses({str(number): entries for number in range(12)}, tmp_path / "many.png")
-    colors = {tuple(np.round(line.get_color(), 3)) for line in drawn[1].axes[0].lines}
-    assert len(colors) == 12
-    plot_losses({}, tmp_path / "none.png")

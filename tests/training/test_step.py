@@ -116,18 +116,6 @@ def test_packed_rows_give_the_loss_and_gradients_of_the_same_segments_alone() ->
         assert_same(run(params, separate), run(params, packed), 1e-10)
 
 
-def test_state_lies_on_the_mesh() -> None:
-    """Parameters and both moments are split; no array is copied that could be split."""
-    mesh = cpu_mesh(8, fsdp=4, tensor=2)
-    state = create_train_state(pretraining(CONFIG, mesh))
-    moments = [name for name in named_arrays(state) if ".mu." in name or ".nu." in name]
-    assert len(moments) == 2 * len(named_arrays(state.params))
-    for name, value in named_arrays(state).items():
-        if value.ndim:
-            parts = 4 if name.endswith("norm") else 8
-            assert value.addressable_shards[0].data.size == value.size // parts, name
-
-
 def test_the_step_keeps_shardings_and_reuses_the_memory_of_its_state() -> None:
     mesh = cpu_mesh(4, fsdp=2, tensor=2)
     abstract = abstract_train_state(pretraining(CONFIG, mesh))
