@@ -76,14 +76,3 @@ def test_a_kill_at_any_moment_leaves_whole_steps_and_what_the_next_start_removes
             assert whole(run) == still and names(steps) == set(map(str, still))
         assert whole(run) == ({1: True, 2: True} if action is write else {1: True})
     assert left == {(action, there) for action in (write, folders.remove) for there in (True, False)}
-
-
-def test_only_steps_are_removed_by_what_stands_beside_them(buckets: BucketsOnDisk) -> None:
-    steps = epath.Path("s3://bucket/run/checkpoints")
-    write(steps / "1")
-    for name in (".unfinished", "2.damaged.unfinished", "3.unfinished", "01.unfinished"):
-        (steps / name).write_text("")
-    (steps / "2.damaged" / "run").mkdir(parents=True)
-    (steps / "2.damaged" / "run" / "data.json").write_text("")
-    folders.remove_unfinished(steps)
-    assert names(steps) == {"1", "2.damaged"}

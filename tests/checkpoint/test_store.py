@@ -109,11 +109,6 @@ def largest(folder: Path) -> Path:
     return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
 
 
-def empty(folder: Path) -> None:
-    shutil.rmtree(folder)
-    folder.mkdir()
-
-
 DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "flipped in params": (lambda f: flip(largest(f / "params"), 0.5), "params/"),
     "flipped in opt_state": (lambda f: flip(largest(f / "opt_state"), 0.5), "opt_state/"),
@@ -122,11 +117,6 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "a file is missing": (lambda f: (f / "params" / "manifest.ocdbt").unlink(), "manifest.ocdbt is missing"),
     "a part is missing": (lambda f: shutil.rmtree(f / "opt_state"), "opt_state/"),
     "the record is missing": (lambda f: (f / "run" / "data.json").unlink(), "No such file"),
-    "nothing is there": (empty, "No such file"),
-    "the record is another's": (
-        lambda f: shutil.copy(f.parent / "1" / "run" / "data.json", f / "run" / "data.json"),
-        "has changed",
-    ),
 }
 
 

@@ -1,12 +1,10 @@
 """Runs that are stopped, killed and robbed of their files, as real processes."""
 
 import json
-import os
 import random
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
 
@@ -143,29 +141,3 @@ def test_signals_before_training_end_the_program_soon_and_harm_nothing(
     status, said = ended(process, 10)
     assert status == 75 and f"{number.name}: ending" in said and "Traceback" not in said, said
     assert not (runs.folder / run).exists()
-
-
-def test_a_run_whose_data_files_are_lost_ends_clearly(
-    runs: Runs, undisturbed: Arrays, cleanup: list[subprocess.Popen[str]], tmp_path: Path
-) -> None:
-    for spoil in (lambda path: os.truncate(path, 100), lambda path: path.unlink()):
-        cache = tmp_path / "cache"
-        process = runs.start("robbed", "--data.cache_dir", str(cache), "--checkpoint.every", "2")
-        cleanup.append(process)
-        before = len(runs.steps("robbed"))
-        wait_for(process, lambda before=before: len(runs.steps("robbed")) > before + 4)
-        for path in (cache / "tokens").rglob("*"):
-            if path.is_file():
-                spoil(path)
-        status, said = ended(process, 60)
-        last = said.strip().splitlines()[-1]
-        if status == 0:  # files that are open stay readable when they are deleted
-            assert spoil is not os.truncate and last.startswith("done")
-            break
-        assert status == 2 and last.startswith("error: The cache"), said
-        assert str(cache) in last and "Traceback" not in said
-        for path in sorted((cache / "tokens").iterdir()):
-            subprocess.run(["rm", "-r", str(path)], check=True)  # as the message says
-    else:
-        runs.finish("robbed", "--data.cache_dir", str(tmp_path / "cache"))
-    assert_same_bits(runs.arrays("robbed"), undisturbed)

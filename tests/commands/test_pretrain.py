@@ -115,19 +115,6 @@ def test_a_run_leaves_what_the_next_tools_need(
     assert "blocks.attention.q" in capsys.readouterr().out
 
 
-def test_a_vocabulary_that_does_not_match_the_model(
-    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from gemma_jax.tokenizer import Tokenizer
-
-    Tokenizer.train((path.read_text() for path in corpus.glob("*.txt")), 420, tmp_path / "other.model")
-    assert (
-        main(["pretrain", config_file(tmp_path, corpus), "--tokenizer.path", str(tmp_path / "other.model")])
-        == 2
-    )
-    assert "--model.vocab_size 420" in capsys.readouterr().err
-
-
 OVERFLOW = [
     *("--optimizer.learning_rate", "2e9", "--optimizer.clip_norm", "0", "--optimizer.warmup_steps", "0"),
     *("--compute.dtype", "float32", "--stability.skip_nonfinite", "0"),

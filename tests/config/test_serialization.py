@@ -69,7 +69,6 @@ def test_an_integer_is_a_number_but_true_is_not() -> None:
 
 
 PRETRAIN = '{"experiment": "pretrain", '
-DEEP = "[" * 300 + "]" * 300
 WRONG = {
     "not JSON": ("{", r"not valid JSON"),
     "deeper than the parser goes": ("[" * 100_000, r"not valid JSON"),

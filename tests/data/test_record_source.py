@@ -135,18 +135,6 @@ def test_the_real_parquet_file(shared_data: Path) -> None:
     assert len(texts) == 200 and texts[0].startswith("Beginners BBQ Class Taking Place in Missoula!\n")
 
 
-def test_columns_that_hold_no_text_are_named(tmp_path: Path) -> None:
-    path = tmp_path / "a.parquet"
-    write_parquet(path, TEXTS)
-    with pytest.raises(UserError, match=r"no column 'body'.*id \(int64\), text \(string\)"):
-        open_default(str(path), text_field="body")
-    with pytest.raises(UserError, match="int64 instead of strings in column 'id'"):
-        open_default(str(path), text_field="id")
-    write_parquet(path, [["a"], ["b"]])
-    with pytest.raises(UserError, match="instead of strings"):
-        open_default(str(path))
-
-
 def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     write_parquet(path, random_texts(3000), row_group_size=1000)

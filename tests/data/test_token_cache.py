@@ -245,14 +245,3 @@ def test_token_records_lose_their_own_bos_and_eos_and_hold_no_other_control_ids(
     write_records(tmp_path / "b.array_record", [np.array(each, np.uint16).tobytes() for each in ([300], ids)])
     with pytest.raises(UserError, match=says):
         build(open_default(f"tokens:uint16:{tmp_path}/b.array_record"), tokenizer, tmp_path)
-
-
-def test_a_large_vocabulary_is_stored_in_32_bits(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    class Large(Counting):
-        def encode_batch(self, texts: Sequence[str], num_threads: int = -1) -> list[list[int]]:
-            return [[70_000] * len(text) for text in texts]
-
-    large = Large(tokenizer)
-    large.vocab_size = 70_001
-    cache = cache_of(["abc"], large, tmp_path)
-    assert documents_of(cache, "train") == [[70_000, 70_000, 70_000, 1]]

@@ -104,16 +104,12 @@ def test_permutes_and_transfers_between_slices() -> None:
 
 
 @pytest.mark.parametrize(("groups", "axis"), [
-    ("{{0,1},{2,3},{4,5},{6,7}}", "tensor"),
     ("[4,2]<=[8]", "tensor"),
     ("[4,2]<=[2,2,2]T(0,2,1)", "fsdp"),
     ("[2,4]<=[2,4]", "fsdp x tensor"),
     ("[4,2]<=[2,4]T(1,0)", "slice"),
-    ("mesh['x'=2,'y'=4] {'x'}", "slice"),
     ("mesh['x'=2,'y'=4] {'y'}", "fsdp x tensor"),
     ("mesh['x'=2,'y'=4] {'y':(1)2}", "fsdp"),
-    ("mesh['x'=2,'y'=4] {'y':(2)2}", "tensor"),
-    ("mesh['x'=8] {'x'}", "slice x fsdp x tensor"),
     ("{}", "slice x fsdp x tensor"),
 ])  # fmt: skip
 def test_groups_of_devices_in_all_their_notations(groups: str, axis: str) -> None:

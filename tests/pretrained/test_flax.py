@@ -141,30 +141,13 @@ def test_two_checkpoints_side_by_side_have_to_be_told_apart(tmp_path: Path) -> N
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax's, later
-def test_damage_is_told_without_a_trace(tmp_path: Path) -> None:
-    arrays = published(replace(TWO_B, {"num_layers": 1}))
-    whole = save(tmp_path / "whole", arrays, "flat")
-    files = [path.relative_to(whole) for path in whole.rglob("*") if path.is_file() and path.stat().st_size]
-    told = 0
-    for number, file in enumerate(files):
-        for damage in ("cut", "gone", "noise"):
-            folder = save(tmp_path / f"{number}-{damage}", arrays, "flat")
-            victims = [p for p in folder.rglob("*") if p.is_file() and p.name == file.name] or [
-                p for p in folder.rglob("*") if p.is_file() and p.parent.name == file.parent.name
-            ]
-            raw = victims[0].read_bytes()
-            if damage == "gone":
-                victims[0].unlink()
-            else:
-                victims[0].write_bytes(raw[: len(raw) // 2] + (b"\xff" * 20 if damage == "noise" else b""))
-            try:
-                found = open_checkpoint(folder)
-                assert found.weights is not None
-                for name in ("embedding", "final_norm"):
-                    np.testing.assert_array_equal(
-                        found.weights.get(name, None),
-                        arrays["embedder/input_embedding" if name == "embedding" else "final_norm/scale"],
-                    )
-            except UserError:
-                told += 1
-    assert told > 5  # what only orbax's own book-keeping needs may go
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_damage_ends_in_one_sentence(tmp_path: Path, damage: str) -> None:
+    folder = save(tmp_path / "damaged", published(replace(TWO_B, {"num_layers": 1})), "flat")
+    for path in [path for path in folder.rglob("*") if path.is_file() and path.stat().st_size]:
+        if damage == "gone":
+            path.unlink()
+        else:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UserError):
+        open_checkpoint(folder)

@@ -302,19 +302,6 @@ def test_bad_prompts_are_told_before_anything_is_computed(gemma: Gemma, prompt: 
         gemma.generate([[2], prompt])
 
 
-@pytest.mark.parametrize(("token_ids", "told"), [
-    ([[1, 2], [3]], "different lengths"),
-    ([[]], r"shape \(1, 0\)"),
-    ([[1.0, 2.0]], "dtype float64, but must be .* integers"),
-    ([[0, VOCAB]], f"token id {VOCAB} is out of range"),
-    ([[0, -1]], "token id -1 is out of range"),
-    (np.zeros((1, 257), int), "257 tokens, longer than the model's context of 256"),
-])  # fmt: skip
-def test_bad_token_ids_of_logits(gemma: Gemma, token_ids: Any, told: str) -> None:
-    with pytest.raises(UserError, match=told):
-        gemma.logits(token_ids)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_memory_of_a_long_prefill(dtype: Any) -> None:

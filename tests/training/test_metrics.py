@@ -1,14 +1,11 @@
 """What a run tells: its file, the terminal, TensorBoard, Weights & Biases, and the picture."""
 
-import struct
 import sys
 from pathlib import Path
 
 import jax
 import pytest
 from etils import epath
-from etils.epath import backend
-from fsspec.implementations.memory import MemoryFileSystem
 
 from gemma_jax.config import LoggingConfig, PretrainConfig
 from gemma_jax.errors import UserError
@@ -70,23 +67,6 @@ def test_a_resumed_log_drops_the_steps_that_are_done_again_and_their_time(
     assert sink.closed and sink.entries == read_metrics(tmp_path)[2:]
 
 
-def test_a_log_in_a_bucket_is_written_each_minute_and_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    filesystem = MemoryFileSystem()
-    monkeypatch.setattr(MemoryFileSystem, "store", {})
-    monkeypatch.setattr(backend._FileSystemSpecBackend, "_get_filesystem", lambda self, name: filesystem)
-    run_dir = epath.Path("gs://bucket/run")
-    now = 0.0
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: now)
-    for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):
-        log = RunLog(run_dir, 10, start)
-        for step in steps:
-            now += 40.0
-            log.training(written(step), 0)
-            assert len(read_metrics(run_dir)) == start + (step - start) // 2 * 2
-        log.close()
-        assert [entry["step"] for entry in read_metrics(run_dir)] == list(range(1, steps[-1] + 1))
-
-
 def test_only_announced_steps_are_written(tmp_path: Path) -> None:
     log = RunLog(tmp_path, 10, 0)
     log.training({"step": 1, **SHOWN}, 0)
@@ -107,43 +87,6 @@ def test_other_processes_write_and_say_nothing(
     log.training(written(1), 0)
     log.close()
     assert list(tmp_path.iterdir()) == [] and sink.entries == [] and capsys.readouterr().err == ""
-
-
-def tensorboard_scalars(folder: Path) -> dict[tuple[str, int], float]:
-    """What TensorBoard would show, read without it."""
-    from tensorboardX.proto.event_pb2 import Event
-
-    scalars: dict[tuple[str, int], float] = {}
-    for path in sorted(folder.iterdir()):
-        data, place = path.read_bytes(), 0
-        while place < len(data):
-            (length,) = struct.unpack_from("<Q", data, place)
-            event = Event.FromString(data[place + 12 : place + 12 + length])
-            place += 12 + length + 4
-            if event.session_log.status == event.session_log.START:
-                scalars = {key: value for key, value in scalars.items() if key[1] < event.step}
-            for value in event.summary.value:
-                scalars[value.tag, event.step] = value.simple_value
-    return scalars
-
-
-def test_tensorboard_shows_every_number_once_after_a_resume(tmp_path: Path) -> None:
-    config = PretrainConfig(logging=LoggingConfig(tensorboard="on"))
-    for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):
-        log = RunLog(tmp_path, 10, start, open_sinks(config, epath.Path(tmp_path), start))
-        for step in steps:
-            log.training(written(step, loss=float(10 * start + step)), 0)
-        log.evaluation({"step": steps[-1], "held_out_loss": 2.5, "held_out_bits_per_byte": 1.0})
-        log.close()
-    scalars = tensorboard_scalars(tmp_path / "tensorboard")
-    assert {step: value for (tag, step), value in scalars.items() if tag == "loss"} == {
-        1: 1,
-        2: 2,
-        3: 23,
-        4: 24,
-    }
-    assert scalars["held_out_loss", 4] == 2.5 and ("held_out_loss", 3) not in scalars
-    assert not {tag for tag, _ in scalars} & {"step", "time"}
 
 
 @pytest.mark.parametrize(
