@@ -11,13 +11,29 @@ import pytest
 from jax.sharding import Mesh
 
 from gemma_jax import Gemma
-from gemma_jax.config import PRESETS, ComputeConfig, replace
+from gemma_jax.checkpoint.record import RunPosition, run_record
+from gemma_jax.checkpoint.restore import load_params
+from gemma_jax.checkpoint.store import CheckpointStore
+from gemma_jax.config import (
+    PRESETS,
+    CheckpointConfig,
+    ComputeConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    replace,
+    to_dict,
+)
+from gemma_jax.data.packing import Batch
 from gemma_jax.model import ModelSpec
 from gemma_jax.model.scoring import token_log_probs
 from gemma_jax.pretrained.checkpoint import open_checkpoint
-from gemma_jax.sharding import named_arrays, with_arrays
+from gemma_jax.sharding import named_arrays, put_batch, with_arrays
 from gemma_jax.testing import assert_same, assert_same_on_meshes, cpu_mesh
 from gemma_jax.training.loss import LossSettings, next_token_loss
+from gemma_jax.training.objectives import Recipe, next_token
+from gemma_jax.training.optimizer import make_optimizer
+from gemma_jax.training.state import TrainState, abstract_train_state, create_train_state
+from gemma_jax.training.step import make_train_step
 from gemma_jax.weights import Context, Weight, parameter_table
 from tests.pretrained.published import MULTI_QUERY, random_tensors, write_huggingface
 from tests.weights.kinds import Adapted, Int8, dense_weight, is_adapter, with_random_adapters
@@ -216,3 +232,58 @@ def test_a_dense_weight_gets_no_gradient_where_it_is_frozen() -> None:
         return jax.jit(jax.grad(loss, argnums)).lower(x, w).as_text().count("reduce_scatter")
 
     assert scatters(0) == 0 < scatters((0, 1))
+
+
+@pytest.mark.slow
+def test_adapters_train_while_their_base_is_frozen_and_in_no_checkpoint(tmp_path: Path) -> None:
+    config = PretrainConfig(
+        steps=20,
+        model=CONFIG,
+        optimizer=OptimizerConfig(learning_rate=0.01, warmup_steps=0, schedule="constant"),
+    )
+    rows = (TOKENS[:, :-1], TOKENS[:, 1:], np.ones((8, 11), np.float32), POSITIONS[:, :-1], SEGMENTS[:, :-1])
+    batch = Batch(*(np.ascontiguousarray(x) for x in rows))
+
+    def recipe_of(mesh: Mesh) -> Recipe:
+        optimizer = make_optimizer(config.optimizer, config.steps)
+        spec = spec_of(Adapted(dropout=0.1), mesh)
+        return Recipe(config, spec, next_token(config), optimizer, is_adapter, random=True)
+
+    recipe = recipe_of(MESHES[1])
+    state = create_train_state(recipe)
+    frozen = {name: np.asarray(x) for name, x in named_arrays(state.frozen).items()}
+    step, losses = make_train_step(recipe), []
+    for _ in range(6):
+        state, metrics = step(state, put_batch(batch, 8, MESHES[1]))
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0] - 0.1
+    for name, x in named_arrays(state.frozen).items():
+        np.testing.assert_array_equal(x, frozen[name], err_msg=name)
+    # Goes on from its checkpoint on another mesh, where the base comes from elsewhere.
+    position = RunPosition(step=6, rows_seen=48, config=to_dict(config))
+    with CheckpointStore(tmp_path, config.checkpoint) as store:
+        store.save(position, state.parts)
+    assert all(is_adapter(name) for name in run_record(tmp_path / "checkpoints" / "6").arrays["params"])
+    other = recipe_of(MESHES[0])
+    with CheckpointStore(tmp_path, config.checkpoint) as store:
+        restored = store.restore(abstract_train_state(other).parts)
+    assert restored is not None
+    begun = create_train_state(other)
+    parts, record = restored
+    resumed = TrainState(jnp.int32(record.step), begun.frozen, parts["params"], parts["opt_state"])
+    _, here = step(state, put_batch(batch, 8, MESHES[1]))
+    _, there = make_train_step(other)(resumed, put_batch(batch, 8, MESHES[0]))
+    assert_same(there["loss"], here["loss"], 1e-5)
+
+
+def test_a_model_of_any_kind_is_saved_and_loaded_as_it_is(tmp_path: Path) -> None:
+    spec = spec_of(Adapted(), MESHES[1])
+    params = with_random_adapters(spec.init(0), 1)
+    with CheckpointStore(tmp_path, CheckpointConfig()) as store:
+        config = to_dict(PretrainConfig(model=CONFIG))
+        store.save(RunPosition(step=1, rows_seen=0, config=config), {"params": params})
+    folder = tmp_path / "checkpoints" / "1"
+    loaded = named_arrays(load_params(folder, run_record(folder), spec_of(Adapted(), MESHES[0])))
+    for name, x in named_arrays(params).items():
+        assert loaded[name].dtype == x.dtype
+        np.testing.assert_array_equal(loaded[name], x, err_msg=name)
