@@ -1,14 +1,13 @@
 """`gemma chat CHECKPOINT`: a dialogue in the terminal, or line by line from a pipe."""
 
 import contextlib
-import dataclasses
 import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gemma_jax.config import ChatConfig, SamplingConfig, read_command, suggestion, validate_chat
+from gemma_jax.config import ChatConfig, read_command, suggestion, validate_chat
 from gemma_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,9 +34,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
         compute=config.compute,
         instruction_tuned=config.is_instruction_tuned,
     )
-    settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(SamplingConfig)}
-    del settings["samples"]
-    conversation = Conversation(gemma.chat(system=config.system, **settings))
+    conversation = Conversation(gemma.chat(system=config.system, config=config))
     if not sys.stdin.isatty():
         for line in sys.stdin:
             conversation.take(line)

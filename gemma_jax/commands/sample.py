@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from gemma_jax.config import SampleConfig, SamplingConfig, read_command, validate_sample
+from gemma_jax.config import SampleConfig, read_command, validate_sample
 from gemma_jax.errors import UserError
 
 
@@ -44,16 +44,14 @@ def run(arguments: Sequence[str], prog: str) -> int:
             "(--raw gives it as it is)",
             file=sys.stderr,
         )
-    settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(SamplingConfig)}
     if config.stream:
-        del settings["samples"]
         print(config.prompt[0], end="\n" if as_turn else "", flush=True)
-        for piece in gemma.stream(prompts[0], **settings):
+        for piece in gemma.stream(prompts[0], config):
             print(piece, end="", flush=True)
         print()
         return 0
     repeated = [prompt for prompt in config.prompt for _ in range(config.samples)]
-    generations = gemma.generate(prompts, **settings)
+    generations = gemma.generate(prompts, config)
     for index, (prompt, generation) in enumerate(zip(repeated, generations, strict=True)):
         if config.json:
             print(json.dumps({"prompt": prompt, "turn": as_turn, **dataclasses.asdict(generation)}))

@@ -2,16 +2,17 @@
 
 import argparse
 import dataclasses
-import importlib.util
 import itertools
 import os
 import re
-import sys
+import runpy
+import traceback
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
+from gemma_jax.config import sections
 from gemma_jax.config.serialization import (
     EXPERIMENTS,
     from_dict,
@@ -243,10 +244,8 @@ def load(name: str, kind: type[Config]) -> tuple[Config, str]:
     if os.path.isfile(path / "config.json"):
         path = path / "config.json"
     elif not os.path.isfile(path):
-        found = [
-            folder / f"{name}.py" for folder in config_folders() if os.path.isfile(folder / f"{name}.py")
-        ]
-        path = found[0] if found else path
+        paths = [folder / f"{name}.py" for folder in config_folders()]
+        path = next(filter(os.path.isfile, paths), path)
     if not os.path.isfile(path):
         names = sorted({p.stem for folder in config_folders() for p in folder.glob("*.py")})
         raise UserError(
@@ -278,35 +277,20 @@ def _run_config_file(path: Path) -> Any:
       UserError: the file raises an exception, which is told with its line, or defines no `config`.
     """
     path = path.absolute()  # as trace-backs name it
-    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    # No stale byte code beside the user's own files.
-    written, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     try:
-        spec.loader.exec_module(module)
+        defined = runpy.run_path(str(path))
     except UserError:
         raise
     except SyntaxError as error:
         raise UserError(f"{error.filename or path}, line {error.lineno}: {error.msg}.") from error
     except Exception as error:  # whatever it is, the user's own file raised it
-        where = f"{path}, line {_last_line(error, path)}"
-        raise UserError(f"{where}: {type(error).__name__}: {error}{_mistyped_field(error) or '.'}") from error
-    finally:
-        sys.dont_write_bytecode = written
-    if not hasattr(module, "config"):
+        calls = traceback.extract_tb(error.__traceback__)
+        line = [call.lineno for call in calls if call.filename == str(path)][-1]
+        told = f"{type(error).__name__}: {error}{_mistyped_field(error) or '.'}"
+        raise UserError(f"{path}, line {line}: {told}") from error
+    if "config" not in defined:
         raise UserError(f"{path} defines no `config`; a config file ends in `config = PretrainConfig(...)`.")
-    return module.config
-
-
-def _last_line(error: BaseException, path: Path) -> int:
-    lines = [0]
-    trace = error.__traceback__
-    while trace:
-        if trace.tb_frame.f_code.co_filename == str(path):
-            lines.append(trace.tb_lineno)
-        trace = trace.tb_next
-    return lines[-1]
+    return defined["config"]
 
 
 def _mistyped_field(error: Exception) -> str:
@@ -314,8 +298,6 @@ def _mistyped_field(error: Exception) -> str:
     unexpected = re.search(r"unexpected keyword argument '(\w+)'", str(error))
     if unexpected is None:
         return ""
-    fields = [field for kind in EXPERIMENTS.values() for field in dataclasses.fields(kind)]
-    fields += [
-        f for field in fields if dataclasses.is_dataclass(field.type) for f in dataclasses.fields(field.type)
-    ]
-    return suggestion(unexpected[1], {field.name for field in fields})
+    kinds = [kind for kind in vars(sections).values() if dataclasses.is_dataclass(kind)]
+    fields = [f.name for kind in (*kinds, *EXPERIMENTS.values()) for f in dataclasses.fields(kind)]
+    return suggestion(unexpected[1], fields)

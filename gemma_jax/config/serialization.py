@@ -8,12 +8,12 @@ import types
 import typing
 from typing import Any, Literal, TypeVar
 
-from gemma_jax.config.experiments import PretrainConfig, SampleConfig
+from gemma_jax.config.experiments import PretrainConfig
 from gemma_jax.errors import UserError
 
 Config = TypeVar("Config")
 
-EXPERIMENTS = {"pretrain": PretrainConfig, "sample": SampleConfig}
+EXPERIMENTS = {"pretrain": PretrainConfig}  # what a run records, by its kind
 
 # How messages show what was read: a few words of it, however long or deep it is.
 _shown = reprlib.Repr()

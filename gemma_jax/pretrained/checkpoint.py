@@ -106,15 +106,7 @@ def require_tokenizer(name: str | os.PathLike[str]) -> None:
 
 def _random(name: str) -> Checkpoint:
     config = preset(name.removeprefix(RANDOM))
-    return Checkpoint(
-        name,
-        "",
-        config,
-        "float32",
-        "",
-        False,
-        lambda spec: spec.init(seed=0),
-    )
+    return Checkpoint(name, "", config, "float32", "", False, lambda spec: spec.init(seed=0))
 
 
 def is_published(folder: str | os.PathLike[str]) -> bool:

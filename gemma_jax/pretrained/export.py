@@ -7,8 +7,8 @@ import json
 import math
 import os
 import shutil
-import tempfile
 import typing
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -34,8 +34,8 @@ from gemma_jax.errors import UserError
 from gemma_jax.model import ModelSpec
 from gemma_jax.pretrained.checkpoint import TOKENIZER_FILE
 from gemma_jax.pretrained.flax import write_flax
-from gemma_jax.pretrained.huggingface import DTYPES, write_huggingface
-from gemma_jax.pretrained.layout import Weights, parameter_shapes
+from gemma_jax.pretrained.huggingface import write_huggingface
+from gemma_jax.pretrained.layout import DTYPES, Weights, parameter_shapes
 from gemma_jax.pretrained.placement import place
 from gemma_jax.pretrained.published_config import CONFIG_FILE, write_config, write_generation_config
 from gemma_jax.pretrained.terms import write_notice
@@ -207,22 +207,17 @@ def new_directory(destination: Path, size: int) -> Iterator[Path]:
     """
     if os.path.exists(destination) and not (os.path.isdir(destination) and not os.listdir(destination)):
         raise UserError(f"{destination} is there already; give another destination, or remove it first.")
-    parent, unfinished = destination.absolute().parent, None
+    unfinished = destination.absolute().with_name(f"{destination.name}.unfinished-{uuid.uuid4().hex[:8]}")
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(parent).free
+        unfinished.mkdir(parents=True)
+        free = shutil.disk_usage(unfinished).free
         if free < size:
             raise UserError(
                 f"{destination} needs {size / 1e9:.1f} GB, but its disk has {free / 1e9:.1f} GB free; "
                 "make room, or give another destination."
             )
-        unfinished = Path(tempfile.mkdtemp(prefix=f"{destination.name}.unfinished-", dir=parent))
         yield unfinished
-        unfinished.chmod(0o777 & ~_umask())  # mkdtemp makes it private
-        if os.path.exists(destination):
-            destination.rmdir()
         unfinished.rename(destination)
-        unfinished = None
     except (OSError, ValueError) as error:
         # tensorstore's errors are ValueError, and name what the system said.
         full = os.strerror(errno.ENOSPC)
@@ -234,11 +229,4 @@ def new_directory(destination: Path, size: int) -> Iterator[Path]:
             "and give the same command again."
         ) from error
     finally:
-        if unfinished is not None:
-            shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
+        shutil.rmtree(unfinished, ignore_errors=True)

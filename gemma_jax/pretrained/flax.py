@@ -20,11 +20,10 @@ from orbax.checkpoint import v1 as ocp
 from gemma_jax.checkpoint.record import first_line
 from gemma_jax.config import TransformerConfig, validate_model
 from gemma_jax.errors import UserError
-from gemma_jax.pretrained.layout import Weights, parameter_shapes
+from gemma_jax.pretrained.layout import Weights, check_tensors, parameter_shapes
 from gemma_jax.weights import EMBEDDING, FINAL_NORM
 
 PUBLISHED_ROWS = 256_128  # of which 128 pad a vocabulary of 256,000
-DTYPES = ("float32", "bfloat16", "float16")
 _Q, _KV, _QKV = "attn/q_einsum", "attn/kv_einsum", "attn/qkv_einsum"
 _OUT, _GATING, _DOWN = "attn/attn_vec_einsum", "mlp/gating_einsum", "mlp/linear"
 _ATTENTION_NORM, _FEED_FORWARD_NORM = "pre_attention_norm/scale", "pre_ffw_norm/scale"
@@ -49,15 +48,15 @@ def _turned(parameter: str, array: np.ndarray) -> np.ndarray:
     return array.swapaxes(0, 1) if parameter.split(".")[-1] in "qkv" else array
 
 
-def tensor_shapes(config: TransformerConfig, rows: int) -> dict[str, tuple[int, ...]]:
-    """Shape of every array of a model, by its name without `transformer/` and a last `/w`."""
+def tensor_shapes(config: TransformerConfig, rows: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name, without `transformer/` and a last `/w`, and shape of every array of a model."""
     ours = parameter_shapes(config)
-    shapes: dict[str, tuple[int, ...]] = {_TABLE: (rows, config.embed_dim)}
+    yield _TABLE, (rows, config.embed_dim)
     for layer in range(config.num_layers):
         for name, parts in tensors_of(config).items():
             one = _turned(parts[0], np.broadcast_to(np.zeros(()), ours[parts[0]])).shape
-            shapes[f"layer_{layer}/{name}"] = (len(parts), *one) if len(parts) > 1 else one
-    return shapes | {_LAST_NORM: (config.embed_dim,)}
+            yield f"layer_{layer}/{name}", (len(parts), *one) if len(parts) > 1 else one
+    yield _LAST_NORM, (config.embed_dim,)
 
 
 class FlaxDirectory:
@@ -79,9 +78,11 @@ class FlaxDirectory:
         self._leaves = self._read_metadata()
         shapes = {name: tuple(leaf.shape) for name, (_, leaf) in self._leaves.items()}
         self.config = config or self._infer(shapes, vocab_size)
-        self._check(shapes, config is not None)
-        self.dtype = str(np.dtype(self._leaves[_TABLE][1].dtype))
-        self._shapes = parameter_shapes(self.config)
+        described_by = "the config.json beside it" if config else "its first layer"
+        found = {name: (shapes[name], str(np.dtype(leaf.dtype))) for name, (_, leaf) in self._leaves.items()}
+        rows = max(self.config.vocab_size, *shapes.get(_TABLE, ())[:1])  # rows beyond the vocabulary pad it
+        check_tensors(found, tensor_shapes(self.config, rows), str(folder), described_by)
+        self.dtype = found[_TABLE][1]
         self._holder = {
             parameter: (name, index if len(parts) > 1 else None)
             for name, parts in tensors_of(self.config).items()
@@ -141,35 +142,6 @@ class FlaxDirectory:
         except UserError as error:
             raise self._broken(str(error)) from error
         return config
-
-    def _check(self, shapes: Mapping[str, tuple[int, ...]], from_file: bool) -> None:
-        by = "the config.json beside it" if from_file else "its first layer"
-        layers = {name.split("/")[0] for name in shapes if name.startswith("layer_")}
-        if len(layers) != self.config.num_layers:
-            raise UserError(
-                f"{self.folder} holds {len(layers)} layers, but there are {self.config.num_layers} by {by}; "
-                "they belong to different models."
-            )
-        rows = max(self.config.vocab_size, shapes.get(_TABLE, (0,))[0])  # rows beyond the vocabulary pad it
-        wanted = tensor_shapes(self.config, rows)
-        for name, shape in wanted.items():
-            if name not in shapes:
-                raise UserError(
-                    f"{name} of shape {shape}, which {by} asks for, is missing from {self.folder}."
-                )
-            if shapes[name] != shape:
-                raise UserError(
-                    f"{name} has shape {shapes[name]} in {self.folder}, but {shape} by {by}; "
-                    "they belong to different models."
-                )
-            dtype = str(np.dtype(self._leaves[name][1].dtype))
-            if dtype not in DTYPES:
-                raise UserError(f"{name} in {self.folder} is {dtype}; give weights of {', '.join(DTYPES)}.")
-        for name in shapes.keys() - wanted.keys():
-            raise UserError(
-                f"{self.folder} holds {name[:100]!r} of shape {shapes[name]}, which is no part of the Gemma "
-                f"that {by} describes; they belong to different models."
-            )
 
     def _read(self, name: str) -> np.ndarray:
         if self._last is None or self._last[0] != name:

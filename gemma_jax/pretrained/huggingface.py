@@ -10,14 +10,13 @@ import numpy as np
 
 from gemma_jax.config import TransformerConfig
 from gemma_jax.errors import UserError
-from gemma_jax.pretrained.layout import Weights, in_order, parameter_shapes
+from gemma_jax.pretrained.layout import Weights, check_tensors, in_order, parameter_shapes
 from gemma_jax.pretrained.published_config import CONFIG_FILE, read_config, read_json
 from gemma_jax.pretrained.safetensors import SafetensorsFile, write_safetensors
 from gemma_jax.weights import EMBEDDING, FINAL_NORM, parameter_table
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-DTYPES = ("float32", "bfloat16", "float16")
 SHARD_BYTES = 5_000_000_000  # a file has at most so many, if no tensor is larger
 _TIED = "lm_head.weight"
 _IGNORED = ".rotary_emb.inv_freq"  # a buffer that old versions of transformers saved
@@ -97,62 +96,36 @@ class HuggingFaceDirectory:
         names = read_json(index).get("weight_map")
         if not isinstance(names, dict) or not names:
             raise UserError(f"{index} has no weight_map that names a file for each tensor; copy it again.")
-        files: dict[str, SafetensorsFile] = {}
-        opened: dict[str, SafetensorsFile] = {}
-        for tensor, name in names.items():
+        for name in names.values():
             # A plain name: one with a folder in it could lead anywhere on this machine.
             if not isinstance(name, str) or not name.endswith(".safetensors") or set(name) & set("/\\\0"):
                 raise UserError(
-                    f"{index} names {str(name)[:100]!r} for {tensor[:100]!r}, but a shard is a .safetensors "
-                    "file in the same directory."
+                    f"{index} names {str(name)[:100]!r}, but a shard is a .safetensors file beside it."
                 )
-            if name not in opened:
-                if not os.path.exists(self.folder / name):  # no exception where the name is too long
-                    raise UserError(
-                        f"{index} names {name[:100]!r}, which is missing there; copy or download it."
-                    )
-                opened[name] = SafetensorsFile(self.folder / name)
-            if tensor not in opened[name].tensors:
-                raise UserError(f"{index} names {name!r} for {tensor[:100]!r}, which is not in that file.")
-            files[tensor] = opened[name]
-        for file in opened.values():
-            for tensor in file.tensors:
-                if files.get(tensor) is not file:
-                    raise UserError(
-                        f"{file.path} holds {tensor[:100]!r}, which {index} does not place there."
-                    )
-        return files
+            if not os.path.exists(self.folder / name):  # no exception where the name is too long
+                raise UserError(f"{index} names {name[:100]!r}, which is missing there; copy or download it.")
+        shards = [SafetensorsFile(self.folder / name) for name in sorted(set(names.values()))]
+        held = {(tensor, file.path.name): file for file in shards for tensor in file.tensors}
+        for tensor, name in sorted(held.keys() ^ names.items()):
+            raise UserError(
+                f"{index} and {name} disagree on whether {tensor[:100]!r} is in that file; "
+                "copy or download both again."
+            )
+        return {tensor: file for (tensor, _), file in held.items()}
 
     def _check_tensors(self) -> None:
-        wanted: dict[str, tuple[int, ...]] = {}
-        # Told at the first that is missing: a config.json can ask for any number of layers.
-        for parameter, layer in in_order(self.config):
-            name, shape = tensor_name(parameter, layer), stored_shape(parameter, self._shapes[parameter])
-            if name not in self._files:
-                raise UserError(
-                    f"{name} of shape {shape}, which {self.folder / CONFIG_FILE} asks for, is missing from "
-                    "the weights; copy or download them again."
-                )
-            wanted[name] = shape
-        for name, file in self._files.items():
-            stored = file.tensors[name]
-            if name == _TIED:
-                self._check_tied(file[_TIED])
-            elif name in wanted:
-                if stored.shape != wanted[name]:
-                    raise UserError(
-                        f"{name} has shape {stored.shape} in {file.path}, but {wanted[name]} by "
-                        f"{self.folder / CONFIG_FILE}; they belong to different models."
-                    )
-                if str(stored.dtype) not in DTYPES:
-                    raise UserError(
-                        f"{name} in {file.path} is {stored.dtype}; give weights of {', '.join(DTYPES)}."
-                    )
-            elif not name.endswith(_IGNORED):
-                raise UserError(
-                    f"{file.path} holds {name[:100]!r} of shape {stored.shape}, which is no part of the "
-                    f"Gemma that {self.folder / CONFIG_FILE} describes; they belong to different models."
-                )
+        found = {
+            name: (file.tensors[name].shape, str(file.tensors[name].dtype))
+            for name, file in self._files.items()
+            if name != _TIED and not name.endswith(_IGNORED)
+        }
+        wanted = (
+            (tensor_name(parameter, layer), stored_shape(parameter, self._shapes[parameter]))
+            for parameter, layer in in_order(self.config)
+        )
+        check_tensors(found, wanted, str(self.folder), str(self.folder / CONFIG_FILE))
+        if _TIED in self._files:
+            self._check_tied(self._tensor(_TIED))
 
     def _check_tied(self, head: np.ndarray) -> None:
         embedding = self._tensor("model.embed_tokens.weight")

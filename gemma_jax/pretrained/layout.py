@@ -1,12 +1,15 @@
 """Our parameters by name and layer: what the readers and writers of published forms speak of."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol
 
 import numpy as np
 
 from gemma_jax.config import TransformerConfig
+from gemma_jax.errors import UserError
 from gemma_jax.weights import EMBEDDING, FINAL_NORM, parameter_table
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Weights(Protocol):
@@ -38,3 +41,39 @@ def in_order(config: TransformerConfig) -> Iterator[tuple[str, int | None]]:
     yield EMBEDDING, None
     yield from ((name, layer) for layer in range(config.num_layers) for name in in_blocks)
     yield FINAL_NORM, None
+
+
+def check_tensors(
+    found: Mapping[str, tuple[tuple[int, ...], str]],
+    wanted: Iterable[tuple[str, tuple[int, ...]]],
+    place: str,
+    described_by: str,
+) -> None:
+    """Compare the tensors in published files with those of the model that a config describes.
+
+    Args:
+      found: shape and dtype of each tensor by its name.
+      wanted: names and shapes, read up to the first that is missing: a config can ask for any number.
+      place: the files, for messages.
+      described_by: where the config comes from, for messages.
+
+    Raises:
+      UserError: a tensor is missing, has another shape, is no part of the model, or is not of `DTYPES`.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in wanted:
+        if name not in found:
+            raise UserError(
+                f"{name} of shape {shape}, which {described_by} asks for, is missing from {place}; "
+                "copy or download it again."
+            )
+        shapes[name] = shape
+    for name, (shape, dtype) in found.items():
+        if shape != shapes.get(name):
+            asked = f"of shape {shapes[name]}" if name in shapes else "not there"
+            raise UserError(
+                f"{place} holds {name[:100]!r} of shape {shape}, but it is {asked} by {described_by}; "
+                "they belong to different models."
+            )
+        if dtype not in DTYPES:
+            raise UserError(f"{name} in {place} is {dtype}; give weights of {', '.join(DTYPES)}.")

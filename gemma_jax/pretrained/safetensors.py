@@ -23,21 +23,9 @@ import numpy as np
 from gemma_jax.errors import UserError
 
 DTYPES = {
-    "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16),
-    "I8": np.dtype(np.int8),
-    "U64": np.dtype(np.uint64),
-    "U32": np.dtype(np.uint32),
-    "U16": np.dtype(np.uint16),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 METADATA = "__metadata__"
@@ -113,7 +101,9 @@ class SafetensorsFile:
             raise self._broken(f"the header of {shown} is not a dtype, a shape and data_offsets")
         dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
         if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise self._broken(f"the dtype of {shown} is {str(dtype)[:20]!r}, which is not known")
+            raise UserError(
+                f"{self.path} holds {shown} of dtype {str(dtype)[:20]}; give weights of {', '.join(DTYPES)}."
+            )
         if not _naturals(shape) or len(shape) > MOST_AXES:
             raise self._broken(f"the shape of {shown} is not a short list of sizes")
         if not _naturals(offsets) or len(offsets) != 2:
