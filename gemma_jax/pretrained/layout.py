@@ -65,7 +65,7 @@ def check_tensors(
         if name not in found:
             raise UserError(
                 f"{name} of shape {shape}, which {described_by} asks for, is missing from {place}; "
-                "copy or download it again."
+                "copy it again, or give the config of these weights."
             )
         shapes[name] = shape
     for name, (shape, dtype) in found.items():

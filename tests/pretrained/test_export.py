@@ -113,7 +113,7 @@ def test_sizes_of_the_published_models() -> None:
         ours = parameter_shapes(config)
         shapes = [stored_shape(parameter, ours[parameter]) for parameter, _ in in_order(config)]
         assert sum(int(np.prod(shape)) for shape in shapes) == hugging
-        theirs = tensor_shapes(config, 256_128)
+        theirs = dict(tensor_shapes(config, 256_128))
         assert sum(int(np.prod(shape)) for shape in theirs.values()) == flax
         assert len(theirs) == keys
 

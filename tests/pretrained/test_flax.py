@@ -23,13 +23,8 @@ SEVEN_B = replace(TWO_B, {"num_kv_heads": 4, "embed_dim": 40})
 def published(config: TransformerConfig, rows: int = 128, dtype: Any = ml_dtypes.bfloat16) -> Arrays:
     """Arrays by their published names, as the model report's code names them."""
     rng = np.random.default_rng(0)
-    D, F, N, K, H = (
-        config.embed_dim,
-        config.hidden_dim,
-        config.num_heads,
-        config.num_kv_heads,
-        config.head_dim,
-    )
+    D, F, H = config.embed_dim, config.hidden_dim, config.head_dim
+    N, K = config.num_heads, config.num_kv_heads
     shapes: dict[str, tuple[int, ...]] = {"embedder/input_embedding": (rows, D), "final_norm/scale": (D,)}
     for i in range(config.num_layers):
         layer = f"layer_{i}"
@@ -109,16 +104,25 @@ def renamed(arrays: Arrays, old: str, new: str) -> Arrays:
 FAULTS: dict[str, tuple[Callable[[Arrays], Arrays], str]] = {
     "missing": (
         lambda a: {name: x for name, x in a.items() if name != "layer_1/mlp/linear"},
-        r"layer_1/mlp/linear of shape \(48, 32\), which its first layer asks for, is missing from",
+        r"layer_1/mlp/linear of shape \(48, 32\), which its first layer",
     ),
     "extra": (
         lambda a: a | {"layer_1/mlp/bias": np.zeros(3, np.float32)},
-        r"holds 'layer_1/mlp/bias' of shape \(3,\)",
+        r"'layer_1/mlp/bias' of shape \(3,\), but it is not there",
     ),
     "mis-shaped": (
         lambda a: a | {"layer_2/attn/q_einsum/w": np.zeros((4, 32, 8), np.float32)},
-        r"layer_2/attn/q_einsum has shape \(4, 32, 8\) in .*, but \(4, 32, 16\) by its first layer",
+        r"layer_2/attn/q_einsum' of shape \(4, 32, 8\), but .* \(4, 32, 16\) by its first layer",
     ),
+    "a layer left out": (
+        lambda a: renamed(a, "layer_1/mlp/linear", "layer_7/mlp/linear"),
+        r"layer_1/mlp/linear",
+    ),
+    "another dtype": (
+        lambda a: a | {"final_norm/scale": np.zeros(32, np.int32)},
+        "final_norm/scale in .* is int32",
+    ),
+    "no table": (lambda a: renamed(a, "embedder/input_embedding", "x"), "has no embedder/input_embedding"),
     "axes": (
         lambda a: a | {"layer_0/attn/attn_vec_einsum/w": np.zeros((4, 4), np.float32)},
         r"attn_vec_einsum has shape \(4, 4\), but must have 3 axes",
@@ -131,6 +135,23 @@ def test_each_fault_is_named(tmp_path: Path, change: Callable[[Arrays], Arrays],
     folder = save(tmp_path / "2b", change(published(TWO_B)), "flat")
     with pytest.raises(UserError, match=told):
         open_checkpoint(folder)
+
+
+def test_a_checkpoint_of_the_other_size_contradicts_the_config_beside_it(tmp_path: Path) -> None:
+    from gemma_jax.pretrained.published_config import write_config
+
+    folder = save(tmp_path / "2b", published(SEVEN_B), "flat")
+    write_config(tmp_path, TWO_B, "bfloat16")
+    for name in (folder, tmp_path):
+        with pytest.raises(UserError, match=r"the config\.json beside it"):
+            open_checkpoint(name)
+    write_config(tmp_path, replace(SEVEN_B, {"embed_dim": 32}), "bfloat16")
+    with pytest.raises(
+        UserError, match=r"input_embedding' of shape \(128, 40\), but .* \(128, 32\) by the config"
+    ):
+        open_checkpoint(folder)
+    write_config(tmp_path, SEVEN_B, "bfloat16")
+    assert open_checkpoint(folder).config == SEVEN_B
 
 
 def test_two_checkpoints_side_by_side_have_to_be_told_apart(tmp_path: Path) -> None:

@@ -45,26 +45,19 @@ def read(tmp_path: Path, changes: dict[str, Any], without: tuple[str, ...] = ())
     return read_config(tmp_path / "config.json")
 
 
-SAME: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "as published": ({}, ()),
-    "the tanh approximation by its name": ({"hidden_activation": "gelu_pytorch_tanh"}, ()),
-    "in hidden_act": ({"hidden_act": "gelu_pytorch_tanh"}, ("hidden_activation",)),
-    "no activation at all": ({}, ("hidden_act", "hidden_activation")),
-    "nulls": (
-        {"hidden_act": None, "tie_word_embeddings": None, "attention_bias": None, "head_dim": None},
-        (),
-    ),
-    "rope_parameters": (
-        {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}},
-        ("rope_theta", "rope_scaling"),
-    ),
-    "both the same": ({"rope_parameters": {"rope_theta": 10000, "rope_type": "default"}}, ()),
-    "epsilon null": ({"rms_norm_eps": None}, ()),
-    "one direction": ({"use_bidirectional_attention": None}, ()),
-}
-
-
-@pytest.mark.parametrize(("changes", "without"), SAME.values(), ids=SAME)
+@pytest.mark.parametrize(("changes", "without"), [
+    ({}, ()),  # as published
+    ({"hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True}, ()),
+    ({"hidden_act": "gelu_pytorch_tanh"}, ("hidden_activation",)),
+    ({}, ("hidden_act", "hidden_activation", "max_position_embeddings", "rms_norm_eps")),
+    (dict.fromkeys(("hidden_act", "tie_word_embeddings", "attention_bias", "head_dim", "rms_norm_eps")), ()),
+    ({}, ("rope_theta", "rope_scaling")),
+    ({"rope_parameters": {"rope_theta": 10000, "rope_type": "default"}}, ("rope_theta", "rope_scaling")),
+    ({"rope_parameters": {"rope_theta": 10000, "rope_type": "default"}}, ()),
+    ({"rope_scaling": {"type": "default", "factor": None}}, ()),
+    ({"use_bidirectional_attention": None}, ()),
+    ({"use_bidirectional_attention": False}, ()),
+])  # fmt: skip
 def test_every_dialect_means_the_same(
     tmp_path: Path, changes: dict[str, Any], without: tuple[str, ...]
 ) -> None:
@@ -76,44 +69,33 @@ def test_other_bases_are_read_from_either_place(tmp_path: Path) -> None:
     assert read(tmp_path, {"rope_parameters": {"rope_theta": 5e5}}, ("rope_theta",)).rope_base == 5e5
 
 
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "another model": ({"model_type": "gemma2"}, "model_type 'gemma2', but only 'gemma'"),
-    "erf": ({"hidden_activation": "gelu"}, "hidden_activation 'gelu', but it is \"gelu_pytorch_tanh\""),
-    "untied": ({"tie_word_embeddings": False}, "tie_word_embeddings False, but it is true"),
-    "bias": ({"attention_bias": True}, "attention_bias True, but it is false"),
-    "two directions": ({"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
-    "quantised": ({"quantization_config": {"bits": 4}}, "quantization_config .* but it is absent"),
-    "scaled by a factor": (
-        {"rope_parameters": {"rope_type": "default", "factor": 2.0}},
-        "rope_parameters.factor 2.0",
-    ),
-    "two bases": (
-        {"rope_parameters": {"rope_theta": 5e5}},
-        "rope_theta 10000 and rope_parameters.rope_theta 500000",
-    ),
-    "infinite epsilon": ({"rms_norm_eps": float("inf")}, "rms_norm_eps inf, but it must be a number"),
-    "size of another kind": ({"hidden_size": 2048.0}, "hidden_size 2048.0, but it must be an integer"),
-    "no layers": ({"num_hidden_layers": 0}, "describes no Gemma: model.num_layers is 0"),
-    "heads that do not divide": ({"num_key_value_heads": 3}, "which does not divide"),
-}
+@pytest.mark.parametrize(("key", "value"), [
+    ("model_type", "gemma2"), ("model_type", None), ("model_type", ["gemma"]),
+    ("hidden_activation", "gelu"),  # the exact one, not its tanh approximation
+    ("hidden_act", "relu"), ("tie_word_embeddings", False), ("attention_bias", True),
+    ("use_bidirectional_attention", True), ("quantization_config", {"bits": 4}),
+    ("rope_scaling", {"type": "linear", "factor": 2.0}),
+    ("rope_parameters", {"rope_type": "default", "factor": 2.0}),
+    ("rope_parameters", {"rope_theta": 5e5}),  # beside another rope_theta
+    ("rope_parameters", [1]), ("rope_theta", "10000"), ("rms_norm_eps", float("inf")),
+    ("hidden_size", 2048.0), ("num_hidden_layers", True), ("hidden_size", None),
+])  # fmt: skip
+def test_what_is_no_gemma_is_refused_by_name(tmp_path: Path, key: str, value: Any) -> None:
+    with pytest.raises(UserError, match=rf"config\.json.* {key}"):
+        read(tmp_path, {key: value})
 
 
-@pytest.mark.parametrize(("changes", "told"), REFUSED.values(), ids=REFUSED)
-def test_what_is_no_gemma_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
-    with pytest.raises(UserError, match=told) as error:
-        read(tmp_path, changes)
-    assert "config.json" in str(error.value)
+def test_a_shape_that_no_gemma_has_is_refused(tmp_path: Path) -> None:
+    for key, value in [("num_hidden_layers", 0), ("vocab_size", 2**40), ("num_key_value_heads", 3)]:
+        with pytest.raises(UserError, match="describes no Gemma"):
+            read(tmp_path, {key: value})
 
 
 def test_what_is_no_json_object_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
-    for content, told in [
-        (b"{", "not valid JSON"),
-        (b"[" * 100_000, "not valid JSON"),
-        (b" " * (2**20 + 1), "is larger than"),
-    ]:
+    for content in (b"{", b"\xff{}", b"[" * 100_000, b"[]", b" " * (2**20 + 1)):
         path.write_bytes(content)
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=r"config\.json"):
             read_config(path)
     path.unlink()
     with pytest.raises(UserError, match="cannot be read"):
