@@ -128,12 +128,11 @@ def partition_spec(axes: Axes, shape: Sequence[int], mesh: Mesh, name: str) -> P
       name: of the array, for messages.
 
     Raises:
-      UserError: two dimensions want the same mesh axis, or a mesh axis does not divide its dimension.
+      UserError: a mesh axis does not divide its dimension.
     """
     if len(axes) != len(shape):
         raise ValueError(f"{name} has shape {tuple(shape)} but logical axes {axes}")
     entries: list[str | tuple[str, ...] | None] = []
-    taken: dict[str, str] = {}
     for axis, size in zip(axes, shape, strict=True):
         mesh_axes = () if axis is None else RULES[axis]
         parts = math.prod(mesh.shape[m] for m in mesh_axes)
@@ -144,13 +143,6 @@ def partition_spec(axes: Axes, shape: Sequence[int], mesh: Mesh, name: str) -> P
                 f"{name}: axis {axis!r} of size {size} is not divisible by mesh axis "
                 f"{' x '.join(mesh_axes)} of size {parts}; choose a mesh that divides it."
             )
-        for m in mesh_axes:
-            if m in taken:
-                raise UserError(
-                    f"{name}: axes {taken[m]!r} and {axis!r} are both split over mesh axis {m!r}; "
-                    "change the table in gemma_jax/sharding.py."
-                )
-            taken[m] = str(axis)
         entries.append(mesh_axes[0] if len(mesh_axes) == 1 else mesh_axes or None)
     return P(*entries)
 
@@ -191,8 +183,8 @@ def logical_axes(variable: nnx.Variable[Any]) -> Axes:
     return tuple(variable.get_metadata("axes"))
 
 
-def shardings(tree: Tree, mesh: Mesh, *, copy_other_ranks: bool = False) -> Tree:
-    """A sharding for every array in a tree of abstract or real values.
+def with_shardings(tree: Tree, mesh: Mesh, *, copy_other_ranks: bool = False) -> Tree:
+    """A tree of abstract or real values as abstract arrays with shardings.
 
     Parameters carry logical axes, and so do the optimizer's moments, which optax makes of them; any
     other array (a step count) is copied to every device.
@@ -208,28 +200,18 @@ def shardings(tree: Tree, mesh: Mesh, *, copy_other_ranks: bool = False) -> Tree
       ValueError: an array's rank is not that of its logical axes.
     """
 
-    def of_variable(path: tuple[Any, ...], leaf: Any) -> Any:
-        if not isinstance(leaf, nnx.Variable):
-            return NamedSharding(mesh, P())
-        axes = logical_axes(leaf)
+    def of_leaf(path: tuple[Any, ...], leaf: Any) -> Any:
+        axes = logical_axes(leaf) if isinstance(leaf, nnx.Variable) else None
 
-        def of_array(array: Any) -> NamedSharding:
-            if copy_other_ranks and len(array.shape) != len(axes):
-                return NamedSharding(mesh, P())
-            return NamedSharding(mesh, partition_spec(axes, array.shape, mesh, parameter_name(path)))
+        def of_array(array: Any) -> jax.ShapeDtypeStruct:
+            spec = P()
+            if axes is not None and (len(array.shape) == len(axes) or not copy_other_ranks):
+                spec = partition_spec(axes, array.shape, mesh, parameter_name(path))
+            return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=NamedSharding(mesh, spec))
 
         return jax.tree.map(of_array, leaf)
 
-    return jax.tree_util.tree_map_with_path(of_variable, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
-
-
-def with_shardings(tree: Tree, mesh: Mesh, *, copy_other_ranks: bool = False) -> Tree:
-    """Abstract arrays with the shardings that `shardings` finds for a tree of abstract or real values."""
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        tree,
-        shardings(tree, mesh, copy_other_ranks=copy_other_ranks),
-    )
+    return jax.tree_util.tree_map_with_path(of_leaf, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

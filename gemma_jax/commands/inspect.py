@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from gemma_jax.config import (
     PRESETS,
     PretrainConfig,
+    TrainingConfig,
     from_record,
     mesh_text,
     preset,
@@ -14,14 +15,14 @@ from gemma_jax.config import (
     validate_mesh,
     validate_model,
 )
-from gemma_jax.errors import UserError
 from gemma_jax.paths import user_path
 from gemma_jax.training.run_directory import load_config
 
 
 def run(arguments: Sequence[str], prog: str) -> int:
     """Print a line a parameter: shape, dtype, logical axes, partition, bytes on one device."""
-    _, config = read_command(arguments, prog, "CONFIG_OR_CHECKPOINT", PretrainConfig(), load=_config)
+    default: TrainingConfig = PretrainConfig()
+    _, config = read_command(arguments, prog, "CONFIG_OR_CHECKPOINT", default, load=_config)
     validate_model(config.model)
     validate_mesh(config.mesh)
 
@@ -52,7 +53,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
     return 0
 
 
-def _config(name: str) -> PretrainConfig:
+def _config(name: str) -> TrainingConfig:
     if name.startswith("random:"):  # as `gemma sample` is given it
         return PretrainConfig(model=preset(name.removeprefix("random:")))
     if name in PRESETS:
@@ -63,10 +64,7 @@ def _config(name: str) -> PretrainConfig:
     if record.exists() if "://" in name else os.path.isfile(record):
         from gemma_jax.checkpoint.record import run_record
 
-        config = from_record(run_record(folder).config, name)
-        if not isinstance(config, PretrainConfig):
-            raise UserError(f"{name} holds a {type(config).__name__}, which has no model.")
-        return config
+        return from_record(run_record(folder).config, name)
     if os.path.isdir(folder):
         from gemma_jax.pretrained.checkpoint import is_published, open_checkpoint
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from gemma_jax.config import PretrainConfig, from_record, read_command
+from gemma_jax.config import TrainingConfig, from_record, read_command
 from gemma_jax.config.sections import setting
 from gemma_jax.errors import UserError
 from gemma_jax.paths import user_path
@@ -65,7 +65,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
     return 0
 
 
-def _find(folder: "epath.Path", seen: set[str]) -> "Iterator[tuple[epath.Path, PretrainConfig]]":
+def _find(folder: "epath.Path", seen: set[str]) -> "Iterator[tuple[epath.Path, TrainingConfig]]":
     """The runs at and below a directory, by name. Nothing is looked for inside a run."""
     place = os.path.realpath(folder)
     if place in seen:  # a link that leads back

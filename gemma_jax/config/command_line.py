@@ -13,18 +13,18 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
 from gemma_jax.config import sections
+from gemma_jax.config.experiments import TrainingConfig
 from gemma_jax.config.serialization import (
     EXPERIMENTS,
     from_dict,
     from_json,
-    from_record,
     replace,
     suggestion,
-    to_dict,
 )
 from gemma_jax.errors import UserError
 
 Config = TypeVar("Config")
+Training = TypeVar("Training", bound=TrainingConfig)
 
 
 # argparse drops a value `--` (cpython issue 109475), so it is passed as another word.
@@ -229,7 +229,7 @@ def config_folders() -> list[Path]:
     return [Path("configs"), Path(__file__).resolve().parents[2] / "configs"]
 
 
-def load(name: str, kind: type[Config]) -> tuple[Config, str]:
+def load(name: str, kind: type[Training]) -> tuple[Training, str]:
     """The config called `name`, and the name of its experiment.
 
     Args:
@@ -252,21 +252,15 @@ def load(name: str, kind: type[Config]) -> tuple[Config, str]:
             f"no config {name!r}{suggestion(name, names)} "
             f"(a file, a run directory, or one of: {', '.join(names)})."
         )
-    if path.suffix == ".py":
-        config = _run_config_file(path)
-    else:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 text, so it is no config.") from error
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}.") from error
-        config = from_json(text, str(path))
+    try:
+        is_python = path.suffix == ".py"
+        config = _run_config_file(path) if is_python else from_json(path.read_text("utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as a config: {error}.") from error
     if not isinstance(config, kind):
         raise UserError(f"{path} holds a {type(config).__name__}, but a {kind.__name__} is needed here.")
-    if path.suffix == ".py":
-        # Python checks no types: PretrainConfig(steps="100") would fail much later.
-        config = from_record(to_dict(config), str(path))
+    # Python checks no types: PretrainConfig(steps="100") would fail much later.
+    config = from_dict(type(config), dataclasses.asdict(config), str(path))
     return config, path.parent.name if path.name == "config.json" else path.stem
 
 
@@ -285,7 +279,7 @@ def _run_config_file(path: Path) -> Any:
         raise UserError(f"{error.filename or path}, line {error.lineno}: {error.msg}.") from error
     except Exception as error:  # whatever it is, the user's own file raised it
         calls = traceback.extract_tb(error.__traceback__)
-        line = [call.lineno for call in calls if call.filename == str(path)][-1]
+        line = next((call.lineno for call in reversed(calls) if call.filename == str(path)), 0)
         told = f"{type(error).__name__}: {error}{_mistyped_field(error) or '.'}"
         raise UserError(f"{path}, line {line}: {told}") from error
     if "config" not in defined:

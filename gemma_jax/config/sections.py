@@ -139,11 +139,13 @@ class MeshConfig:
     """How devices are arranged. One of data, fsdp and tensor may be -1: all devices that are left."""
 
     slice: int = setting(
-        1, "TPU slices, joined by the data-centre network; batches are split and parameters copied over them."
+        1,
+        "TPU slices, joined by the data-centre network; batches are split and parameters copied over them.",
+        1,
     )
-    data: int = setting(1, "Devices along which batches are split and parameters copied.")
-    fsdp: int = setting(-1, "Devices along which batches and parameters are split.")
-    tensor: int = setting(1, "Devices along which heads, feed-forward and vocabulary are split.")
+    data: int = setting(1, "Devices along which batches are split and parameters copied.", -1)
+    fsdp: int = setting(-1, "Devices along which batches and parameters are split.", -1)
+    tensor: int = setting(1, "Devices along which heads, feed-forward and vocabulary are split.", -1)
     cpu_devices: int = setting(
         0, "Use this many CPU devices in all; 0 uses the devices that there are.", 0, MOST_CPU_DEVICES
     )

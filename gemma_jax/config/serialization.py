@@ -8,12 +8,12 @@ import types
 import typing
 from typing import Any, Literal, TypeVar
 
-from gemma_jax.config.experiments import PretrainConfig
+from gemma_jax.config.experiments import PretrainConfig, TrainingConfig
 from gemma_jax.errors import UserError
 
 Config = TypeVar("Config")
 
-EXPERIMENTS = {"pretrain": PretrainConfig}  # what a run records, by its kind
+EXPERIMENTS: dict[str, type[TrainingConfig]] = {"pretrain": PretrainConfig}  # what a run records, by its kind
 
 # How messages show what was read: a few words of it, however long or deep it is.
 _shown = reprlib.Repr()
@@ -26,18 +26,18 @@ def suggestion(word: str, known: typing.Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def to_dict(config: Any) -> dict[str, Any]:
+def to_dict(config: TrainingConfig) -> dict[str, Any]:
     """Plain dictionary of a config, with the kind of experiment under `experiment`."""
     kinds = [kind for kind, cls in EXPERIMENTS.items() if isinstance(config, cls)]
     return {"experiment": kinds[0], **dataclasses.asdict(config)}
 
 
-def to_json(config: Any) -> str:
+def to_json(config: TrainingConfig) -> str:
     """The resolved config as JSON, ending in a newline."""
     return json.dumps(to_dict(config), indent=2) + "\n"
 
 
-def from_json(text: str, origin: str) -> Any:
+def from_json(text: str, origin: str) -> TrainingConfig:
     """Read what `to_json` wrote.
 
     Args:
@@ -62,7 +62,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return data
 
 
-def from_record(data: Any, origin: str) -> Any:
+def from_record(data: Any, origin: str) -> TrainingConfig:
     """Read what `to_dict` gave. See `from_json`."""
     if not isinstance(data, dict) or "experiment" not in data:
         raise UserError(f"{origin} has no key 'experiment', so it is not a config of gemma_jax.")

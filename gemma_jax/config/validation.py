@@ -251,11 +251,7 @@ def validate_mesh(mesh: MeshConfig) -> None:
     validate_bounds(mesh, "mesh.")
     sizes = {axis: getattr(mesh, axis) for axis in MESH_AXES}
     for axis, size in sizes.items():
-        _require(
-            size >= 1 or (size == -1 and axis != "slice"),
-            f"mesh.{axis} is {size}, but must be 1 or more"
-            + ("." if axis == "slice" else ", or -1 for all that are left."),
-        )
+        _require(size != 0, f"mesh.{axis} is 0, but must be 1 or more, or -1 for all that are left.")
     free = [axis for axis, size in sizes.items() if size == -1]
     _require(
         len(free) <= 1, f"mesh.{' and mesh.'.join(free)} are both -1; only one axis can take what is left."

@@ -13,7 +13,6 @@ from flax import nnx
 
 from gemma_jax.checkpoint.record import run_record
 from gemma_jax.config import (
-    TrainingConfig,
     TransformerConfig,
     from_record,
     preset,
@@ -182,10 +181,7 @@ def _run(name: str) -> Checkpoint:
 
     folder, run_dir = step_folder(name)
     record = run_record(folder)
-    experiment = from_record(record.config, str(folder))
-    if not isinstance(experiment, TrainingConfig):
-        raise UserError(f"{folder} is no training checkpoint: its config is a {type(experiment).__name__}.")
-    config = experiment.model
+    config = from_record(record.config, str(folder)).model
     validate_model(config)
 
     tokenizer = run_dir / TOKENIZER_FILE

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from gemma_jax.cli import main
-from gemma_jax.config import SampleConfig, to_json
 from tests.tiny_run import config_file
 
 # Commands, with the part of the sentence that names the mistake.
@@ -28,7 +27,6 @@ MISTAKES = {
     "chat {run} --instruction_tuned no": "--instruction_tuned yes",
     "chat {run} --samples 2": "samples is 2",
     "inspect": "name a config or a checkpoint first",
-    "inspect {tmp}/sample.json": "holds a SampleConfig, but a PretrainConfig is needed",
     "inspect {tmp}/damaged": "{tmp}/damaged",
     "inspect gemma_tiny --mesh.tensor 8": "blocks.attention.o: axis 'heads' of size 4",
     "replay {run} 9": "has no step 9; its steps are 1 to 8",
@@ -48,7 +46,6 @@ def test_a_mistake_ends_in_one_sentence_and_harms_nothing(
 ) -> None:
     names = {"config": config_file(tmp_path, corpus), "run": str(tiny_run), "runs": str(tiny_run.parent)}
     names |= {"tmp": str(tmp_path), "long": "alpha," * 300}
-    (tmp_path / "sample.json").write_text(to_json(SampleConfig()))
     (tmp_path / "damaged" / "run").mkdir(parents=True)
     (tmp_path / "damaged" / "run" / "data.json").write_text("{}")
     before = set(tmp_path.rglob("*"))

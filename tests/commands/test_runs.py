@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from gemma_jax.cli import main
-from gemma_jax.config import PretrainConfig, SampleConfig, to_json
+from gemma_jax.config import PretrainConfig, to_json
 
 
 def make_run(folder: Path, steps: int, *entries: dict[str, float]) -> None:
@@ -35,8 +35,6 @@ def folder(tmp_path: Path) -> Path:
     (runs / "loop").symlink_to(runs, target_is_directory=True)
     (runs / "published").mkdir()
     (runs / "published" / "config.json").write_text('{"model_type": "gemma"}')
-    (runs / "sampled").mkdir()
-    (runs / "sampled" / "config.json").write_text(to_json(SampleConfig()))
     (runs / "broken").mkdir()
     (runs / "broken" / "config.json").write_text("{")
     (runs / "mistyped").mkdir()
