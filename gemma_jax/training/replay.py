@@ -41,7 +41,7 @@ def measure_batch(recipe: Recipe, params: nnx.State, read: Callable[[list[int]],
         model = model_spec.merge(params)
         hidden = model(batch.tokens, batch.positions, batch.segment_ids)
         log_probs = token_log_probs(model, hidden, batch.targets)
-        sums, gradients = differentiate(params, batch)
+        _, sums, gradients = differentiate(params, batch)
         leaves = jax.tree_util.tree_leaves_with_path(gradients, is_leaf=lambda x: isinstance(x, nnx.Variable))
         norms = {parameter_name(path): _norm(variable) for path, variable in leaves}
         return -log_probs, sums["loss"].mean, norms

@@ -10,7 +10,7 @@ from flax import nnx
 from jax import lax
 
 from gemma_jax.sharding import platform
-from gemma_jax.training.objectives import Recipe, Sums
+from gemma_jax.training.objectives import Recipe, Sums, WeightedSum
 from gemma_jax.training.optimizer import learning_rate_schedule
 from gemma_jax.training.state import TrainState, abstract_train_state
 from gemma_jax.weights import NO_CONTEXT, Context
@@ -22,30 +22,34 @@ Metrics = dict[str, jax.Array]
 TrainStep = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 
 
-def sums_and_gradients(recipe: Recipe) -> Callable[..., tuple[Sums, nnx.State]]:
-    """A function of all parameters, a batch and a Context: the objective's sums over the global batch, and
-    the gradient of the first one's mean with respect to the trainable parameters.
+Found = tuple[WeightedSum, Sums, nnx.State]
+
+
+def sums_and_gradients(recipe: Recipe) -> Callable[..., Found]:
+    """A function of all parameters, a batch and a Context: what is minimised, all sums of the objective over
+    the global batch, and the gradient of the former's mean with respect to the trainable parameters.
 
     In several parts (`optimizer.accumulation_steps`) the mean's weight is known after the last one, so
     gradients of the total are summed, in at least float32, and divided at the end.
     """
     parts = recipe.config.optimizer.accumulation_steps
 
-    def differentiate(params: nnx.State, batch: Any, context: Context) -> tuple[Sums, nnx.State]:
+    def differentiate(params: nnx.State, batch: Any, context: Context) -> Found:
         """The gradient is that of the mean if there is one part, else of the total."""
         frozen, trainable = recipe.split(params)
 
-        def first_total(trainable: nnx.State) -> tuple[jax.Array, Sums]:
+        def first_total(trainable: nnx.State) -> tuple[jax.Array, tuple[WeightedSum, Sums]]:
             model = recipe.model.merge(nnx.merge_state(frozen, trainable))
             sums = recipe.objective(model, batch, context)
-            return next(iter(sums.values())).total, sums
+            first = next(iter(sums.values()))  # here, because jax sorts a dictionary's keys
+            return first.total, (first, sums)
 
-        total, pull_back, sums = jax.vjp(first_total, trainable, has_aux=True)
+        total, pull_back, (first, sums) = jax.vjp(first_total, trainable, has_aux=True)
         scale = jnp.ones_like(total)
-        (gradients,) = pull_back(scale / next(iter(sums.values())).divisor if parts == 1 else scale)
-        return sums, gradients
+        (gradients,) = pull_back(scale / first.divisor if parts == 1 else scale)
+        return first, sums, gradients
 
-    def in_parts(params: nnx.State, batch: Any, context: Context) -> tuple[Sums, nnx.State]:
+    def in_parts(params: nnx.State, batch: Any, context: Context) -> Found:
         # Part i takes every parts-th row from row i on: each device then keeps its own rows.
         split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
         keys = None if context.key is None else jax.random.split(context.key, parts)
@@ -56,14 +60,14 @@ def sums_and_gradients(recipe: Recipe) -> Callable[..., tuple[Sums, nnx.State]]:
                 lambda x, y: x + _wide(y), carry, differentiate(params, part, Context(key))
             ), None
 
-        first = jax.tree.map(lambda x: x[0], (split, keys))
-        shapes = jax.eval_shape(lambda part, key: differentiate(params, part, Context(key)), *first)
+        first_part = jax.tree.map(lambda x: x[0], (split, keys))
+        shapes = jax.eval_shape(lambda part, key: differentiate(params, part, Context(key)), *first_part)
         zeros = jax.tree.map(lambda x: _wide(jnp.zeros(x.shape, x.dtype)), shapes)
-        (sums, gradients), _ = lax.scan(body, zeros, (split, keys))
-        divisor = next(iter(sums.values())).divisor
-        return sums, jax.tree.map(lambda x, like: (x / divisor).astype(like.dtype), gradients, shapes[1])
+        (first, sums, gradients), _ = lax.scan(body, zeros, (split, keys))
+        means = jax.tree.map(lambda x, like: (x / first.divisor).astype(like.dtype), gradients, shapes[2])
+        return first, sums, means
 
-    def of_batch(params: nnx.State, batch: Any, context: Context = NO_CONTEXT) -> tuple[Sums, nnx.State]:
+    def of_batch(params: nnx.State, batch: Any, context: Context = NO_CONTEXT) -> Found:
         return (differentiate if parts == 1 else in_parts)(params, batch, context)
 
     return of_batch
@@ -86,8 +90,7 @@ def make_train_step(recipe: Recipe) -> TrainStep:
         context = NO_CONTEXT
         if recipe.random:
             context = Context(jax.random.fold_in(jax.random.key(config.seed), state.step))
-        sums, gradients = differentiate(state.params, batch, context)
-        first = next(iter(sums.values()))
+        first, sums, gradients = differentiate(state.params, batch, context)
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(first.mean) & jnp.isfinite(norm)
 

@@ -63,7 +63,7 @@ def lucky_targets(model: Transformer, batch: Batch, context: Context) -> Sums:
     settings = LossSettings(model.config.vocab_size, 16, 0, 0.0)
     loss, _ = next_token_loss(hidden, model.embedding, batch.targets, weights, settings)
     rows = jnp.float32(len(luck))
-    return {"loss": WeightedSum(loss, jnp.sum(weights)), "luck": WeightedSum(jnp.sum(luck), rows)}
+    return {"loss": WeightedSum(loss, jnp.sum(weights)), "chance": WeightedSum(jnp.sum(luck), rows)}
 
 
 def recipe_of(config: PretrainConfig, mesh: Mesh) -> Recipe:
@@ -124,7 +124,7 @@ def test_a_frozen_base_and_another_objective(config: PretrainConfig, tmp_path: P
         np.testing.assert_array_equal(seen[-1][name], value, err_msg=name)
     numbers = [
         [
-            (e["step"], e["loss"], e["luck"], e["grad_norm"])
+            (e["step"], e["loss"], e["chance"], e["grad_norm"])
             for e in read_metrics(tmp_path / run)
             if "loss" in e
         ]
@@ -145,8 +145,10 @@ def test_what_is_frozen_costs_no_gradient(config: PretrainConfig) -> None:
     config = replace(config, {"optimizer.accumulation_steps": 1})
     frozen, whole = recipe_of(config, mesh), pretraining(config, mesh)
     key = Context(jax.random.key(0))
-    _, gradients = jax.eval_shape(sums_and_gradients(frozen), frozen.model.params, batch, key)
+    first, sums, gradients = jax.jit(sums_and_gradients(frozen))(frozen.model.init(0), batch, key)
     assert named_arrays(gradients).keys() == TRAINED
+    # The first sum is minimised, whatever its name.
+    assert float(first.weight) == float(sums["loss"].weight) != float(sums["chance"].weight)
     flops = []
     for recipe in (frozen, whole):
         state = abstract_train_state(recipe)

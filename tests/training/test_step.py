@@ -51,7 +51,7 @@ def three_steps(config: PretrainConfig, mesh: Mesh):
     """First loss and gradients, then losses and parameters of three steps."""
     state, step = begin(config, mesh)
     first = put_batch(packed_batch(config.model), B, mesh)
-    sums, grads = gradients_of(config, mesh)(state.params, first)
+    _, sums, grads = gradients_of(config, mesh)(state.params, first)
     results = [sums["loss"].mean, grads]
     for seed in range(3):
         state, metrics = step(state, put_batch(packed_batch(config.model, seed), B, mesh))
@@ -197,7 +197,7 @@ def test_gradients_are_clipped_by_their_global_norm() -> None:
     mesh, batch = cpu_mesh(1), packed_batch(CONFIG.model)
     config = replace(CONFIG, {"optimizer.clip_norm": 0.25})
     state, step = begin(config, mesh)
-    _, grads = gradients_of(config, mesh)(state.params, batch)
+    *_, grads = gradients_of(config, mesh)(state.params, batch)
     state, metrics = step(state, batch)
     assert float(metrics["grad_norm"]) > 0.25
     moments = {n.split(".mu.")[1]: v for n, v in named_arrays(state.opt_state).items() if ".mu." in n}
@@ -215,7 +215,7 @@ def test_held_out_loss_counts_nats_tokens_and_bytes_of_all_batches(rows: int) ->
     measured = mean_over(recipe.model, held_out_loss(token_bytes), lambda: batches, B)(params, lambda: False)
     assert measured is not None
     run = gradients_of(CONFIG, mesh)
-    sums = [run(params, put_batch(b, B, mesh))[0]["loss"] for b in batches]
+    sums = [run(params, put_batch(b, B, mesh))[1]["loss"] for b in batches]
     nats = sum(float(s.total) for s in sums)
     assert measured["held_out_loss"] == pytest.approx(
         nats / sum(b.loss_weights.sum() for b in batches), rel=1e-5
