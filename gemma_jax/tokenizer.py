@@ -1,12 +1,12 @@
 """SentencePiece with Gemma's id layout: encode, decode, special ids, training a small one from text."""
 
+import contextlib
 import hashlib
 import io
 import os
 import re
-import tempfile
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import sentencepiece
@@ -169,15 +169,17 @@ class Tokenizer:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the model file; a reader sees the old file or the whole new one. UserError on failure."""
-        address = os.fspath(path)
+        target = user_path(path)
+        unfinished = target.parent / f"{target.name}.{uuid.uuid4().hex}.tmp"
         try:
-            if "://" in address:
-                user_path(address).write_bytes(self._model)
-            else:
-                _write_atomically(Path(address).expanduser(), self._model)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            unfinished.write_bytes(self._model)
+            unfinished.replace(target)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                unfinished.unlink(missing_ok=True)
             raise UserError(
-                f"The tokenizer file {address} cannot be written ({error}); free space or name another path."
+                f"The tokenizer file {target} cannot be written ({error}); free space or name another path."
             ) from error
 
     def encode(self, text: str) -> list[int]:
@@ -291,20 +293,3 @@ def _check_surrogates(text: str) -> None:
             f"Character {error.start} of the text is U+{ord(text[error.start]):04X}, half a surrogate pair, "
             "which is no character; decode the text as UTF-8 before passing it."
         ) from None
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes it private
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

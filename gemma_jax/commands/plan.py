@@ -61,7 +61,9 @@ def run(arguments: Sequence[str], prog: str) -> int:
     """Print the plan of a config; status 1 if it does not fit."""
     (name,), options = read_command(arguments, prog, "CONFIG", PlanOptions(), load=_load, validate=_validate)
     config = options.config()
-    tokens = token_count(options.tokens) if options.tokens else _tokens_of(config)
+    tokens = float(config.steps * config.data.batch_size * config.data.sequence_length)
+    if options.tokens:
+        tokens = token_count(options.tokens)
 
     from gemma_jax.planning.compiler import prepare
     from gemma_jax.planning.topology import parse_topology
@@ -76,23 +78,17 @@ def run(arguments: Sequence[str], prog: str) -> int:
     planner = Planner(topology, PlanCache(Path(config.data.cache_dir).expanduser() / "plans"))
     if options.sweep:
         found = _sweep(planner, config, options)
-        if options.json:
-            for variant, plan in found:
-                print(json.dumps(record(name, variant, plan, tokens, options.price)))
-        else:
-            print_sweep(name, found, tokens, options.price)
-        return 0 if found and found[0][1].analysis else 1
-    plan = planner.plan(
-        config,
-        options.mode,
-        options.new_tokens,
-        Path(options.dump_hlo) if options.dump_hlo else None,
-    )
-    if options.json:
-        print(json.dumps(record(name, config, plan, tokens, options.price)))
     else:
-        print_plan(name, config, plan, options.mode, tokens, options.price, options.explain)
-    return 0 if plan.analysis else 1
+        dump = Path(options.dump_hlo) if options.dump_hlo else None
+        found = [(config, planner.plan(config, options.mode, options.new_tokens, dump))]
+    if options.json:
+        for variant, plan in found:
+            print(json.dumps(record(name, variant, plan, tokens, options.price)))
+    elif options.sweep:
+        print_sweep(name, found, tokens, options.price)
+    else:
+        print_plan(name, found[0][1], options.mode, tokens, options.price, options.explain)
+    return 0 if found[0][1].analysis else 1
 
 
 def _load(name: str) -> PlanOptions:
@@ -119,15 +115,11 @@ def token_count(text: str) -> float:
     return float(match[1]) * 1000 ** " KMBT".index(match[2] or " ")
 
 
-def _tokens_of(config: TrainingConfig) -> float:
-    return float(config.steps) * config.data.batch_size * config.data.sequence_length
-
-
 def _sweep(
     planner: "Planner", config: TrainingConfig, options: PlanOptions
 ) -> "list[tuple[TrainingConfig, Plan]]":
     from gemma_jax.commands.plan_report import summary
-    from gemma_jax.planning.sweep import REMAT_POLICIES, ranked, variants
+    from gemma_jax.planning.sweep import REMAT_POLICIES, variants
 
     unknown = set(options.sweep_remat) - set(REMAT_POLICIES)
     if unknown:
@@ -156,4 +148,5 @@ def _sweep(
             too_large[kind] = rows
         found.append((variant, plan))
         print(f"{number} of {len(to_try)}: {summary(variant, plan)}", file=sys.stderr, flush=True)
-    return ranked(found)
+    # Those that fit first, most tokens a second before all others.
+    return sorted(found, key=lambda item: -item[1].estimate.tokens_per_second if item[1].estimate else 0)

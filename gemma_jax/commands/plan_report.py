@@ -9,8 +9,9 @@ from rich.table import Table
 
 from gemma_jax.commands.tables import report_console, table
 from gemma_jax.config import TrainingConfig, to_dict
+from gemma_jax.planning.analysis import Analysis
 from gemma_jax.planning.compiler import compiler_version
-from gemma_jax.planning.estimate import ASSUMPTIONS, Budget, budget
+from gemma_jax.planning.estimate import ASSUMPTIONS, Estimate, budget
 from gemma_jax.planning.planner import Plan
 from gemma_jax.planning.traffic import origin, places_of, work_of
 
@@ -36,7 +37,6 @@ def record(name: str, config: TrainingConfig, plan: Plan, tokens: float, price: 
         dataclasses.asdict(c) | {"origin": dataclasses.asdict(origin(c, plan.program.parameters))}
         for c in analysis.collectives
     ]
-    run = _budget(plan, tokens, price)
     return told | {
         "memory_bytes": analysis.memory,
         "needed_bytes": sum(analysis.memory.values()),
@@ -46,14 +46,12 @@ def record(name: str, config: TrainingConfig, plan: Plan, tokens: float, price: 
         "collectives": collectives,
         "fsdp_bytes": plan.fsdp and {"received": plan.fsdp[0], "minimum": plan.fsdp[1]},
         "estimate": dataclasses.asdict(figures) | {"seconds": figures.seconds},
-        "run": run and dataclasses.asdict(run),
+        "run": dataclasses.asdict(budget(tokens, figures.tokens_per_second, topology.chips, price)),
         "assumptions": ASSUMPTIONS,
     }
 
 
-def print_plan(
-    name: str, config: TrainingConfig, plan: Plan, mode: str, tokens: float, price: float, explain: bool
-) -> None:
+def print_plan(name: str, plan: Plan, mode: str, tokens: float, price: float, explain: bool) -> None:
     """A page: does it fit, memory, traffic, time, and what a whole run comes to."""
     console = report_console()
     topology, analysis, figures = plan.topology, plan.analysis, plan.estimate
@@ -85,9 +83,9 @@ def print_plan(
     if explain:
         console.print(_costs(plan))
         console.print()
-    _print_time(console, plan, mode)
-    run = _budget(plan, tokens, price) if mode == "pretrain" else None
-    if run:
+    _print_time(console, plan, analysis, figures, mode)
+    if mode == "pretrain":
+        run = budget(tokens, figures.tokens_per_second, topology.chips, price)
         cost = "" if run.cost is None else f", {run.cost:,.0f} at {price:g} a chip and hour"
         console.print(
             f"{_count(run.tokens)} tokens: {run.days:,.2f} days, {run.chip_hours:,.0f} chip-hours{cost}"
@@ -95,9 +93,7 @@ def print_plan(
     console.print(f"[dim]assumed: {'; '.join(ASSUMPTIONS)}[/]")
 
 
-def _print_time(console: Console, plan: Plan, mode: str) -> None:
-    figures, analysis = plan.estimate, plan.analysis
-    assert figures and analysis
+def _print_time(console: Console, plan: Plan, analysis: Analysis, figures: Estimate, mode: str) -> None:
     run = "a step" if mode in ("pretrain", "decode") else "a batch"
     kernels = f" + {_seconds(figures.kernel_seconds)} in Pallas kernels" if analysis.kernels else ""
     console.print(
@@ -177,15 +173,15 @@ def print_sweep(name: str, found: Sequence[tuple[TrainingConfig, Plan]], tokens:
         if plan.analysis is None or plan.estimate is None:
             shown.add_row(*settings, "does not fit", _lack(plan))
             continue
-        run = _budget(plan, tokens, price)
         estimate = plan.estimate
+        run = budget(tokens, estimate.tokens_per_second, plan.topology.chips, price)
         shown.add_row(
             *settings,
-            f"{sum(plan.analysis.memory.values()) * plan.devices_a_chip / GIB:.2f}",
+            _gib_a_chip(plan, sum(plan.analysis.memory.values())),
             f"{estimate.seconds:.3f}" + ("" if estimate.calibrated else " uncalibrated"),
             f"{estimate.tokens_per_second / plan.topology.chips:,.0f}",
             f"{estimate.utilisation or 0:.1%}",
-            f"{run.days:,.1f}" if run else "",
+            f"{run.days:,.1f}",
         )
     console.print(shown)
 
@@ -195,16 +191,19 @@ def summary(config: TrainingConfig, plan: Plan) -> str:
     settings = f"{_mesh(plan)}, remat {config.compute.remat}, batch {config.data.batch_size}"
     if plan.analysis is None or plan.estimate is None:
         return f"{settings}: does not fit, {_lack(plan)}"
-    total = sum(plan.analysis.memory.values()) * plan.devices_a_chip / GIB
-    return f"{settings}: {total:.2f} GiB a chip, {plan.estimate.seconds:.3f} s a step"
+    total = _gib_a_chip(plan, sum(plan.analysis.memory.values()))
+    return f"{settings}: {total} GiB a chip, {plan.estimate.seconds:.3f} s a step"
 
 
 def _lack(plan: Plan) -> str:
     needed, available = plan.entry.needed, plan.entry.available
     if needed is None or available is None:
         return "the compiler does not say how much it needs"
-    per_chip = plan.devices_a_chip
-    return f"needs {needed * per_chip / GIB:.2f} of {available * per_chip / GIB:.2f} GiB a chip"
+    return f"needs {_gib_a_chip(plan, needed)} of {_gib_a_chip(plan, available)} GiB a chip"
+
+
+def _gib_a_chip(plan: Plan, size: float) -> str:
+    return f"{size * plan.devices_a_chip / GIB:.2f}"
 
 
 def _size(size: float) -> str:
@@ -219,12 +218,6 @@ def _mesh(plan: Plan) -> str:
     return (
         " x ".join(f"{axis} {size}" for axis, size in plan.mesh_shape.items() if size > 1) or "of one device"
     )
-
-
-def _budget(plan: Plan, tokens: float, price: float) -> Budget | None:
-    if plan.estimate is None:
-        return None
-    return budget(tokens, plan.estimate.tokens_per_second, plan.topology.chips, price or None)
 
 
 def _count(number: float) -> str:

@@ -56,16 +56,12 @@ class PlanCache:
 
 def _entry(data: Any) -> Entry:
     analysis = data["analysis"]
-    if analysis is None:
-        return Entry(None, data["needed"], data["available"])
-    collectives = (Collective(**{**c, "arrays": tuple(c["arrays"])}) for c in analysis["collectives"])
-    return Entry(
-        Analysis(
-            dict(analysis["memory"]),
-            analysis["cycles"],
-            analysis["uncounted_loops"],
-            tuple(Kernel(**kernel) for kernel in analysis["kernels"]),
-            tuple(collectives),
-            tuple(Cost(**cost) for cost in analysis["costs"]),
-        )
-    )
+    if analysis is not None:
+        collectives = [Collective(**{**c, "arrays": tuple(c["arrays"])}) for c in analysis["collectives"]]
+        parts = {
+            "kernels": tuple(Kernel(**kernel) for kernel in analysis["kernels"]),
+            "collectives": tuple(collectives),
+            "costs": tuple(Cost(**cost) for cost in analysis["costs"]),
+        }
+        analysis = Analysis(**{**analysis, **parts})
+    return Entry(analysis, data["needed"], data["available"])

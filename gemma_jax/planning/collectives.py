@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from gemma_jax.planning.hlo import Array, Execution, Instruction, Module, descend, executions
+from gemma_jax.planning.hlo import Array, Instruction, Module, descend, executions
 
 KINDS = (
     "all-gather",
@@ -47,9 +47,7 @@ def collectives(module: Module, mesh_shape: Mapping[str, int]) -> list[Collectiv
     found: list[Collective] = []
     seen: set[tuple[str, str]] = set()
     for executed in executions(module):
-        if executed.instruction.opcode == "recv":
-            found += _between_slices(executed, mesh_shape, module)
-        for instruction, scatters in _inside(module, executed.instruction):
+        for instruction, kind in _inside(module, executed.instruction):
             # The compiler lays a collective over several fusions, a chain with a copy of it in each: they are
             # one. (channel_id does not tell: all collectives of a shard_map can have the same.)
             chain = re.search(r'chain_id="(\d+)"', instruction.attributes)
@@ -57,80 +55,62 @@ def collectives(module: Module, mesh_shape: Mapping[str, int]) -> list[Collectiv
             if key in seen:
                 continue
             seen.add(key)
-            kind = instruction.opcode.removesuffix("-start")
-            groups = _groups(instruction.attributes)
-            size = len(groups[0]) if groups else math.prod(mesh_shape.values())
+            if instruction.opcode == "recv":
+                axis, size = "slice", mesh_shape.get("slice", 1)
+            else:
+                groups = _groups(instruction.attributes) or [list(range(math.prod(mesh_shape.values())))]
+                axis, size = _axis(groups, mesh_shape), len(groups[0])
             if size < 2:
                 continue
-            arrays = _whole_arrays(kind, instruction, size)
-            kind = "reduce-scatter" if kind == "all-reduce" and scatters else kind
-            payload = sum(array.bytes for array in arrays)
-            told = instruction if instruction.metadata("op_name") else executed.instruction
+            arrays = _whole_arrays(instruction, kind, size)
+            share = {"all-reduce": 2 * (size - 1) / size, "collective-permute": 1.0}.get(
+                kind, (size - 1) / size
+            )
+            of = instruction if instruction.metadata("op_name") else executed.instruction
             found.append(
                 Collective(
                     kind,
-                    _axis(groups, mesh_shape),
+                    axis,
                     tuple(map(str, arrays)),
                     executed.count,
-                    _received(kind, size) * payload * executed.count,
-                    module.source(told),
-                    told.metadata("op_name"),
+                    share * sum(array.bytes for array in arrays) * executed.count,
+                    module.source(of),
+                    of.metadata("op_name"),
                 )
             )
     return found
 
 
-def _received(kind: str, size: int) -> float:
-    """Bytes that one device of a group receives, for each byte of the whole arrays."""
-    return {"all-reduce": 2 * (size - 1) / size, "collective-permute": 1.0}.get(kind, (size - 1) / size)
-
-
-def _between_slices(
-    executed: Execution, mesh_shape: Mapping[str, int], module: Module
-) -> Iterator[Collective]:
-    """Between slices a collective is a transfer through the hosts: a pair of send and recv."""
-    instruction = executed.instruction
+def _inside(module: Module, instruction: Instruction) -> Iterator[tuple[Instruction, str]]:
+    """Collectives in an instruction, each with its kind."""
     transfer = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
-    slices = mesh_shape.get("slice", 1)
-    if transfer is None or slices < 2:
-        return
-    kind = transfer[1].lower().replace("_", "-")
-    arrays = instruction.arrays[:1]  # what is received; then a counter
-    yield Collective(
-        kind,
-        "slice",
-        tuple(map(str, arrays)),
-        executed.count,
-        _received(kind, slices) * sum(array.bytes for array in arrays) * executed.count,
-        module.source(instruction),
-        instruction.metadata("op_name"),
-    )
-
-
-def _inside(module: Module, instruction: Instruction) -> Iterator[tuple[Instruction, bool]]:
-    """Collectives in an instruction, and whether each device keeps only its own part of the sum."""
-    if instruction.opcode == "fusion":
+    if instruction.opcode == "recv" and transfer:
+        # Between slices a collective is a transfer through the hosts: a pair of send and recv.
+        yield instruction, transfer[1].lower().replace("_", "-")
+    inner = descend(module, instruction) if instruction.opcode == "fusion" else [instruction]
+    for one in inner:
+        kind = one.opcode.removesuffix("-start")
+        if kind not in KINDS:
+            continue
         # A reduce-scatter is a fusion of an all-reduce and a slice.
-        scatters = "all-reduce-scatter" in instruction.called("calls")[0]
-        for inner in descend(module, instruction):
-            if inner.opcode.removesuffix("-start") in KINDS:
-                yield inner, scatters
-    elif instruction.opcode.removesuffix("-start") in KINDS:
-        yield instruction, False
+        scatters = kind == "all-reduce" and "all-reduce-scatter" in "".join(instruction.called("calls"))
+        yield one, "reduce-scatter" if scatters else kind
 
 
-def _whole_arrays(kind: str, instruction: Instruction, size: int) -> tuple[Array, ...]:
+def _whole_arrays(instruction: Instruction, kind: str, size: int) -> tuple[Array, ...]:
     arrays = instruction.arrays
+    if instruction.opcode == "recv":
+        return arrays[:1]  # what is received; then a counter
     if instruction.opcode.endswith("-start") and kind in ("all-gather", "collective-permute"):
         # (operands, results, and counters of a permute): the results are wanted.
-        arrays = arrays[len(instruction.operands) : 2 * len(instruction.operands)]
-    if kind == "reduce-scatter":
+        return arrays[len(instruction.operands) : 2 * len(instruction.operands)]
+    if instruction.opcode == "reduce-scatter":
         return tuple(Array(a.dtype, (size, *a.shape)) for a in arrays)
     return arrays
 
 
 def _groups(attributes: str) -> list[list[int]]:
-    """Groups of device numbers; each pair of a permute is one. None at all means all devices together."""
+    """Groups of device numbers, all of one size; each pair of a permute is one. None means all devices."""
     if found := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", attributes):
         return [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", found[1])]
     if found := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes):
@@ -172,10 +152,7 @@ def _iota(text: str) -> np.ndarray:
 
 def _axis(groups: list[list[int]], mesh_shape: Mapping[str, int]) -> str:
     """The mesh axes along which the members of a group differ."""
-    names, sizes = list(mesh_shape), tuple(mesh_shape.values())
-    differ: set[str] = set()
-    for group in groups or [list(range(math.prod(sizes)))]:
-        for name, along in zip(names, np.unravel_index(group, sizes), strict=True):
-            if len(set(along.tolist())) > 1:
-                differ.add(name)
-    return " x ".join(name for name in names if name in differ)
+    places = np.unravel_index(np.array(groups), tuple(mesh_shape.values()))
+    return " x ".join(
+        name for name, along in zip(mesh_shape, places, strict=True) if (along != along[:, :1]).any()
+    )

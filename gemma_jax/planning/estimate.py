@@ -38,7 +38,6 @@ class Estimate:
 def estimate(
     analysis: Analysis,
     topology: Topology,
-    inferred_clock: float,
     peak_flops: float,
     devices: int,
     tokens: int,
@@ -49,20 +48,18 @@ def estimate(
     Args:
       analysis: of the program.
       topology: what it runs on.
-      inferred_clock: cycles a second of a device to use where none is published.
       peak_flops: dense bfloat16 FLOP/s of all devices together.
       devices: how many there are.
       tokens: that a step processes.
       model_flops: floating-point operations that the model asks for in a step, or None.
     """
     generation = topology.generation
-    clock = generation.clock or inferred_clock
     peak = peak_flops / devices
     kernel_seconds = sum(
         kernel.flops / peak / (ATTENTION_UTILISATION if kernel.attention else 1)
         for kernel in analysis.kernels
     )
-    compiled_seconds = analysis.cycles / clock
+    compiled_seconds = analysis.cycles / generation.clock
     seconds = compiled_seconds + kernel_seconds
     devices_a_chip = devices / topology.chips
     traffic = {"ici": 0.0, "dcn": 0.0}
@@ -75,7 +72,7 @@ def estimate(
         if speed and traffic[name]
     }
     return Estimate(
-        generation.clock is not None,
+        generation.clock_is_published,
         compiled_seconds,
         kernel_seconds,
         sum(not kernel.flops for kernel in analysis.kernels),
@@ -95,8 +92,8 @@ class Budget:
     cost: float | None  # in the currency of the price
 
 
-def budget(tokens: float, tokens_per_second: float, chips: int, price: float | None) -> Budget:
-    """Time and cost of so many tokens; `price` is of a chip and hour."""
+def budget(tokens: float, tokens_per_second: float, chips: int, price: float) -> Budget:
+    """Time and cost of so many tokens; `price` is of a chip and hour, 0 where it is not known."""
     seconds = tokens / tokens_per_second
     chip_hours = seconds / 3600 * chips
-    return Budget(tokens, seconds / 86_400, chip_hours, None if price is None else chip_hours * price)
+    return Budget(tokens, seconds / 86_400, chip_hours, chip_hours * price if price else None)

@@ -77,11 +77,6 @@ class Instruction:
         found = re.search(rf"\b{attribute}=(\{{[^}}]*\}}|%?[\w.\-]+)", self.attributes)
         return re.findall(r"[\w.\-]+", found[1]) if found else []
 
-    def attribute(self, name: str) -> str:
-        """A simple attribute, such as the number after `channel_id=`; empty where there is none."""
-        found = re.search(rf"\b{name}=([\w.\-]+)", self.attributes)
-        return found[1] if found else ""
-
     def metadata(self, key: str) -> str:
         """`op_name`, `source_file`, `source_line`, `stack_frame_id`; empty where it is not known."""
         found = re.search(rf'(?<!\w)metadata=\{{[^}}]*?\b{key}=("(?:[^"\\]|\\.)*"|\d+)', self.attributes)

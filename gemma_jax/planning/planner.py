@@ -7,7 +7,6 @@ from pathlib import Path
 from gemma_jax.config import TrainingConfig, validate_on_devices
 from gemma_jax.planning.analysis import Analysis, analyse
 from gemma_jax.planning.cache import Entry, PlanCache, key_of
-from gemma_jax.planning.clock import inferred_clock
 from gemma_jax.planning.compiler import OutOfMemory, compile_lowered, compiler_version, devices_of
 from gemma_jax.planning.estimate import Estimate, estimate
 from gemma_jax.planning.programs import Mode, Program, lower
@@ -47,7 +46,6 @@ class Planner:
         self.topology = topology
         self.devices = devices_of(topology)
         self._cache = cache
-        self._clock: float | None = topology.generation.clock
 
     def plan(
         self,
@@ -81,26 +79,16 @@ class Planner:
         needed = sum(entry.analysis.memory.values()) if entry.analysis else 0
         if needed > available:  # the compiler does not refuse every such program (docs/log.md)
             entry = Entry(None, needed, available)
-        if entry.analysis is None:
-            return Plan(self.topology, len(self.devices), dict(mesh.shape), program, entry, None, None)
-        if self._clock is None:
-            self._clock = inferred_clock(self.devices[0])
-        peak = peak_flops(self.devices)
-        assert peak is not None  # every generation of topology.py is in the table
-        figures = estimate(
-            entry.analysis,
-            self.topology,
-            self._clock,
-            peak,
-            len(self.devices),
-            program.tokens,
-            program.model_flops,
-        )
-        fsdp = None
-        if mode == "pretrain" and mesh.shape["fsdp"] > 1:
-            least = fsdp_minimum(
-                program.parameters, mesh.shape["fsdp"], config.optimizer.accumulation_steps, "bf16", "bf16"
+        figures, fsdp = None, None
+        if entry.analysis:
+            peak = peak_flops(self.devices)
+            assert peak is not None  # every generation of topology.py is in the table
+            figures = estimate(
+                entry.analysis, self.topology, peak, len(self.devices), program.tokens, program.model_flops
             )
+        if entry.analysis and mode == "pretrain" and mesh.shape["fsdp"] > 1:
+            passes = config.optimizer.accumulation_steps
+            least = fsdp_minimum(program.parameters, mesh.shape["fsdp"], passes)
             fsdp = (fsdp_traffic(entry.analysis.collectives), least)
         return Plan(self.topology, len(self.devices), dict(mesh.shape), program, entry, figures, fsdp)
 

@@ -6,7 +6,6 @@ from typing import get_args, get_type_hints
 
 from gemma_jax.config import ComputeConfig, TrainingConfig, replace, validate, validate_on_devices
 from gemma_jax.errors import UserError
-from gemma_jax.planning.planner import Plan
 
 REMAT_POLICIES: tuple[str, ...] = get_args(get_type_hints(ComputeConfig)["remat"])
 
@@ -46,13 +45,3 @@ def variants(
         except UserError:
             continue  # this combination cannot be; others can
         yield variant
-
-
-def ranked(plans: Sequence[tuple[TrainingConfig, Plan]]) -> list[tuple[TrainingConfig, Plan]]:
-    """Those that fit, most tokens a second first, then the others."""
-
-    def order(item: tuple[TrainingConfig, Plan]) -> tuple[bool, float]:
-        figures = item[1].estimate
-        return figures is None, -(figures.tokens_per_second if figures else 0.0)
-
-    return sorted(plans, key=order)

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from gemma_jax.planning.collectives import Collective
 from gemma_jax.planning.hlo import ITEM_BYTES
 from gemma_jax.sharding import RULES, logical_axes, parameter_name
+from gemma_jax.weights import EMBEDDING
 
 # How parameters and their gradients travel; activations change places by all-to-all.
 PARAMETER_KINDS = ("all-gather", "reduce-scatter", "all-reduce")
@@ -48,10 +49,8 @@ def parameters(params: Any, mesh: Mesh) -> list[Parameter]:
     return found
 
 
-def fsdp_minimum(
-    params: Sequence[Parameter], parts: int, passes: int, gather_dtype: str, scatter_dtype: str
-) -> float:
-    """Bytes that one device must receive in a step over an fsdp axis of `parts` devices.
+def fsdp_minimum(params: Sequence[Parameter], parts: int, passes: int) -> float:
+    """Bytes that one device must receive in a step over an fsdp axis of `parts` devices, all in bfloat16.
 
     Each parameter is gathered once a pass and its gradient is scattered once. A step has two passes over the
     layers, forward and backward, and one over the embedding: the loss forms its gradients in the forward
@@ -61,14 +60,11 @@ def fsdp_minimum(
       params: of the model.
       parts: size of the axis.
       passes: over the whole model: the number of parts that a batch is computed in.
-      gather_dtype: that parameters are gathered in.
-      scatter_dtype: that gradients are scattered in.
     """
     total = 0.0
     for parameter in params:
-        gathers = (1 if parameter.name == "embedding" else 2) * passes
-        item = gathers * ITEM_BYTES[gather_dtype] + ITEM_BYTES[scatter_dtype]
-        total += item * math.prod(parameter.shape) * parameter.layers
+        gathers = (1 if parameter.name == EMBEDDING else 2) * passes
+        total += ITEM_BYTES["bf16"] * (gathers + 1) * math.prod(parameter.shape) * parameter.layers
     return total * (parts - 1) / parts
 
 
@@ -95,15 +91,11 @@ def origin(collective: Collective, params: Sequence[Parameter]) -> Origin:
     shapes = [_shape(array) for array in collective.arrays]
     scopes = re.split(r"[/()]", collective.op_name)
     scoped = [p for p in params if any(f"{p.name}.".startswith(f"{scope}.") for scope in scopes if scope)]
-    in_parts = bool(scoped) and collective.axis == "fsdp" and collective.kind in PARAMETER_KINDS
-    matches = [
-        p
-        for p in scoped or params
-        if any(_same(shape, p) or (in_parts and _stage_of(shape, p)) for shape in shapes)
-    ]
-    # Of several parameters of one shape, those whose axes are in this order.
-    in_order = [p for p in matches if any(tuple(n for n in shape if n > 1) == p.shape for shape in shapes)]
-    matches = in_order or matches
+    in_parts = collective.axis == "fsdp" and collective.kind in PARAMETER_KINDS
+    if scoped:
+        matches = [p for p in scoped if any(_has_elements_of(shape, p, in_parts) for shape in shapes)]
+    else:
+        matches = [p for p in params if any(_has_sides_of(shape, p) for shape in shapes)]
     split = {
         axis
         for axis, mesh_axes in RULES.items()
@@ -138,21 +130,17 @@ def _shape(array: str) -> tuple[int, ...]:
     return tuple(int(n) for n in array[array.index("[") + 1 : -1].split(",") if n)
 
 
-def _same(shape: tuple[int, ...], parameter: Parameter) -> bool:
-    """Whether an array has a parameter's elements: axes may be merged or turned, and one padded a little."""
-    dims = sorted(n for n in shape if n > 1)
-    for layers in {1, parameter.layers}:
-        wanted = sorted(n for n in (layers, *parameter.shape) if n > 1)
-        if dims == wanted:
-            return True
-        if wanted and dims and math.prod(dims) == math.prod(wanted) and max(wanted) == max(dims):
-            return True
-        if len(dims) == len(wanted) and all(w <= d <= 1.05 * w for d, w in zip(dims, wanted, strict=True)):
-            return len(wanted) > 1
-    return False
+def _has_sides_of(shape: tuple[int, ...], parameter: Parameter) -> bool:
+    """Whether an array is a parameter of one layer or of all, with its axes in any order."""
+    sides = sorted(n for n in shape if n > 1)
+    return any(
+        sides == sorted(n for n in (layers, *parameter.shape) if n > 1) for layers in (1, parameter.layers)
+    )
 
 
-def _stage_of(shape: tuple[int, ...], parameter: Parameter) -> bool:
-    """Whether an array can be a part of a parameter on its way along one dimension of the torus."""
-    parts, rest = divmod(math.prod(parameter.shape), math.prod(shape))
-    return rest == 0 and parts in (2**n for n in range(9))
+def _has_elements_of(shape: tuple[int, ...], parameter: Parameter, in_parts: bool) -> bool:
+    """Whether an array is as large as a parameter, padded a little, or as a part that is on its way."""
+    size, whole = math.prod(shape), math.prod(parameter.shape)
+    if any(whole * layers <= size <= 1.05 * whole * layers for layers in (1, parameter.layers)):
+        return True
+    return in_parts and whole % size == 0 and whole // size in (2**n for n in range(9))

@@ -20,7 +20,7 @@ def test_seconds_of_a_step() -> None:
     attention = Kernel("splash_mha_fwd", True, 18, 197e12)
     stated = Kernel("own", False, 1, 197e11)
     silent = Kernel("silent", False, 1, 0.0)
-    figures = estimate(analysis(attention, stated, silent), v5e, 0.0, peak, 4, 1000, peak)
+    figures = estimate(analysis(attention, stated, silent), v5e, peak, 4, 1000, peak)
     assert figures.compiled_seconds == pytest.approx(3e9 / 1.503e9, rel=1e-3)  # the published clock
     assert figures.kernel_seconds == pytest.approx(1 / ATTENTION_UTILISATION + 0.1)
     assert figures.unknown_kernels == 1 and figures.calibrated
@@ -29,8 +29,8 @@ def test_seconds_of_a_step() -> None:
 
 
 def test_a_clock_that_nobody_publishes_is_said_to_be_uncalibrated() -> None:
-    figures = estimate(analysis(), parse_topology("v6e-4"), 2e9, 4 * 918e12, 4, 1000, None)
-    assert not figures.calibrated and figures.seconds == 1.5 and figures.utilisation is None
+    figures = estimate(analysis(), parse_topology("v6e-4"), 4 * 918e12, 4, 1000, None)
+    assert not figures.calibrated and figures.utilisation is None
 
 
 @pytest.mark.parametrize(("name", "clock"), [("v4-8", 1.05e9), ("v5e-1", 1.503e9), ("v5p-8", 1.75e9)])
@@ -43,12 +43,12 @@ def test_least_time_on_each_network() -> None:
     over_links = Collective("all-gather", "fsdp", (), 1, 6e9, "", "")
     between = dataclasses.replace(over_links, axis="slice", bytes=1.25e9)
     traffic = analysis(collectives=(over_links, between))
-    v6e = estimate(traffic, parse_topology("v6e-4", 2), 2e9, 1.0, 8, 1, None)
+    v6e = estimate(traffic, parse_topology("v6e-4", 2), 1.0, 8, 1, None)
     assert v6e.link_seconds == {"ici": pytest.approx(6 / 400), "dcn": pytest.approx(0.1)}
-    tpu7x = estimate(traffic, parse_topology("tpu7x-8", 2), 2e9, 1.0, 16, 1, None)
+    tpu7x = estimate(traffic, parse_topology("tpu7x-8", 2), 1.0, 16, 1, None)
     assert tpu7x.link_seconds["ici"] == pytest.approx(2 * 6 / 600)
     # Nothing is published for v4.
-    assert estimate(traffic, parse_topology("v4-8", 2), 2e9, 1.0, 8, 1, None).link_seconds == {}
+    assert estimate(traffic, parse_topology("v4-8", 2), 1.0, 8, 1, None).link_seconds == {}
 
 
 def test_a_whole_run() -> None:
@@ -56,4 +56,4 @@ def test_a_whole_run() -> None:
     assert run.days == pytest.approx(20_000 / 86_400)
     assert run.chip_hours == pytest.approx(20_000 / 3600 * 256)
     assert run.cost == pytest.approx(1.2 * run.chip_hours)
-    assert budget(20e9, 1e6, 256, None).cost is None
+    assert budget(20e9, 1e6, 256, 0.0).cost is None
