@@ -4,14 +4,18 @@ import re
 from collections.abc import Iterator, Sequence
 
 from gemma_jax.data.files import GLOB_CHARACTERS, matching_files
-from gemma_jax.data.source import LongText, Source, Text, is_held_out
+from gemma_jax.data.parquet_source import Parquet
+from gemma_jax.data.record_source import TextRecords, TokenRecords, find_builder, open_tfds
+from gemma_jax.data.source import LongText, Records, Source, Text, is_held_out
+from gemma_jax.data.text_source import JsonLines, PythonStdlib, TextFiles
 from gemma_jax.errors import UserError
 from gemma_jax.paths import user_path
 
-_KINDS = {
-    "JSON lines": re.compile(r"\.(jsonl|ndjson|json)(\.(gz|bz2|zst))?$", re.IGNORECASE),
-    "Parquet files": re.compile(r"\.parquet$", re.IGNORECASE),
-    "ArrayRecord files": re.compile(r"\.array_record(-\d+-of-\d+)?$"),
+_KINDS: dict[str, tuple[str, type[Records]]] = {
+    "JSON lines": (r"(?i)\.(jsonl|ndjson|json)(\.(gz|bz2|zst))?$", JsonLines),
+    "Parquet files": (r"(?i)\.parquet$", Parquet),
+    "ArrayRecord files": (r"\.array_record(-\d+-of-\d+)?$", TextRecords),
+    "text files": ("", TextFiles),
 }
 _TOKENS = re.compile(r"tokens:(?P<dtype>[^:]*):(?P<path>.+)")
 _SAMPLED_SHARDS = 32
@@ -33,46 +37,23 @@ def open_source(spec: str, *, text_field: str, bad_records: str) -> Source:
       UserError: The corpus is unknown, or nothing matches it.
     """
     if spec == "python-stdlib":
-        from gemma_jax.data.text_source import PythonStdlib
-
         return PythonStdlib(spec)
     if spec.startswith("tfds:") or _is_tfds_directory(spec):
-        from gemma_jax.data.record_source import TfdsRecords
-
-        return TfdsRecords(spec, text_field, bad_records)
+        return open_tfds(spec, text_field, bad_records)
     if spec.startswith("tokens:"):
-        from gemma_jax.data.record_source import TokenRecords
-
         dtype, path = _parse_tokens(spec)
         return TokenRecords(spec, matching_files(spec, path), dtype, bad_records)
     files = matching_files(spec, spec)
     kinds = {_kind(file) for file in files}
     if len(kinds) > 1:
         raise UserError(f"{spec} matches {' and '.join(sorted(kinds))}; name each kind as its own source.")
-    match kinds.pop():
-        case "ArrayRecord files":
-            from gemma_jax.data.record_source import TextRecords
-
-            return TextRecords(spec, files, text_field, bad_records)
-        case "Parquet files":
-            from gemma_jax.data.parquet_source import Parquet
-
-            return Parquet(spec, files, text_field, bad_records)
-        case "JSON lines":
-            from gemma_jax.data.text_source import JsonLines
-
-            return JsonLines(spec, files, text_field, bad_records)
-        case _:
-            from gemma_jax.data.text_source import TextFiles
-
-            return TextFiles(spec, files, bad_records)
+    _, opened_as = _KINDS[kinds.pop()]
+    return opened_as(spec, files, text_field, bad_records)
 
 
 def check_source(spec: str) -> None:
     """Raises UserError if a corpus is unknown or nothing matches it. Lists names, reads no documents."""
     if spec.startswith("tfds:"):
-        from gemma_jax.data.record_source import find_builder
-
         find_builder(spec)
     elif spec.startswith("tokens:"):
         matching_files(spec, _parse_tokens(spec)[1])
@@ -124,7 +105,7 @@ def _rehash(text: Text) -> Text:
 
 
 def _kind(file: str) -> str:
-    return next((kind for kind, name in _KINDS.items() if name.search(file)), "text files")
+    return next(kind for kind, (name, _) in _KINDS.items() if re.search(name, file))
 
 
 def _parse_tokens(spec: str) -> tuple[str, str]:

@@ -5,9 +5,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from gemma_jax.data import source as source_module
 from gemma_jax.data.files import reading
-from gemma_jax.data.source import Records, Shard, Text, text_of
+from gemma_jax.data.source import Records, Shard, Text, grouped, text_of
 from gemma_jax.errors import UserError
 
 _TEXTS = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
@@ -20,10 +19,6 @@ class Parquet(Records):
 
     A shard is some row groups of a file, `start` to `stop`. They are read as a stream, a megabyte at a time.
     """
-
-    def __init__(self, name: str, files: Sequence[str], text_field: str, bad_records: str):
-        self._text_field = text_field
-        super().__init__(name, files, bad_records, text_field)
 
     def place(self, shard: Shard, number: int) -> str:
         return f"{shard.files[0]}, row {number}"
@@ -38,14 +33,7 @@ class Parquet(Records):
             column = self._checked_column(file, parquet)
             groups = [parquet.metadata.row_group(group) for group in range(parquet.num_row_groups)]
             sizes = [group.column(column).total_uncompressed_size for group in groups]
-        shards: list[Shard] = []
-        for group, size in enumerate(sizes):
-            if shards and shards[-1].size + size <= source_module.SHARD_BYTES:
-                last = shards.pop()
-                shards.append(Shard((file,), last.size + size, last.start, group + 1))
-            else:
-                shards.append(Shard((file,), size, group, group + 1))
-        return shards
+        return [Shard((file,), sum(sizes[part]), part.start, part.stop) for part in grouped(sizes)]
 
     def _checked_column(self, file: str, parquet: Any) -> int:
         """The number of the column of texts. Raises UserError if it is none."""

@@ -1,11 +1,12 @@
 """Corpora of records: ArrayRecord files of text or token ids, and TFDS datasets. Never imports TensorFlow."""
 
+import contextlib
 import dataclasses
 import difflib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,15 +34,17 @@ class _ArrayRecords(Records):
     """Records of ArrayRecord files. One in a bucket is a shard, and is copied to this machine to be read."""
 
     def _cut(self, files: Sequence[tuple[str, int]]) -> list[Shard]:
-        return [
-            shard
-            for file, size in files
-            for shard in (
-                [Shard((file,), size)]
-                if "://" in file
-                else _record_shards(file, _number_of_records(file), size)
-            )
-        ]
+        return [shard for file, size in files for shard in self._cut_file(file, size)]
+
+    def _cut_file(self, file: str, size: int) -> Iterator[Shard]:
+        if "://" in file:
+            yield Shard((file,), size)
+            return
+        records = _number_of_records(file)
+        step = max(1, records * source_module.SHARD_BYTES // max(size, 1))
+        for start in range(0, records, step):
+            stop = min(start + step, records)
+            yield Shard((file,), size * (stop - start) // records, start, stop)
 
     def _records(self, shard: Shard) -> Iterator[tuple[int, Any]]:
         (file,) = shard.files
@@ -57,22 +60,18 @@ class _ArrayRecords(Records):
 
     def _records_on_disk(self, shard: Shard, path: str) -> Iterator[tuple[int, Any]]:
         """The records of a shard whose file can be read at `path`."""
-        return _numbered(shard, lambda start, stop: _read_array_record(path, start, stop))
+        for start in range(shard.start, shard.stop, _RECORDS_AT_ONCE):
+            try:
+                with _opened(path) as reader:
+                    records = list(reader.read(start, min(start + _RECORDS_AT_ONCE, shard.stop)))
+            except (OSError, RuntimeError, ValueError, IndexError) as error:
+                raise UserError(
+                    f"{shard.files[0]} cannot be read at records from {start} ({error}); fetch it again."
+                ) from error
+            yield from enumerate(records, start=start)
 
     def place(self, shard: Shard, number: int) -> str:
         return f"{shard.files[0]}, record {number}"
-
-
-def _numbered(shard: Shard, read: Callable[[int, int], Sequence[bytes]]) -> Iterator[tuple[int, bytes]]:
-    """The records `start` to `stop` of a shard with their numbers, read some at a time."""
-    for start in range(shard.start, shard.stop, _RECORDS_AT_ONCE):
-        try:
-            records = read(start, min(start + _RECORDS_AT_ONCE, shard.stop))
-        except (OSError, RuntimeError, ValueError, IndexError) as error:
-            raise UserError(
-                f"{shard.files[0]} cannot be read at records from {start} ({error}); fetch it again."
-            ) from error
-        yield from enumerate(records, start=start)
 
 
 class TextRecords(_ArrayRecords):
@@ -81,10 +80,6 @@ class TextRecords(_ArrayRecords):
     Which of the two a file holds is decided by its first record: it holds protos if that is one. A text can
     only look like a proto if it starts with a newline and its next bytes spell its own nested lengths.
     """
-
-    def __init__(self, name: str, files: Sequence[str], text_field: str, bad_records: str):
-        super().__init__(name, files, bad_records, text_field)
-        self._text_field = text_field
 
     def _records_on_disk(self, shard: Shard, path: str) -> Iterator[tuple[int, Any]]:
         is_example = shard.stop > 0 and _first_is_example(path)
@@ -106,7 +101,7 @@ class TokenRecords(_ArrayRecords):
     """
 
     def __init__(self, name: str, files: Sequence[str], dtype: str, bad_records: str):
-        super().__init__(name, files, bad_records, dtype)
+        super().__init__(name, files, "", bad_records, dtype)
         self._dtype = np.dtype(dtype).newbyteorder("<")
 
     def _document(self, record: bytes, shard: Shard, number: int) -> Document:
@@ -115,47 +110,24 @@ class TokenRecords(_ArrayRecords):
         return TokenIds(np.frombuffer(record, self._dtype).astype(np.int64), number)
 
 
-class TfdsRecords(Records):
+def open_tfds(spec: str, text_field: str, bad_records: str) -> TextRecords:
     """The train split of a TFDS dataset that was prepared in the ArrayRecord format."""
-
-    def __init__(self, spec: str, text_field: str, bad_records: str):
-        builder = find_builder(spec)
-        try:
-            splits = dict(builder.info.splits)
-            if "train" not in splits:
-                raise UserError(f"{spec} has no train split; its splits are: {', '.join(splits) or 'none'}.")
-            features = list(builder.info.features or ())
-            if text_field not in features:
-                raise UserError(
-                    f"{spec} has no feature {text_field!r}; "
-                    f"set data.text_field to one of: {', '.join(features)}."
-                )
-            import tensorflow_datasets as tfds
-
-            # Raw records, for TFDS would decode every feature of each, pictures too, to give one text.
-            raw = tfds.decode.DeserializeMethod.RAW_BYTES
-            self._rows = builder.as_data_source(split="train", deserialize_method=raw)
-        except NotImplementedError as error:
-            raise UserError(
-                f"{spec} was not prepared as ArrayRecord files; prepare it with "
-                "download_and_prepare(file_format='array_record')."
-            ) from error
-        self._text_field = text_field
-        self._size = splits["train"].num_bytes
-        files = [os.fspath(path) for path in splits["train"].filepaths]
-        super().__init__(spec, files, bad_records, builder.info.full_name, text_field)
-
-    def _cut(self, files: Sequence[tuple[str, int]]) -> list[Shard]:
-        return list(_record_shards(self.name, len(self._rows), self._size))
-
-    def _records(self, shard: Shard) -> Iterator[tuple[int, bytes]]:
-        return _numbered(shard, lambda start, stop: list(self._rows.__getitems__(range(start, stop))))
-
-    def place(self, shard: Shard, number: int) -> str:
-        return f"{self.name}, record {number}"
-
-    def _document(self, record: bytes, shard: Shard, number: int) -> Document:
-        return _text_of_example(record, self._text_field, number)
+    info = find_builder(spec).info
+    splits = dict(info.splits)
+    if "train" not in splits:
+        raise UserError(f"{spec} has no train split; its splits are: {', '.join(splits) or 'none'}.")
+    features = list(info.features or ())
+    if text_field not in features:
+        raise UserError(
+            f"{spec} has no feature {text_field!r}; set data.text_field to one of: {', '.join(features)}."
+        )
+    if info.file_format is None or info.file_format.value != "array_record":
+        raise UserError(
+            f"{spec} was not prepared as ArrayRecord files; prepare it with "
+            "download_and_prepare(file_format='array_record')."
+        )
+    files = [os.fspath(path) for path in splits["train"].filepaths]
+    return TextRecords(spec, files, text_field, bad_records)
 
 
 def find_builder(spec: str) -> "tfds.core.DatasetBuilder":
@@ -248,37 +220,22 @@ def _varint(message: bytes, position: int) -> tuple[int, int]:
 
 def _first_is_example(file: str) -> bool:
     try:
-        return bool(parse_example(_read_array_record(file, 0, 1)[0]))
+        with _opened(file) as reader:
+            return bool(parse_example(reader.read(0, 1)[0]))
     except (ValueError, RecursionError):
         return False
 
 
 def _number_of_records(file: str, name: str = "") -> int:
     """Of a file that is called `name` in messages."""
-    from array_record.python.array_record_module import ArrayRecordReader
-
     try:
-        reader = ArrayRecordReader(file)
-        try:
+        with _opened(file) as reader:
             return int(reader.num_records())
-        finally:
-            reader.close()
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{name or file} is not an ArrayRecord file ({error}); fetch it again.") from error
 
 
-def _read_array_record(file: str, start: int, stop: int) -> list[bytes]:
+def _opened(file: str) -> "contextlib.closing[Any]":
     from array_record.python.array_record_module import ArrayRecordReader
 
-    reader = ArrayRecordReader(file)
-    try:
-        return list(reader.read(start, stop))
-    finally:
-        reader.close()
-
-
-def _record_shards(file: str, records: int, size: int) -> Iterator[Shard]:
-    step = max(1, records * source_module.SHARD_BYTES // max(size, 1))
-    for start in range(0, records, step):
-        stop = min(start + step, records)
-        yield Shard((file,), size * (stop - start) // records, start, stop)
+    return contextlib.closing(ArrayRecordReader(file))

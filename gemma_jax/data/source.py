@@ -7,14 +7,15 @@ token ids without weights, which the cache completes by eos, and whose tokens al
 import abc
 import dataclasses
 import hashlib
+import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gemma_jax.data.files import size_and_time
+from gemma_jax.data.files import reading, size_and_time
 from gemma_jax.errors import UserError
 
 SHARD_BYTES = 32 * 2**20
@@ -22,6 +23,9 @@ SHARD_BYTES = 32 * 2**20
 
 BLOCK_CHARACTERS = 100_000
 """Longest text that is tokenised in one piece. It bounds memory and keeps all cores busy."""
+
+
+_READ_CHARACTERS = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,13 +59,38 @@ class Text:
 
     def blocks(self) -> Iterator[str]:
         """Yields the text in pieces of at most BLOCK_CHARACTERS that tokenise to the ids of the whole."""
-        start = 0
-        while len(self.text) - start > BLOCK_CHARACTERS:
-            stop = start + cut_position(self.text[start : start + BLOCK_CHARACTERS])
-            yield self.text[start:stop]
-            start = stop
-        if start < len(self.text):
-            yield self.text[start:]
+        step = BLOCK_CHARACTERS
+        return _blocks(self.text[start : start + step] for start in range(0, len(self.text), step))
+
+
+class LongText:
+    """A file of text that is too long to hold in memory, with the digest and size of the equal `Text`.
+
+    It is read once to check and hash it, and again for its blocks.
+    """
+
+    is_empty = False
+
+    def __init__(self, file: str, number: int):
+        """Raises UnicodeDecodeError."""
+        self._file = file
+        self.number = number
+        self.num_bytes = 0
+        digest = hashlib.blake2b(digest_size=8)
+        for text in self._decoded():
+            encoded = text.encode("utf-8")
+            digest.update(encoded)
+            self.num_bytes += len(encoded)
+        self.digest = digest.digest()
+
+    def blocks(self) -> Iterator[str]:
+        """Yields the text in pieces as `Text.blocks` does."""
+        return _blocks(self._decoded())
+
+    def _decoded(self) -> Iterator[str]:
+        with reading(self._file) as stream, io.TextIOWrapper(stream, "utf-8", newline="") as decoded:
+            while text := decoded.read(_READ_CHARACTERS):
+                yield text
 
 
 class TokenIds:
@@ -74,19 +103,6 @@ class TokenIds:
         self.number = number
         self.is_empty = not len(ids)
         self.digest = hashlib.blake2b(ids.astype("<u4").tobytes(), digest_size=8).digest()
-
-
-class LongText(abc.ABC):
-    """A document too long to hold in memory at once, with the digest and size of the equal `Text`."""
-
-    digest: bytes
-    num_bytes: int
-    number: int
-    is_empty = False
-
-    @abc.abstractmethod
-    def blocks(self) -> Iterator[str]:
-        """Yields the text in pieces as `Text.blocks` does."""
 
 
 class Example:
@@ -171,12 +187,13 @@ class BadRecord(Exception):
 class Records(Source):
     """A corpus of files that hold records, each of which is a document or an example."""
 
-    def __init__(self, name: str, files: Sequence[str], bad_records: str, *settings: str):
-        """Takes what decides the documents: files, what a bad record leads to, and further settings."""
+    def __init__(self, name: str, files: Sequence[str], text_field: str, bad_records: str, *settings: str):
+        """Takes what decides the documents: all but the name are part of the fingerprint."""
         self.name = name
+        self._text_field = text_field
         self._bad_records = bad_records
         listing = [(file, *size_and_time(file)) for file in files]
-        self.fingerprint = hash_of(type(self).__name__, bad_records, settings, listing)
+        self.fingerprint = hash_of(type(self).__name__, text_field, bad_records, settings, listing)
         self.shards = self._cut([(file, size) for file, size, _ in listing])
 
     def read(self, shard: Shard, on_skip: OnSkip) -> Iterator[Document]:
@@ -222,7 +239,33 @@ def text_of(value: object, field: str, number: int) -> Text:
     raise BadRecord(f"{field} is not a string but {type(value).__name__}")
 
 
-def cut_position(text: str) -> int:
+def grouped(sizes: Sequence[int]) -> list[slice]:
+    """Neighbouring parts of a corpus in groups of at most SHARD_BYTES, or of one part that is larger."""
+    groups: list[slice] = []
+    total = 0
+    for number, size in enumerate(sizes):
+        total += size
+        if groups and total <= SHARD_BYTES:
+            groups[-1] = slice(groups[-1].start, number + 1)
+        else:
+            groups.append(slice(number, number + 1))
+            total = size
+    return groups
+
+
+def _blocks(pieces: Iterable[str]) -> Iterator[str]:
+    rest = ""
+    for piece in pieces:
+        rest += piece
+        while len(rest) > BLOCK_CHARACTERS:
+            stop = _cut_position(rest[:BLOCK_CHARACTERS])
+            yield rest[:stop]
+            rest = rest[stop:]
+    if rest:
+        yield rest
+
+
+def _cut_position(text: str) -> int:
     """Where to cut a text so that the parts tokenise as the whole does: behind its last run of newlines.
 
     Newlines are user-defined pieces in Gemma's model and in ours, so no piece spans such a place. A text of

@@ -1,13 +1,11 @@
 """Corpora of text files and of JSON lines, local or in a bucket, also compressed."""
 
 import codecs
-import hashlib
-import io
 import json
 import sys
 import sysconfig
 import tokenize
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,7 +18,7 @@ from gemma_jax.data.source import (
     Records,
     Shard,
     Text,
-    cut_position,
+    grouped,
     text_of,
 )
 from gemma_jax.errors import UserError
@@ -28,14 +26,13 @@ from gemma_jax.errors import UserError
 LONG_FILE_BYTES = 16 * 2**20
 """Text files from here on are read in blocks, never whole."""
 
-_READ_CHARACTERS = 2**20
-
 
 class TextFiles(Records):
     """Files of UTF-8 text, one document each, unchanged down to their line ends."""
 
     def _cut(self, files: Sequence[tuple[str, int]]) -> list[Shard]:
-        return _group_files(files)
+        groups = [files[group] for group in grouped([size for _, size in files])]
+        return [Shard(tuple(file for file, _ in group), sum(size for _, size in group)) for group in groups]
 
     def _records(self, shard: Shard) -> Iterator[tuple[int, str]]:
         return enumerate(shard.files)
@@ -45,7 +42,7 @@ class TextFiles(Records):
             content = stream.read(LONG_FILE_BYTES)
             is_long = bool(stream.read(1))
         try:
-            return _LongFile(record, number) if is_long else Text(content.decode("utf-8"), number)
+            return LongText(record, number) if is_long else Text(content.decode("utf-8"), number)
         except UnicodeDecodeError as error:
             where = "" if is_long else f" at byte {error.start}"
             raise BadRecord(f"not UTF-8 text ({error.reason}{where}; {KINDS} are read)") from error
@@ -68,7 +65,7 @@ class PythonStdlib(TextFiles):
         files = [str(path) for path in found if not installed & {*path.relative_to(root).parts}]
         if not files:
             raise UserError(f"{name}: this Python has no source files under {root}; name another corpus.")
-        super().__init__(name, files, "error", sys.version)
+        super().__init__(name, files, "", "error", sys.version)
 
     def _document(self, record: str, shard: Shard, number: int) -> Text:
         try:
@@ -80,48 +77,11 @@ class PythonStdlib(TextFiles):
             raise unreadable(record, error) from error
 
 
-class _LongFile(LongText):
-    """A text file that is read once to check and hash it, and again for its blocks."""
-
-    def __init__(self, file: str, number: int):
-        """Raises UnicodeDecodeError."""
-        self._file = file
-        self.number = number
-        digest = hashlib.blake2b(digest_size=8)
-        self.num_bytes = 0
-        for text in self._decoded():
-            encoded = text.encode("utf-8")
-            digest.update(encoded)
-            self.num_bytes += len(encoded)
-        self.digest = digest.digest()
-
-    def _decoded(self) -> Iterator[str]:
-        with reading(self._file) as stream, io.TextIOWrapper(stream, "utf-8", newline="") as decoded:
-            while text := decoded.read(_READ_CHARACTERS):
-                yield text
-
-    def blocks(self) -> Iterator[str]:
-        limit = source_module.BLOCK_CHARACTERS
-        text = ""
-        for more in self._decoded():
-            text += more
-            while len(text) > limit:
-                stop = cut_position(text[:limit])
-                yield text[:stop]
-                text = text[stop:]
-        if text:
-            yield text
-
-
 class JsonLines(Records):
     """Files with one JSON object a line, whose field `text_field` is a document.
 
     Uncompressed files are cut into shards of bytes: a line belongs to the shard that it begins in.
     """
-
-    def __init__(self, name: str, files: Sequence[str], text_field: str, bad_records: str):
-        self._text_field = text_field
-        super().__init__(name, files, bad_records, text_field)
 
     def _cut(self, files: Sequence[tuple[str, int]]) -> list[Shard]:
         shards: list[Shard] = []
@@ -147,7 +107,7 @@ class JsonLines(Records):
     def place(self, shard: Shard, number: int) -> str:
         if shard.start:
             with reading(shard.files[0]) as stream:
-                number += _count_lines(stream, shard.start)
+                number += sum(1 for _ in _lines_between(stream, 0, shard.start))
         return f"{shard.files[0]}, line {number}"
 
     def _document(self, record: bytes, shard: Shard, number: int) -> Document:
@@ -169,20 +129,6 @@ class JsonLines(Records):
         return text_of(fields[self._text_field], f"field {self._text_field!r}", number)
 
 
-def _group_files(files: Iterable[tuple[str, int]]) -> list[Shard]:
-    """Groups (file, size) in order into shards of at most SHARD_BYTES, or of one longer file."""
-    shards: list[Shard] = []
-    group: list[str] = []
-    total = 0
-    for file, size in files:
-        if group and total + size > source_module.SHARD_BYTES:
-            shards.append(Shard(tuple(group), total))
-            group, total = [], 0
-        group.append(file)
-        total += size
-    return [*shards, Shard(tuple(group), total)]
-
-
 def _lines_between(stream: BinaryIO, start: int, stop: int) -> Iterator[bytes]:
     position = start
     if start:
@@ -192,13 +138,3 @@ def _lines_between(stream: BinaryIO, start: int, stop: int) -> Iterator[bytes]:
     while position < stop and (line := stream.readline()):
         yield line
         position += len(line)
-
-
-def _count_lines(stream: BinaryIO, stop: int) -> int:
-    """Lines that begin before byte `stop`."""
-    count = 0
-    position = 0
-    while position < stop and (line := stream.readline()):
-        position += len(line)
-        count += 1
-    return count

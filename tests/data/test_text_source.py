@@ -53,7 +53,7 @@ def test_a_long_file_is_the_same_document_as_a_short_one(
     path = tmp_path / "long.txt"
     path.write_text(text, encoding="utf-8")
     monkeypatch.setattr(text_source, "LONG_FILE_BYTES", 1000)
-    monkeypatch.setattr(text_source, "_READ_CHARACTERS", 7)
+    monkeypatch.setattr(source_module, "_READ_CHARACTERS", 7)
     monkeypatch.setattr(source_module, "BLOCK_CHARACTERS", 100)
     source = open_default(str(path))
     (document,) = source.read(source.shards[0], print)
