@@ -44,8 +44,8 @@ class CachedShard:
     directory: epath.Path
     number: int
     dtype: np.dtype[Any]
-    sizes: dict[Split, SplitSize] = dataclasses.field(hash=False)
-    skipped: int
+    sizes: dict[Split, SplitSize] = dataclasses.field(default_factory=dict, hash=False)
+    skipped: int = 0
     digests: tuple[str, ...] = dataclasses.field(default=(), hash=False)
     """Of the documents of each of its files, in order."""
     weighted: bool = False
@@ -72,15 +72,8 @@ def open_shard(directory: epath.Path, number: int, dtype: np.dtype[Any]) -> Cach
     try:
         metadata = json.loads((directory / f"{number:05d}.json").read_text())
         sizes = {split: SplitSize(**metadata[split]) for split in SPLITS}
-        shard = CachedShard(
-            directory,
-            number,
-            dtype,
-            sizes,
-            int(metadata["skipped"]),
-            tuple(metadata["digests"]),
-            bool(metadata["weighted"]),
-        )
+        of_shard = int(metadata["skipped"]), tuple(metadata["digests"]), bool(metadata["weighted"])
+        shard = CachedShard(directory, number, dtype, sizes, *of_shard)
         for split, size in sizes.items():
             if shard.path(split, "ids").stat().length != size.tokens * dtype.itemsize:
                 return None

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 
+from gemma_jax.config.sections import DataConfig
 from gemma_jax.data.files import GLOB_CHARACTERS, matching_files
 from gemma_jax.data.parquet_source import Parquet
 from gemma_jax.data.record_source import TextRecords, TokenRecords, find_builder, open_tfds
@@ -19,6 +20,13 @@ _KINDS: dict[str, tuple[str, type[Records]]] = {
 }
 _TOKENS = re.compile(r"tokens:(?P<dtype>[^:]*):(?P<path>.+)")
 _SAMPLED_SHARDS = 32
+
+
+def open_sources(data: DataConfig) -> list[Source]:
+    """Opens the corpora of a config. Raises UserError as `open_source` does."""
+    return [
+        open_source(spec, text_field=data.text_field, bad_records=data.bad_records) for spec in data.sources
+    ]
 
 
 def open_source(spec: str, *, text_field: str, bad_records: str) -> Source:
@@ -55,10 +63,8 @@ def check_source(spec: str) -> None:
     """Raises UserError if a corpus is unknown or nothing matches it. Lists names, reads no documents."""
     if spec.startswith("tfds:"):
         find_builder(spec)
-    elif spec.startswith("tokens:"):
-        matching_files(spec, _parse_tokens(spec)[1])
     elif spec != "python-stdlib" and not _is_tfds_directory(spec):
-        matching_files(spec, spec)
+        matching_files(spec, _parse_tokens(spec)[1] if spec.startswith("tokens:") else spec)
 
 
 def sample_texts(sources: Sequence[Source], megabytes: float, held_out: float) -> Iterator[str]:

@@ -44,7 +44,7 @@ def matching_files(spec: str, pattern: str) -> list[str]:
             f"name its files, as in {pattern.rstrip('/')}/**/*.txt."
         )
     try:
-        files = _by_real_path(_regular_files(pattern))
+        files = _regular_files(pattern)
     except OSError as error:
         raise UserError(
             f"{error.filename}, which belongs to {spec}, cannot be read ({error.strerror}); "
@@ -54,33 +54,33 @@ def matching_files(spec: str, pattern: str) -> list[str]:
         raise UserError(
             f"No corpus {spec!r}: no file and no known corpus has this name{_suggestion(pattern)}"
         )
-    return sorted(files.values())
+    return files
 
 
 def _regular_files(pattern: str) -> list[str]:
-    """What a glob matches, without folders. Raises OSError for what can be read as neither."""
-    parts = pattern.split("/")
-    literal = next((i for i, part in enumerate(parts) if GLOB_CHARACTERS.search(part)), len(parts) - 1)
-    top = "/".join([*parts[:literal], ""])
-    found = []
-    for path in _expand(top, parts[literal:]) if os.path.isdir(top or ".") else ():
-        mode = os.stat(path).st_mode
-        if stat.S_ISREG(mode):
-            found.append(path)
-        elif not stat.S_ISDIR(mode):
-            raise OSError(errno.EINVAL, "neither a file nor a folder", path)
-    return found
+    """Absolute names of the files that a glob matches; of several names for one file the first.
 
-
-def _by_real_path(paths: Sequence[str]) -> dict[str, str]:
-    """Absolute names of files by their real paths; of several names for one file the first."""
+    Raises OSError for what can be read as neither file nor folder.
+    """
+    top, parts = _split_glob(pattern)
     real_folder = functools.cache(os.path.realpath)
     files: dict[str, str] = {}
-    for path in map(os.path.abspath, paths):
-        folder, name = os.path.split(path)
-        real = os.path.realpath(path) if os.path.islink(path) else os.path.join(real_folder(folder), name)
-        files.setdefault(real, path)
-    return files
+    for path in map(os.path.abspath, _expand(top, parts) if os.path.isdir(top or ".") else ()):
+        mode = os.stat(path).st_mode
+        if stat.S_ISREG(mode):
+            folder, name = os.path.split(path)
+            real = os.path.realpath(path) if os.path.islink(path) else f"{real_folder(folder)}/{name}"
+            files.setdefault(real, path)
+        elif not stat.S_ISDIR(mode):
+            raise OSError(errno.EINVAL, "neither a file nor a folder", path)
+    return sorted(files.values())
+
+
+def _split_glob(pattern: str) -> tuple[str, list[str]]:
+    """The folder that holds all that a glob matches, and the rest of the glob."""
+    parts = pattern.split("/")
+    first = next((i for i, part in enumerate(parts) if GLOB_CHARACTERS.search(part)), len(parts) - 1)
+    return "/".join([*parts[:first], ""]), parts[first:]
 
 
 def _expand(folder: str, parts: Sequence[str]) -> Iterator[str]:
@@ -119,17 +119,11 @@ def _folders_below(top: str) -> Iterator[str]:
 
 
 def _matching_bucket_files(spec: str, pattern: str) -> list[str]:
-    if not GLOB_CHARACTERS.search(pattern):
-        path = user_path(pattern)
-        files = [path] if path.exists() else []
-    else:
-        parts = pattern.split("/")
-        literal = next(i for i, part in enumerate(parts) if GLOB_CHARACTERS.search(part))
-        found = user_path("/".join(parts[:literal])).glob("/".join(parts[literal:]))
-        files = [file for file in found if not file.is_dir()]
+    top, parts = _split_glob(pattern)
+    files = [file for file in user_path(top).glob("/".join(parts)) if not file.is_dir()]
     if not files:
         raise UserError(f"No corpus {spec!r}: nothing in the bucket matches it; check the address.")
-    return sorted(os.fspath(file) for file in files)
+    return sorted(map(os.fspath, files))
 
 
 def _suggestion(pattern: str) -> str:

@@ -3,32 +3,29 @@
 import bisect
 import collections
 import dataclasses
+import functools
 import itertools
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
 from gemma_jax.config.sections import DataConfig
 from gemma_jax.data import packing
-from gemma_jax.data.documents import open_source
+from gemma_jax.data.documents import open_sources
 from gemma_jax.data.packing import Batch
 from gemma_jax.data.rows import Origin, PackedRows
-from gemma_jax.data.source import Source
+from gemma_jax.data.source import SPLITS, Source
 from gemma_jax.data.statistics import SourceStatistics, source_statistics
 from gemma_jax.data.token_cache import build_token_cache
-from gemma_jax.errors import UserError
 
 if TYPE_CHECKING:
     from gemma_jax.tokenizer import Tokenizer
 
-LocalRows = slice | Sequence[int]
-"""Which rows of a global batch are wanted: all of slice(None), or the numbers that one host feeds."""
-
-Row = TypeVar("Row")
+LocalRows = Sequence[int] | None
+"""Which rows of a global batch are wanted: the numbers that one host feeds, or all."""
 
 _BATCHES_AHEAD = 4
 
@@ -45,29 +42,13 @@ class Loader:
     `index_shuffle`), keyed anew each epoch, so that nothing is stored and any row is found directly.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[PackedRows],
-        weights: Sequence[float],
-        seed: int,
-        *,
-        bos_id: int,
-        pad_id: int,
-    ):
-        """Raises UserError for weights that do not fit the sources."""
-        self._rows = _Rows(sources, bos_id, pad_id)
-        self.num_rows = len(self._rows)
-        """Rows of an epoch of all sources."""
-        if weights and len(weights) != len(sources):
-            raise UserError(
-                f"data.weights has {len(weights)} numbers for {len(sources)} sources; give one each, or none."
-            )
-        for weight in weights:
-            if not (math.isfinite(weight) and weight > 0):
-                raise UserError(
-                    f"data.weights holds {weight:g}; give positive numbers or leave the source out."
-                )
+    def __init__(self, rows: "Rows", weights: Sequence[float], seed: int):
+        """Takes one weight for each source, or none."""
         import grain
+
+        self._rows = rows
+        self.num_rows = len(rows)
+        """Rows of an epoch of all sources."""
 
         def shuffled(number: int, length: int) -> grain.MapDataset:
             # A hash of the seed: Grain adds the epoch to it, and must not meet the next seed's epochs there.
@@ -75,29 +56,24 @@ class Loader:
             return grain.MapDataset.range(length).shuffle(seed=key).repeat()
 
         if weights:
-            firsts = self._rows.firsts
-            self._order = grain.MapDataset.mix(
-                [
-                    shuffled(number, len(source)).map(lambda row, first=first: first + row)
-                    for number, (source, first) in enumerate(zip(sources, firsts, strict=True))
-                ],
-                weights=list(weights),
-            )
+            orders = [
+                shuffled(number, len(source)).map(lambda row, first=first: first + row)
+                for number, (source, first) in enumerate(zip(rows.sources, rows.firsts, strict=True))
+            ]
+            self._order = grain.MapDataset.mix(orders, weights=list(weights))
         else:
             self._order = shuffled(0, self.num_rows)
 
-    def batch(self, start_row: int, batch_size: int, local_rows: LocalRows = slice(None)) -> Batch:
+    def batch(self, start_row: int, batch_size: int, local_rows: LocalRows = None) -> Batch:
         """Rows `start_row` to `start_row + batch_size` of the stream, or those that `local_rows` names.
 
         Raises:
           UserError: The cache was damaged or deleted.
         """
-        wanted = _select(range(start_row, start_row + batch_size), local_rows)
-        return self._rows.read([self._order[row] for row in wanted])
+        wanted = range(batch_size) if local_rows is None else local_rows
+        return self._rows.read([self._order[start_row + row] for row in wanted])
 
-    def iterate(
-        self, start_row: int, batch_size: int, local_rows: LocalRows = slice(None)
-    ) -> "BatchIterator":
+    def iterate(self, start_row: int, batch_size: int, local_rows: LocalRows = None) -> "BatchIterator":
         """Endless batches from `start_row` on, read ahead on a background thread."""
         return BatchIterator(lambda row: self.batch(row, batch_size, local_rows), start_row, batch_size)
 
@@ -109,19 +85,20 @@ class Loader:
 class HeldOut:
     """The held-out rows, in a fixed order."""
 
-    def __init__(self, sources: Sequence[PackedRows], *, bos_id: int, pad_id: int):
-        self._rows = _Rows(sources, bos_id, pad_id)
-        self.num_rows = len(self._rows)
+    def __init__(self, rows: "Rows"):
+        self._rows = rows
+        self.num_rows = len(rows)
 
     def batches(
-        self, batch_size: int, max_rows: int | None = None, local_rows: LocalRows = slice(None)
+        self, batch_size: int, max_rows: int | None = None, local_rows: LocalRows = None
     ) -> Iterator[Batch]:
         """Each row once, or `max_rows` of them evenly spread; the last batch is filled up with empty rows."""
         count = self.num_rows if max_rows is None else min(max_rows, self.num_rows)
         chosen: list[int | None] = [number * self.num_rows // count for number in range(count)]
         chosen += [None] * (-count % batch_size)
+        wanted = range(batch_size) if local_rows is None else local_rows
         for start in range(0, len(chosen), batch_size):
-            yield self._rows.read(_select(chosen[start : start + batch_size], local_rows))
+            yield self._rows.read([chosen[start + row] for row in wanted])
 
 
 class BatchIterator(Iterator[Batch]):
@@ -183,7 +160,7 @@ def prepare(
     data: DataConfig,
     tokenizer: "Tokenizer",
     seed: int,
-    progress: Callable[[int, int, int], None] | None = None,
+    progress: Callable[[int, int, int], None] = lambda total, num_bytes, tokens: None,
     *,
     sources: Sequence[Source] | None = None,
     process_index: int = 0,
@@ -194,75 +171,57 @@ def prepare(
     Args:
       data: The corpora and the shape of rows. `batch_size` plays no part here.
       seed: Decides the order of training rows; at least 0.
-      progress: Called with bytes done, bytes in all, and tokens so far, over all corpora.
+      progress: Called for each shard with the bytes of all corpora, and its own bytes and tokens.
       sources: Sources of examples, in the place of those that data.sources names.
       process_index, process_count: Several processes that share a cache directory divide the work.
 
     Raises:
-      UserError: A corpus is unknown, empty or unreadable; the cache cannot be written; weights do not fit.
+      UserError: A corpus is unknown, empty or unreadable, or the cache cannot be written.
     """
     if sources is None:
-        sources = [
-            open_source(spec, text_field=data.text_field, bad_records=data.bad_records)
-            for spec in data.sources
-        ]
-    if not sources:
-        raise UserError("data.sources is empty; name at least one corpus, such as python-stdlib.")
+        sources = open_sources(data)
     total = sum(shard.size for source in sources for shard in source.shards)
-    done = tokens = 0
-
-    def add(more_bytes: int, more_tokens: int) -> None:
-        nonlocal done, tokens
-        done, tokens = done + more_bytes, tokens + more_tokens
-        if progress is not None:
-            progress(done, total, tokens)
-
     caches = [
         build_token_cache(
             source,
             tokenizer,
             held_out=data.held_out,
             cache_dir=data.cache_dir,
-            progress=add,
+            progress=functools.partial(progress, total),
             process_index=process_index,
             process_count=process_count,
         )
         for source in sources
     ]
-    train = [PackedRows(cache, "train", data.sequence_length) for cache in caches]
-    held_out = [PackedRows(cache, "held_out", data.sequence_length) for cache in caches]
-    ids = {"bos_id": tokenizer.bos_id, "pad_id": tokenizer.pad_id}
-    statistics = tuple(map(source_statistics, train, held_out))
-    return Dataset(Loader(train, data.weights, seed, **ids), HeldOut(held_out, **ids), statistics)
+    ids = tokenizer.bos_id, tokenizer.pad_id
+    train, held_out = (
+        Rows([PackedRows(cache, split, data.sequence_length) for cache in caches], *ids) for split in SPLITS
+    )
+    statistics = tuple(map(source_statistics, train.sources, held_out.sources))
+    return Dataset(Loader(train, data.weights, seed), HeldOut(held_out), statistics)
 
 
-class _Rows:
+class Rows:
     """The rows of several corpora, numbered one corpus after the other."""
 
     def __init__(self, sources: Sequence[PackedRows], bos_id: int, pad_id: int):
-        self._sources = sources
+        self.sources = sources
         self._bos_id = bos_id
         self._pad_id = pad_id
         self.firsts = [0, *itertools.accumulate(map(len, sources))][:-1]
 
     def __len__(self) -> int:
-        return sum(map(len, self._sources))
+        return sum(map(len, self.sources))
 
     def read(self, rows: Sequence[int | None]) -> Batch:
         """A batch of these rows; None is a row without a segment."""
-        batch = packing.empty_rows(len(rows), self._sources[0].sequence_length, self._pad_id)
+        batch = packing.empty_rows(len(rows), self.sources[0].sequence_length, self._pad_id)
         for slot, row in enumerate(rows):
             if row is not None:
                 source = bisect.bisect_right(self.firsts, row) - 1
-                self._sources[source].read_into(batch, slot, row - self.firsts[source], self._bos_id)
+                self.sources[source].read_into(batch, slot, row - self.firsts[source], self._bos_id)
         return batch
 
     def origin(self, row: int) -> list[Origin]:
         source = bisect.bisect_right(self.firsts, row) - 1
-        return self._sources[source].origin(row - self.firsts[source])
-
-
-def _select(rows: Sequence[Row], local_rows: LocalRows) -> Sequence[Row]:
-    if isinstance(local_rows, slice):
-        return rows[local_rows]
-    return [rows[number] for number in local_rows]
+        return self.sources[source].origin(row - self.firsts[source])

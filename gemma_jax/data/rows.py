@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,18 +44,22 @@ class Origin:
     stop: int
 
 
-class _OpenShard(NamedTuple):
+class _OpenShard:
     """The files of a shard's rows. The index is a `RowIndex` that is read by ranges."""
 
-    tokens: ArrayFile
-    hundredths: ArrayFile | None
-    pieces: ArrayFile
-    starts: ArrayFile
+    def __init__(self, shard: CachedShard, stored: Split, split: Split, index: str):
+        self.tokens = shard.tokens(stored)
+        self.hundredths = shard.weights(stored)
+        self.pieces = ArrayFile(shard.path(split, f"{index}.pieces.npy"))
+        self.starts = ArrayFile(shard.path(split, f"{index}.starts.npy"))
 
     def row(self, number: int) -> NDArray[Any]:
         """PIECE [pieces of the row]. OSError and ValueError as `ArrayFile.read` raises them."""
         start, stop = self.starts.read(number, number + 2).tolist()
         return self.pieces.read(start, min(stop, len(self.pieces)))
+
+
+_open_shard = functools.lru_cache(_OPEN_SHARDS)(_OpenShard)
 
 
 class PackedRows:
@@ -107,24 +111,19 @@ class PackedRows:
         try:
             opened = self._open(shard)
             pieces = opened.row(local_row)
+            if not len(pieces) or pieces["length"].min() < 1 or pieces["length"].sum() > self.sequence_length:
+                raise ValueError("these pieces are no row")
             stops = pieces["offset"] + pieces["length"]
             spans = list(zip(pieces["offset"].tolist(), stops.tolist(), strict=True))
             bodies = [opened.tokens.read(start, stop) for start, stop in spans]
+            if max(body.max() for body in bodies) >= self.cache.vocab_size:
+                raise ValueError("there is no such token")
             if opened.hundredths is not None:
                 weights = [opened.hundredths.read(start, stop) / np.float32(100) for start, stop in spans]
         except OSError as error:
             raise cache_error(shard.path(self._stored, "ids"), error) from error
         except ValueError as error:
             raise _damaged(shard) from error
-        lengths = pieces["length"].tolist()
-        whole = (
-            [len(body) for body in bodies] == lengths
-            and 0 < sum(lengths) <= self.sequence_length
-            and all(len(body) > 0 and body.max() < self.cache.vocab_size for body in bodies)
-            and (weights is None or [len(each) for each in weights] == lengths)
-        )
-        if not whole:
-            raise _damaged(shard)
         packing.fill_row(batch, slot, bodies, bos_id, weights)
 
     def origin(self, row: int) -> list[Origin]:
@@ -228,16 +227,6 @@ class PackedRows:
             f"{where} is an example of {length:,} tokens, which does not fit into a row of "
             f"{self.sequence_length:,}; shorten it, or raise data.sequence_length."
         )
-
-
-@functools.lru_cache(_OPEN_SHARDS)
-def _open_shard(shard: CachedShard, stored: Split, split: Split, index: str) -> _OpenShard:
-    return _OpenShard(
-        shard.tokens(stored),
-        shard.weights(stored),
-        ArrayFile(shard.path(split, f"{index}.pieces.npy")),
-        ArrayFile(shard.path(split, f"{index}.starts.npy")),
-    )
 
 
 def _damaged(shard: CachedShard) -> UserError:

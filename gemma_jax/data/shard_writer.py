@@ -52,36 +52,28 @@ class ShardWriter:
         """Writes a shard that nobody else has written yet."""
         if open_shard(self.directory, number, self.dtype) is not None:
             return
-        source, tokenizer = self.source, self.tokenizer
+        source = self.source
         part = source.shards[number]
-        shard = CachedShard(self.directory, number, self.dtype, {}, 0, weighted=source.weighted)
+        shard = CachedShard(self.directory, number, self.dtype, weighted=source.weighted)
         skipped: list[str] = []
         digests = [hashlib.blake2b(digest_size=8) for _ in part.files]
         with contextlib.ExitStack() as stack:
-            writers = {split: _SplitWriter(shard, split, tokenizer.eos_id, stack) for split in SPLITS}
-            batch = _Batch(tokenizer, self.threads)
+            writers = {split: _SplitWriter(self, shard, split, stack) for split in SPLITS}
             for split, document in split_documents(source, part, self.held_out, skipped.append):
-                writer = writers[split]
-                writer.num_bytes += document.num_bytes
                 if isinstance(document, Example) != source.weighted:
                     raise ValueError(f"{source.name} must yield examples exactly if it is weighted")
                 digest = document.content_digest if isinstance(document, Example) else document.digest
                 digests[document.number if len(digests) > 1 else 0].update(digest)
-                if isinstance(document, Example):
-                    _check_range(document.ids, source, part, document.number, tokenizer)
-                    writer.append_example(document)
-                elif isinstance(document, TokenIds):
-                    writer.append(_checked_ids(document, source, part, tokenizer))
-                    writer.end_document()
+                if isinstance(document, Text | LongText):
+                    writers[split].add_text(document)
                 else:
-                    batch.add(document, writer)
-            batch.write()
-        sizes: dict[str, dict[str, int]] = {}
+                    writers[split].add_ids(document, self._checked_ids(document, part))
+            for writer in writers.values():
+                writer.write_texts()
         for split, writer in writers.items():
             save_array(shard.path(split, "lengths.npy"), np.array(writer.lengths, np.int64))
-            sizes[split] = dataclasses.asdict(SplitSize(len(writer.lengths), writer.tokens, writer.num_bytes))
-        metadata = {
-            **sizes,
+        metadata: dict[str, Any] = {
+            **{split: dataclasses.asdict(writer.size()) for split, writer in writers.items()},
             "skipped": len(skipped),
             "first_skipped": skipped[:20],
             "source": source.name,
@@ -92,95 +84,85 @@ class ShardWriter:
         with replacing(self.directory / f"{number:05d}.json") as stream:
             stream.write(json.dumps(metadata, indent=1).encode())
 
+    def _checked_ids(self, document: TokenIds | Example, part: Shard) -> NDArray[np.int64]:
+        """The ids, those of a document without a bos in front and an eos behind.
+
+        Raises:
+          UserError: There are ids that a document or an example cannot hold.
+        """
+        ids, tokenizer = document.ids, self.tokenizer
+        wrong = [
+            f"token id {token}, outside the vocabulary of {tokenizer.vocab_size}"
+            for token in ids[(ids < 0) | (ids >= tokenizer.vocab_size)][:1]
+        ]
+        if isinstance(document, TokenIds):
+            ids = ids[1:] if len(ids) and ids[0] == tokenizer.bos_id else ids
+            ids = ids[:-1] if len(ids) and ids[-1] == tokenizer.eos_id else ids
+            control = {"pad": tokenizer.pad_id, "bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
+            wrong += [f"the {name} id {token} inside" for name, token in control.items() if token in ids]
+        if wrong:
+            raise UserError(
+                f"{self.source.place(part, document.number)} holds {wrong[0]}; give its own tokenizer and "
+                "width (uint16 or uint32), and one document a record."
+            )
+        return ids
+
 
 class _SplitWriter:
-    """Appends documents and examples to the files of a split, which `files` closes."""
+    """Writes the documents and examples of a split to files that `files` closes."""
 
-    def __init__(self, shard: CachedShard, split: Split, eos_id: int, files: contextlib.ExitStack):
+    def __init__(self, job: ShardWriter, shard: CachedShard, split: Split, files: contextlib.ExitStack):
+        self._tokenizer = job.tokenizer
+        self._threads = job.threads
+        self._dtype = shard.dtype
         self._ids = files.enter_context(replacing(shard.path(split, "ids")))
         if shard.weighted:
             self._weights = files.enter_context(replacing(shard.path(split, "weights")))
-        self._eos = np.array([eos_id], shard.dtype)
-        self._document_start = 0
-        self.lengths: list[int] = []
-        self.tokens = 0
-        self.num_bytes = 0
-
-    def append(self, ids: Sequence[int] | NDArray[np.int64]) -> None:
-        """Adds ids to the document that is being written."""
-        self._ids.write(np.asarray(ids, self._eos.dtype).tobytes())
-        self.tokens += len(ids)
-
-    def end_document(self) -> None:
-        self.append(self._eos)
-        self._end()
-
-    def append_example(self, example: Example) -> None:
-        self.append(example.ids)
-        self._weights.write(example.weights.tobytes())
-        self._end()
-
-    def _end(self) -> None:
-        self.lengths.append(self.tokens - self._document_start)
-        self._document_start = self.tokens
-
-
-class _Batch:
-    """Blocks of documents on their way to be tokenised together, on several threads."""
-
-    def __init__(self, tokenizer: "Tokenizer", threads: int):
-        self._tokenizer = tokenizer
-        self._threads = threads
-        self._blocks: list[str] = []
-        # In order: the next block goes to this writer, or (True) this writer's document ends.
-        self._steps: list[tuple[_SplitWriter, bool]] = []
+        self._blocks: list[str | None] = []
+        """Blocks of texts to be tokenised together; None where a document ends."""
         self._characters = 0
+        self._length = 0
+        """Tokens written of the document that goes on."""
+        self._num_bytes = 0
+        self.lengths: list[int] = []
 
-    def add(self, document: Text | LongText, writer: _SplitWriter) -> None:
-        """Takes a document in, and writes the batch where that fills it."""
+    def size(self) -> SplitSize:
+        return SplitSize(len(self.lengths), sum(self.lengths), self._num_bytes)
+
+    def add_text(self, document: Text | LongText) -> None:
+        self._num_bytes += document.num_bytes
         for block in document.blocks():
             self._blocks.append(block)
-            self._steps.append((writer, False))
             self._characters += len(block)
             if self._characters >= _BATCH_CHARACTERS:
-                self.write()
-        self._steps.append((writer, True))
+                self.write_texts()
+        self._blocks.append(None)
 
-    def write(self) -> None:
-        ids = iter(self._tokenizer.encode_batch(self._blocks, self._threads))
-        for writer, ends_document in self._steps:
-            if ends_document:
-                writer.end_document()
+    def write_texts(self) -> None:
+        """Tokenises and writes the blocks that were added."""
+        texts = [block for block in self._blocks if block is not None]
+        encoded = iter(self._tokenizer.encode_batch(texts, self._threads))
+        for block in self._blocks:
+            if block is None:
+                self._append([self._tokenizer.eos_id])
+                self._end()
             else:
-                writer.append(next(ids))
-        self._blocks, self._steps, self._characters = [], [], 0
+                self._append(next(encoded))
+        self._blocks, self._characters = [], 0
 
+    def add_ids(self, document: TokenIds | Example, ids: NDArray[np.int64]) -> None:
+        """Takes the ids of a document, to which eos is added, or those of an example with its weights."""
+        self._append(ids)
+        if isinstance(document, Example):
+            self._weights.write(document.weights.tobytes())
+        else:
+            self._append([self._tokenizer.eos_id])
+        self._end()
 
-def _checked_ids(
-    document: TokenIds, source: Source, shard: Shard, tokenizer: "Tokenizer"
-) -> NDArray[np.int64]:
-    """The ids without a bos in front and an eos behind. Raises UserError for ids that no document has."""
-    ids = document.ids
-    if len(ids) and ids[0] == tokenizer.bos_id:
-        ids = ids[1:]
-    if len(ids) and ids[-1] == tokenizer.eos_id:
-        ids = ids[:-1]
-    _check_range(ids, source, shard, document.number, tokenizer)
-    for name, control in (("pad", tokenizer.pad_id), ("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id)):
-        if (ids == control).any():
-            raise UserError(
-                f"{source.place(shard, document.number)} holds the {name} id {control} inside; "
-                "write one document a record, and give its own tokenizer and width (uint16 or uint32)."
-            )
-    return ids
+    def _append(self, ids: Sequence[int] | NDArray[np.int64]) -> None:
+        self._ids.write(np.asarray(ids, self._dtype).tobytes())
+        self._length += len(ids)
 
-
-def _check_range(
-    ids: NDArray[np.int64], source: Source, shard: Shard, number: int, tokenizer: "Tokenizer"
-) -> None:
-    if len(ids) and not 0 <= np.min(ids) <= np.max(ids) < tokenizer.vocab_size:
-        wrong = np.min(ids) if np.min(ids) < 0 else np.max(ids)
-        raise UserError(
-            f"{source.place(shard, number)} holds token id {wrong}, outside the vocabulary of "
-            f"{tokenizer.vocab_size}; give its own tokenizer and width (uint16 or uint32)."
-        )
+    def _end(self) -> None:
+        self.lengths.append(self._length)
+        self._length = 0

@@ -40,29 +40,18 @@ class SourceStatistics:
     def sentences(self) -> list[str]:
         """What to say of the corpus when a run starts."""
         train, held_out = self.train, self.held_out
-        lines = [
-            f"{self.name}: {train.documents:,} documents, {train.tokens:,} tokens in "
-            f"{self.train_rows:,} rows ({self.utilisation:.1%} full)"
-        ]
-        if not self.by_pieces:
-            lines.append(
-                f"{self.name}: {held_out.documents:,} documents, {held_out.tokens:,} tokens held out"
-            )
-        elif held_out.tokens:
-            lines.append(
-                f"{self.name} has too few documents to hold some of them out, so pieces of them are held "
-                f"out: {held_out.tokens:,} tokens"
-            )
-        else:
-            lines.append(
-                f"{self.name} is too small to hold anything out, so no held-out loss is measured on it; "
-                "name a larger corpus or shorten data.sequence_length"
-            )
+        rows = f"{self.train_rows:,} rows ({self.utilisation:.1%} full)"
+        held = f"{held_out.documents:,} documents, {held_out.tokens:,} tokens held out"
+        if self.by_pieces:
+            held = f"there are too few documents, so pieces of them are held out: {held_out.tokens:,} tokens"
+        if self.by_pieces and not held_out.tokens:
+            held = "too small to hold anything out, so no held-out loss is measured; name a larger corpus"
+        lines = [f"{train.documents:,} documents, {train.tokens:,} tokens in {rows}", held]
         if self.skipped:
-            lines.append(f"{self.name}: {self.skipped:,} unreadable records skipped")
+            lines.append(f"{self.skipped:,} unreadable records skipped")
         if self.truncated:
-            lines.append(f"{self.name}: {self.truncated:,} examples longer than a row are truncated")
-        return lines
+            lines.append(f"{self.truncated:,} examples longer than a row are truncated")
+        return [f"{self.name}: {line}" for line in lines]
 
     def change_since(self, then: Mapping[str, Any]) -> str:
         """What has changed since these statistics (as JSON has them) were taken; "" if the rows are the same.

@@ -88,11 +88,11 @@ class ArrayFile:
         return self._length
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
-        """Values `start` to `stop`; fewer if the file ends before, which the caller must check.
+        """Values `start` to `stop`.
 
         Raises:
           OSError: The file cannot be read.
-          ValueError: It ends within a value.
+          ValueError: It ends before.
         """
         size = self.dtype.itemsize
         begin, length = self._start + start * size, (stop - start) * size
@@ -104,4 +104,6 @@ class ArrayFile:
             with self._path.open("rb") as stream:
                 stream.seek(begin)
                 content = stream.read(length)
+        if len(content) != length:
+            raise ValueError(f"{self._path} ends too early")
         return np.frombuffer(content, self.dtype)

@@ -55,14 +55,10 @@ class TokenCache:
 
     def places(self, split: Split, shard: int, documents: Collection[int]) -> dict[int, str]:
         """Names the file, line or record of some of a shard's documents in a split; reads the shard again."""
-        places = {}
         part = self.source.shards[shard]
         read = split_documents(self.source, part, self.held_out, lambda reason: None)
-        mine = (document for found, document in read if found == split)
-        for ordinal, document in enumerate(mine):
-            if ordinal in documents:
-                places[ordinal] = self.source.place(part, document.number)
-        return places
+        numbers = [document.number for found, document in read if found == split]
+        return {document: self.source.place(part, numbers[document]) for document in documents}
 
 
 def build_token_cache(
@@ -71,7 +67,7 @@ def build_token_cache(
     *,
     held_out: float,
     cache_dir: str,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda num_bytes, tokens: None,
     process_index: int = 0,
     process_count: int = 1,
 ) -> TokenCache:
@@ -115,9 +111,7 @@ def build_token_cache(
                     "set data.cache_dir elsewhere."
                 )
             done[number] = whole
-            if progress is not None:
-                tokens = sum(split_size.tokens for split_size in whole.sizes.values())
-                progress(source.shards[number].size, tokens)
+            progress(source.shards[number].size, sum(size.tokens for size in whole.sizes.values()))
     _remove_leftovers(directory)
     cache = TokenCache(source, tokenizer.vocab_size, held_out, [done[number] for number in range(count)])
     if not any(cache.size(split).documents for split in SPLITS):

@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from gemma_jax.config import TrainingConfig
-from gemma_jax.data.documents import open_source, sample_texts
+from gemma_jax.data.documents import open_sources, sample_texts
 from gemma_jax.data.loader import Dataset, prepare
 from gemma_jax.model import ModelSpec
 from gemma_jax.paths import user_path
@@ -32,7 +32,7 @@ def corpus_tokenizer(config: TrainingConfig, megabytes: float) -> Tokenizer:
       UserError: the corpus cannot be read, or the cache cannot be written.
     """
     data = config.data
-    sources = [open_source(s, text_field=data.text_field, bad_records=data.bad_records) for s in data.sources]
+    sources = open_sources(data)
     settings = (config.model.vocab_size, megabytes, data.held_out)
     identity = "\n".join([*(source.fingerprint for source in sources), *map(str, settings)])
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]
@@ -50,13 +50,17 @@ class _Progress:
 
     def __init__(self) -> None:
         self._started = self._printed = time.monotonic()
+        self._bytes = self._tokens = 0
 
-    def __call__(self, done: int, total: int, tokens: int) -> None:
+    def __call__(self, total: int, num_bytes: int, tokens: int) -> None:
+        """Counts a shard, of corpora with `total` bytes."""
+        self._bytes += num_bytes
+        self._tokens += tokens
         now = time.monotonic()
-        if now - self._printed >= _SECONDS_BETWEEN_LINES and tokens:
+        if now - self._printed >= _SECONDS_BETWEEN_LINES and self._tokens:
             self._printed = now
-            speed = tokens / (now - self._started)
-            say(f"tokenising: {done / 1e6:,.0f} of {total / 1e6:,.0f} MB, {speed:,.0f} tokens/s")
+            speed = self._tokens / (now - self._started)
+            say(f"tokenising: {self._bytes / 1e6:,.0f} of {total / 1e6:,.0f} MB, {speed:,.0f} tokens/s")
 
 
 def prepare_corpus(config: TrainingConfig, tokenizer: Tokenizer) -> Dataset:

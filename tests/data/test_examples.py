@@ -123,7 +123,7 @@ def test_rows_of_examples_are_found_by_number_on_any_host_and_name_their_lines(
     lines = lines_of(60)
     train = dataset_of(tmp_path, tokenizer, Completions, lines).train
     whole = train.batch(0, 12)
-    with train.iterate(4, 4, slice(0, 2)) as first, train.iterate(4, 4, [2, 3]) as second:
+    with train.iterate(4, 4, [0, 1]) as first, train.iterate(4, 4, [2, 3]) as second:
         resumed = [next(host) for _ in range(2) for host in (first, second)]
     for array, parts in zip(whole, zip(*resumed, strict=True), strict=True):
         assert (array[4:] == np.concatenate(parts)).all()

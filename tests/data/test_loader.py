@@ -9,7 +9,6 @@ from gemma_jax.config.sections import DataConfig
 from gemma_jax.data import source as source_module
 from gemma_jax.data.loader import Dataset, Loader, prepare
 from gemma_jax.data.packing import Batch
-from gemma_jax.errors import UserError
 from gemma_jax.tokenizer import Tokenizer
 
 LENGTH = 48
@@ -82,7 +81,7 @@ def test_a_position_of_two_hosts_is_resumed_by_one_and_by_four(
     dataset: Dataset, hosts: int, batch_size: int
 ) -> None:
     whole = dataset.train.batch(0, 24)
-    halves = [dataset.train.iterate(0, 4, slice(h * 2, h * 2 + 2)) for h in range(2)]
+    halves = [dataset.train.iterate(0, 4, range(h * 2, h * 2 + 2)) for h in range(2)]
     first = [joined([next(half) for half in halves]) for _ in range(3)]
     positions = {half.next_row for half in halves}
     for half in halves:
@@ -91,7 +90,7 @@ def test_a_position_of_two_hosts_is_resumed_by_one_and_by_four(
     share = batch_size // hosts
     with contextlib.ExitStack() as stack:
         resumed = [
-            stack.enter_context(dataset.train.iterate(12, batch_size, slice(h * share, (h + 1) * share)))
+            stack.enter_context(dataset.train.iterate(12, batch_size, range(h * share, (h + 1) * share)))
             for h in range(hosts)
         ]
         rest = [next(host) for _ in range(12 // batch_size) for host in resumed]
@@ -127,12 +126,6 @@ def test_sources_are_mixed_by_weight(
     assert same(again.train.batch(777, 9), mixed.train.batch(777, 9))
 
 
-@pytest.mark.parametrize("weights", [(1.0,), (1.0, 1.0, 1.0), (1.0, 0.0), (1.0, -1.0), (1.0, float("nan"))])
-def test_weights_that_do_not_fit(tmp_path: Path, tokenizer: Tokenizer, weights: tuple[float, ...]) -> None:
-    with pytest.raises(UserError, match="data.weights"):
-        prepare(config(tmp_path, weights=weights), tokenizer, seed=1)
-
-
 def test_held_out_rows_come_once_in_a_fixed_order_and_the_last_batch_is_filled_up(dataset: Dataset) -> None:
     held = dataset.held_out
     size = 4 if held.num_rows % 4 else 5  # one that does not divide, so that the last batch is filled up
@@ -142,7 +135,7 @@ def test_held_out_rows_come_once_in_a_fixed_order_and_the_last_batch_is_filled_u
     assert filler and len(whole.tokens) == held.num_rows + filler
     assert whole.loss_weights.sum() == sum(source.held_out.tokens for source in dataset.statistics)
     assert not whole.loss_weights[-filler:].any() and not whole.segment_ids[-filler:].any()
-    hosts = [[*held.batches(size, local_rows=rows)] for rows in (slice(2), slice(2, None))]
+    hosts = [[*held.batches(size, local_rows=rows)] for rows in (range(2), range(2, size))]
     assert all(same(joined([a, b]), batch) for a, b, batch in zip(*hosts, batches, strict=True))
     some = joined([*held.batches(2, max_rows=5)])
     assert len(some.tokens) == 6 and not some.loss_weights[5].any()
@@ -156,7 +149,7 @@ def test_an_error_of_the_reading_thread_reaches_the_consumer_and_close_ends_it(d
         def __init__(self, inner: Loader):
             self.inner = inner
 
-        def batch(self, start_row: int, batch_size: int, local_rows: object = slice(None)) -> Batch:
+        def batch(self, start_row: int, batch_size: int, local_rows: object = None) -> Batch:
             if start_row >= 8:
                 raise OSError("the disk is gone")
             return self.inner.batch(start_row, batch_size)
@@ -175,9 +168,7 @@ def test_an_error_of_the_reading_thread_reaches_the_consumer_and_close_ends_it(d
         next(iterator)
 
 
-def test_no_sources_and_too_few_documents_are_named(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    with pytest.raises(UserError, match="data.sources is empty"):
-        prepare(DataConfig(sources=()), tokenizer, 0)
+def test_too_few_documents_are_named(tmp_path: Path, tokenizer: Tokenizer) -> None:
     for texts, says in (
         (["one"], "too small to hold anything out"),
         (["one", "two"], "pieces of them"),
