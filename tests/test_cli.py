@@ -32,23 +32,6 @@ def test_version_names_the_devices(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"gemma_jax {__version__}\njax {jax.__version__}\ndevices: 8 cpu\n"
 
 
-@pytest.mark.parametrize(("arguments", "told"), [
-    (["pretrian"], "gemma has no command 'pretrian'; did you mean pretrain?"),
-    (["pretrain"], "name a config first: gemma pretrain CONFIG"),
-    (["convert", "runs/demo", "--format", "flax"], "name a source and a destination first: gemma convert "),
-    (["pretrain", "demo", "--a\nb", "5"], "unknown option --a b"),
-])  # fmt: skip
-def test_a_mistake_is_one_line_and_status_2(
-    arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(arguments) == 2
-    captured = capsys.readouterr()
-    (line,) = captured.err.splitlines()
-    assert line.startswith(f"error: {told}") and captured.out == ""
-    assert main(["sample"], prog="python train.py", commands=["pretrain"]) == 2
-    assert "python train.py has no command 'sample'" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("error", [KeyError("a bug"), BrokenPipeError("of a worker")])
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def run(arguments: object, prog: str) -> int:

@@ -67,10 +67,8 @@ with joined(HostsConfig("localhost:1", 2, 1), on_cpu=True):
     ("error", "status", "said"),
     [
         ('UserError("the disk is\\nfull.")', 2, "and the job with it: the disk is full."),
-        ('ValueError("a bug")', 1, "and the job with it: a bug"),
         ('jax.errors.JaxRuntimeError("UNAVAILABLE: gone")', 75, "another process of the job has ended"),
         ('jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9G")', 1, "with it: RESOURCE_EXHAUSTED: 9G"),
-        ("SystemExit(3)", 3, "with it: SystemExit"),
     ],
 )
 def test_a_process_of_a_job_leaves_with_its_reason(error: str, status: int, said: str) -> None:

@@ -7,49 +7,16 @@ import pytest
 from etils import epath
 
 from gemma_jax.checkpoint.folders import saved_steps
-from gemma_jax.checkpoint.record import DamagedCheckpoint, run_record
-from gemma_jax.checkpoint.restore import load_arrays
 from gemma_jax.checkpoint.store import CheckpointStore
 from gemma_jax.config import CheckpointConfig
 from gemma_jax.errors import UserError
-from gemma_jax.testing import cpu_mesh
-from gemma_jax.training.objectives import pretraining
-from gemma_jax.training.state import TrainState, abstract_train_state
 from tests.checkpoint.buckets_on_disk import BucketsOnDisk, buckets_on_disk
-from tests.checkpoint.states import CONFIG, KEEP_ALL, PARTS, bits, position, save
+from tests.checkpoint.states import PARTS, position
 
 
 @pytest.fixture
 def buckets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BucketsOnDisk:
     return buckets_on_disk(tmp_path, monkeypatch)
-
-
-def test_a_run_on_s3_comes_back_bit_for_bit_and_a_damaged_step_is_put_aside(
-    buckets: BucketsOnDisk, tmp_path: Path, states: dict[int, TrainState], capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = epath.Path("s3://bucket/runs/a")
-    folder = tmp_path / "bucket" / "runs" / "a" / "checkpoints"
-    with CheckpointStore(run, KEEP_ALL) as store:
-        for step, state in states.items():
-            save(store, step, state)
-    assert sorted(path.name for path in folder.iterdir()) == ["1", "2", "3"]
-    record = run_record(run / "checkpoints" / "3")
-    written = {str(p.relative_to(folder / "3")) for p in (folder / "3").rglob("*") if p.is_file()}
-    assert record.files.keys() == written - {"run/data.json"}
-    target = abstract_train_state(pretraining(CONFIG, cpu_mesh(2)))
-    (folder / "3" / "params" / "manifest.ocdbt").unlink()
-    with pytest.raises(DamagedCheckpoint, match=r"params/manifest\.ocdbt is missing"):
-        load_arrays(run / "checkpoints" / "3", {"params": target.trainable}, record)
-    with CheckpointStore(run, KEEP_ALL) as store:
-        restored = store.restore(target.parts)
-        assert restored is not None and restored[1].step == 2
-        assert bits(restored[0]) == bits(states[2].parts)
-        assert f"it is kept as {run}/checkpoints/3.damaged" in capsys.readouterr().err
-        save(store, 3, states[3])
-        store.remove_after(2)
-    assert saved_steps(run) == [1, 2] and (folder / "3.damaged" / "run" / "data.json").exists()
-    with CheckpointStore(run, KEEP_ALL, overwrite=True) as store:
-        assert store.steps() == [] and not folder.exists()
 
 
 @pytest.mark.parametrize("scheme", ["s3", "gs"])

@@ -98,17 +98,6 @@ def test_a_step_that_is_to_come_and_another_mesh(
     assert [row["row"] for row in on_four[1:]] == [row["row"] for row in on_two[1:]]
 
 
-def test_a_damaged_checkpoint_is_passed_over_aloud(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run = Path(shutil.copytree(trained, tmp_path / "damaged"))
-    (run / "checkpoints" / "4" / "run" / "data.json").write_text("{")
-    assert main(["replay", str(run), "5", "--json"]) == 0
-    out, err = capsys.readouterr()
-    assert json.loads(out.splitlines()[0])["parameters_of_step"] == 0
-    assert "4 is damaged" in err and "older" in err
-
-
 @pytest.fixture
 def loader(trained: Path) -> tuple[Loader, Tokenizer, PretrainConfig]:
     config = PretrainConfig(

@@ -90,22 +90,5 @@ def test_a_damaged_file_is_a_fault_and_a_missing_one_a_mistake(
     weights.write_bytes(weights.read_bytes()[:-100])
     status, report = checked(capsys, cut)
     assert status == 1 and "fault" in report and "not a whole safetensors file" in report
-    for arguments, told in [
-        ([tmp_path / "nothing"], "nothing"),
-        ([good, "--against", tmp_path / "nothing"], "nothing"),
-        ([], "name a checkpoint first"),
-        ([good, "--prompt", ""], "prompt is empty"),
-        ([good, "--compute.dtype", "float64"], "compute.dtype is float64"),
-        (["random:gemma_tny"], "did you mean gemma_tiny?"),
-        ([good, "--agianst", cut], "did you mean --against?"),
-    ]:
-        assert main(["verify", *map(str, arguments)]) == 2
-        captured = capsys.readouterr()
-        [sentence] = captured.err.splitlines()
-        assert told in sentence and captured.out == ""
-
-
-def test_random_weights_can_be_looked_at_too(capsys: pytest.CaptureFixture[str]) -> None:
-    status, report = checked(capsys, "random:gemma_tiny")
-    assert status == 0
-    assert "shape          gemma_tiny\n" in report and "`gemma convert`" in report
+    assert main(["verify", str(good), "--against", str(tmp_path / "nothing")]) == 2
+    assert "nothing" in capsys.readouterr().err

@@ -2,7 +2,6 @@
 
 import bz2
 import gzip
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -67,21 +66,6 @@ def test_links_add_nothing_that_is_there_already(tmp_path: Path) -> None:
     assert sorted(all_texts(open_default(f"{corpus}/**/*.txt"))) == names
     (corpus / "linked").symlink_to(elsewhere)
     assert sorted(all_texts(open_default(f"{corpus}/**/*.txt"))) == sorted(2 * names)
-
-
-def test_what_matches_but_cannot_be_read_is_named(tmp_path: Path) -> None:
-    tree(tmp_path)
-    for name, make in (
-        ("dangling.txt", lambda path: path.symlink_to("nothing")),
-        ("itself.txt", lambda path: path.symlink_to("itself.txt")),
-        ("pipe.txt", os.mkfifo),
-    ):
-        make(tmp_path / name)
-        for glob in ("*.txt", "**/*.txt", name):
-            with pytest.raises(UserError, match=name):
-                open_default(f"{tmp_path}/{glob}")
-        (tmp_path / name).unlink()
-    assert len(all_texts(open_default(f"{tmp_path}/**/*.txt"))) == 3
 
 
 @pytest.mark.parametrize(("ending", "compress"), COMPRESSIONS.items())

@@ -12,29 +12,20 @@ from gemma_jax.pretrained.published_config import read_config, write_config
 
 # As google/gemma-2b has it since February 2024, read from descriptions of it.
 GEMMA_2B = {
-    "architectures": ["GemmaForCausalLM"],
     "attention_bias": False,
-    "attention_dropout": 0.0,
-    "bos_token_id": 2,
-    "eos_token_id": 1,
     "head_dim": 256,
     "hidden_act": "gelu",
     "hidden_activation": None,
     "hidden_size": 2048,
-    "initializer_range": 0.02,
     "intermediate_size": 16384,
     "max_position_embeddings": 8192,
     "model_type": "gemma",
     "num_attention_heads": 8,
     "num_hidden_layers": 18,
     "num_key_value_heads": 1,
-    "pad_token_id": 0,
     "rms_norm_eps": 1e-06,
     "rope_scaling": None,
     "rope_theta": 10000.0,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.38.0.dev0",
-    "use_cache": True,
     "vocab_size": 256000,
 }
 
