@@ -25,10 +25,9 @@ class Runs:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.corpus = folder / "corpus"
-        write_corpus(self.corpus)
+        write_corpus(folder / "corpus")
         changes = {"steps": STEPS, "checkpoint.every": 1, "evaluation.every": 20}
-        config_file(folder, self.corpus, **changes)
+        config_file(folder, folder / "corpus", **changes)
 
     def environment(self, cache: str = "programs") -> dict[str, str]:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}

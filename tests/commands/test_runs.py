@@ -54,11 +54,6 @@ def test_the_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert err.startswith("left out: ") and "stepz" in err and len(err.splitlines()) == 1
 
 
-def test_one_run_alone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["runs", str(folder / "first")]) == 0
-    assert capsys.readouterr().out.splitlines()[1].split()[:2] == ["first", "20/1,000"]
-
-
 def test_the_picture(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = tmp_path / "curves.png"
     assert main(["runs", str(folder), "--plot", str(picture)]) == 0

@@ -48,24 +48,15 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
 
 FAULTS: dict[str, tuple[Any, int]] = {  # header, and bytes that follow it
     "no JSON": (b"{", 0),
-    "no UTF-8": (b"\xff\xfe{}", 0),
     "no object": ([1], 0),
     "twice": (b'{"__metadata__":{},"__metadata__":{}}', 0),
     "deep": (b"[" * 100_000, 0),
-    "huge number": (b'{"a":' + b"9" * 5000 + b"}", 0),
     "metadata": ({"__metadata__": {"format": 1}}, 0),
     "no entry": ({"a": 3}, 0),
-    "entry with more": ({"a": entry() | {"x": 1}}, 8),
     "dtype": ({"a": entry("F33")}, 8),
-    "dtype of another type": ({"a": entry({"F32": 1})}, 8),
     "negative size": ({"a": entry(shape=[-2])}, 8),
     "two negative sizes": ({"a": entry(shape=[-2, -1])}, 8),
-    "boolean size": ({"a": entry(shape=[True, 2])}, 8),
-    "fraction": ({"a": entry(shape=[2.0])}, 8),
-    "many axes": ({"a": entry(shape=[1] * 99 + [2])}, 8),
     "overflow": ({"a": entry(shape=[2**62, 2**62])}, 8),
-    "three offsets": ({"a": entry(offsets=[0, 8, 8])}, 8),
-    "offset text": ({"a": entry(offsets="08")}, 8),
     "wrong size": ({"a": entry(offsets=[0, 4])}, 4),
     "backwards": ({"a": entry(offsets=[8, 0])}, 8),
     "beyond the end": ({"a": entry(), "b": entry(offsets=[8, 16])}, 12),
@@ -73,7 +64,6 @@ FAULTS: dict[str, tuple[Any, int]] = {  # header, and bytes that follow it
     "hole": ({"a": entry(), "b": entry(offsets=[12, 20])}, 20),
     "hidden bytes": ({"a": entry()}, 12),
     "checksums": ({"__metadata__": {"crc32": "[1"}}, 0),
-    "checksums of text": ({"__metadata__": {"crc32": '{"a":"b"}'}}, 0),
 }
 
 
