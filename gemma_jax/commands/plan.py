@@ -1,14 +1,16 @@
 """`gemma plan CONFIG --topology v5e-256`: what a run would need on TPUs that are not here."""
 
 import dataclasses
+import itertools
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args, get_type_hints
 
 from gemma_jax.config import (
+    ComputeConfig,
     PretrainConfig,
     TrainingConfig,
     load,
@@ -16,12 +18,15 @@ from gemma_jax.config import (
     replace,
     validate,
     validate_bounds,
+    validate_on_devices,
 )
 from gemma_jax.config.sections import setting
 from gemma_jax.errors import UserError
 
 if TYPE_CHECKING:
     from gemma_jax.planning.planner import Plan, Planner
+
+REMAT_POLICIES: tuple[str, ...] = get_args(get_type_hints(ComputeConfig)["remat"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,25 +120,38 @@ def token_count(text: str) -> float:
     return float(match[1]) * 1000 ** " KMBT".index(match[2] or " ")
 
 
+def variants(config: TrainingConfig, devices: int, options: PlanOptions) -> Iterator[TrainingConfig]:
+    """The possible configs of a sweep; of each mesh and policy those with fewest rows first."""
+    remat = options.sweep_remat or REMAT_POLICIES
+    rows = sorted(options.sweep_rows)
+    for data, tensor, policy, row in itertools.product(options.sweep_data, options.sweep_tensor, remat, rows):
+        if devices % (data * tensor):
+            continue
+        changes = {
+            "mesh.data": data,
+            "mesh.fsdp": devices // (data * tensor),
+            "mesh.tensor": tensor,
+            "compute.remat": policy,
+            "data.batch_size": row * devices // tensor * config.optimizer.accumulation_steps,
+        }
+        try:
+            variant = replace(config, changes)
+            validate(variant)
+            validate_on_devices(variant, devices)
+        except UserError:
+            continue  # this combination cannot be; others can
+        yield variant
+
+
 def _sweep(
     planner: "Planner", config: TrainingConfig, options: PlanOptions
 ) -> "list[tuple[TrainingConfig, Plan]]":
     from gemma_jax.commands.plan_report import summary
-    from gemma_jax.planning.sweep import REMAT_POLICIES, variants
 
     unknown = set(options.sweep_remat) - set(REMAT_POLICIES)
     if unknown:
         raise UserError(f"sweep_remat has {unknown.pop()!r}; the policies are {', '.join(REMAT_POLICIES)}.")
-    to_try = list(
-        variants(
-            config,
-            len(planner.devices),
-            options.sweep_data,
-            options.sweep_tensor,
-            options.sweep_remat or REMAT_POLICIES,
-            options.sweep_rows,
-        )
-    )
+    to_try = list(variants(config, len(planner.devices), options))
     if not to_try:
         raise UserError("no combination of the sweep is possible for this model on this topology.")
     found: list[tuple[TrainingConfig, Plan]] = []

@@ -17,7 +17,7 @@ ITEM_BYTES = {
     "u64": 8, "f16": 2, "bf16": 2, "f32": 4, "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1, "c64": 8, "c128": 16,
 }  # fmt: skip
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
-_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _OPCODE = re.compile(r"([\w\-]+)\(")
 
@@ -48,7 +48,6 @@ class Instruction:
     operands: tuple[str, ...]  # names
     attributes: str  # what follows the operands
     arguments: str  # what stands between the parentheses: for a constant its value
-    is_root: bool
 
     @functools.cached_property
     def arrays(self) -> tuple[Array, ...]:
@@ -66,19 +65,13 @@ class Instruction:
         """Whether it is a Pallas kernel, which the compiler gives no cycles for."""
         return self.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in self.attributes
 
-    @property
-    def known_trip_count(self) -> int | None:
-        """What the compiler wrote down for a while loop, if it did."""
-        found = re.search(r'"known_trip_count":\{"n":"(\d+)"', self.attributes)
-        return int(found[1]) if found else None
-
     def called(self, attribute: str) -> list[str]:
         """Names of the computations under an attribute: `calls`, `body`, `branch_computations`."""
         found = re.search(rf"\b{attribute}=(\{{[^}}]*\}}|%?[\w.\-]+)", self.attributes)
         return re.findall(r"[\w.\-]+", found[1]) if found else []
 
     def metadata(self, key: str) -> str:
-        """`op_name`, `source_file`, `source_line`, `stack_frame_id`; empty where it is not known."""
+        """`op_name` or `stack_frame_id`; empty where it is not known."""
         found = re.search(rf'(?<!\w)metadata=\{{[^}}]*?\b{key}=("(?:[^"\\]|\\.)*"|\d+)', self.attributes)
         return found[1].strip('"') if found else ""
 
@@ -89,11 +82,6 @@ class Computation:
 
     name: str
     instructions: dict[str, Instruction]
-
-    @property
-    def root(self) -> Instruction:
-        """What it returns."""
-        return next(i for i in self.instructions.values() if i.is_root)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,11 +94,7 @@ class Module:
 
     def source(self, instruction: Instruction) -> str:
         """FILE:LINE of the code that an instruction comes from, and of its callers, innermost first."""
-        frame = instruction.metadata("stack_frame_id")
-        if frame:
-            return " < ".join(self.frames.get(int(frame), ()))
-        file, line = instruction.metadata("source_file"), instruction.metadata("source_line")
-        return f"{file}:{line}" if file else ""
+        return " < ".join(self.frames.get(int(instruction.metadata("stack_frame_id") or 0), ()))
 
 
 def arrays_of(type_text: str) -> tuple[Array, ...]:
@@ -139,7 +123,7 @@ def parse(text: str) -> Module:
             text = "\n".join(lines)
             start = _INSTRUCTION.match(text)
             assert start
-            current[start[2]] = _instruction(text[start.end() :], start[2], bool(start[1]))
+            current[start[1]] = _instruction(text[start.end() :], start[1])
             lines.clear()
 
     for line in text.splitlines():
@@ -194,16 +178,16 @@ def _table(text: str, title: str) -> str:
     return found[1] if found else ""
 
 
-def _instruction(rest: str, name: str, is_root: bool) -> Instruction:
+def _instruction(rest: str, name: str) -> Instruction:
     # A tuple's type stands in parentheses; any other has no space.
     end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
     opcode = _OPCODE.match(rest, end + 1)
     if opcode is None:
-        return Instruction(name, rest[end + 1 :].split(" ")[0], rest[:end], (), "", "", is_root)
+        return Instruction(name, rest[end + 1 :].split(" ")[0], rest[:end], (), "", "")
     close = _closing(rest, opcode.end() - 1)
     arguments = rest[opcode.end() : close]
     operands = tuple(re.findall(r"%([\w.\-]+)", arguments))
-    return Instruction(name, opcode[1], rest[:end], operands, rest[close + 1 :], arguments, is_root)
+    return Instruction(name, opcode[1], rest[:end], operands, rest[close + 1 :], arguments)
 
 
 def _closing(text: str, start: int) -> int:
@@ -225,40 +209,23 @@ def _closing(text: str, start: int) -> int:
 def trip_count(module: Module, computation: Computation, loop: Instruction) -> int | None:
     """How often a while loop's body runs; None where the text does not tell.
 
-    The compiler writes it down (`known_trip_count`) for most loops. Else it is read from a condition that
-    compares the counter with a constant, if the counter starts from a constant and rises by one.
+    The compiler writes it down (`known_trip_count`) for some loops. Else it is read from a condition that
+    does nothing but compare the counter with a constant, if the counter starts from a constant; it is taken
+    to rise by one.
     """
-    if loop.known_trip_count is not None:
-        return loop.known_trip_count
-    (condition_name,) = loop.called("condition")
-    condition = module.computations[condition_name].instructions
-    compare = module.computations[condition_name].root
-    if compare.opcode == "fusion":  # the comparison alone, fused
-        inner = module.computations[compare.called("calls")[0]]
-        outer = dict(zip(_parameters(inner), compare.operands, strict=True))
-        compare = inner.root
-        operands = [outer.get(name, name) for name in compare.operands]
-        condition = {**inner.instructions, **condition}
-    else:
-        operands = list(compare.operands)
-    if compare.opcode != "compare" or "direction=LT" not in compare.attributes or len(operands) != 2:
-        return None
-    counter, limit = (_through_copies(condition, name) for name in operands)
-    if limit.opcode != "constant" or counter.opcode != "get-tuple-element":
-        return None
-    index = re.search(r"index=(\d+)", counter.attributes)
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
+        return int(known[1])
+    condition = list(descend(module, loop, "condition"))
+    compares = [i for i in condition if i.opcode == "compare" and "direction=LT" in i.attributes]
+    limits = [i for i in condition if i.opcode == "constant"]
+    counters = [i for i in condition if i.opcode == "get-tuple-element"]
     start = computation.instructions.get(loop.operands[0])
-    if index is None or start is None or start.opcode != "tuple":
+    if not len(compares) == len(limits) == len(counters) == 1 or start is None or start.opcode != "tuple":
         return None
+    index = re.search(r"index=(\d+)", counters[0].attributes)
+    assert index  # every get-tuple-element has one
     first = _through_copies(computation.instructions, start.operands[int(index[1])])
-    if first.opcode != "constant":
-        return None
-    return max(int(limit.arguments) - int(first.arguments), 0)
-
-
-def _parameters(computation: Computation) -> list[str]:
-    found = [i for i in computation.instructions.values() if i.opcode == "parameter"]
-    return [i.name for i in sorted(found, key=lambda i: int(i.arguments))]
+    return max(int(limits[0].arguments) - int(first.arguments), 0) if first.opcode == "constant" else None
 
 
 def _through_copies(instructions: dict[str, Instruction], name: str) -> Instruction:
@@ -320,9 +287,9 @@ def _executions(module: Module, name: str, count: int, counted: bool) -> Iterato
             yield from heaviest
 
 
-def descend(module: Module, instruction: Instruction) -> Iterator[Instruction]:
-    """The instructions inside a fusion, and inside fusions in it."""
-    for name in instruction.called("calls"):
+def descend(module: Module, instruction: Instruction, attribute: str = "calls") -> Iterator[Instruction]:
+    """The instructions of the computations under an attribute of one, and inside fusions in them."""
+    for name in instruction.called(attribute):
         for inner in module.computations[name].instructions.values():
             yield inner
             yield from descend(module, inner)

@@ -9,9 +9,9 @@ import jax
 import pytest
 
 from gemma_jax.cli import main
+from gemma_jax.commands.plan import REMAT_POLICIES, PlanOptions, variants
 from gemma_jax.config import PRESETS, PretrainConfig, replace, to_json
 from gemma_jax.planning.compiler import Compiled, OutOfMemory
-from gemma_jax.planning.sweep import REMAT_POLICIES, variants
 
 PROGRAM = (Path(__file__).parents[1] / "planning" / "programs" / "loops.hlo").read_text(encoding="utf-8")
 GIB = 2**30
@@ -96,10 +96,9 @@ def test_a_sweep_ranks_what_fits(plan: Callable[..., tuple[int, str]]) -> None:
 
 def test_variants_that_cannot_be_are_left_out() -> None:
     config = replace(PretrainConfig(model=PRESETS["gemma_tiny"]), {"data.sequence_length": 32})
-    found = list(variants(config, 8, (1,), (1, 3, 8), ("full",), (2, 1)))
+    options = PlanOptions(sweep_tensor=(1, 3, 8), sweep_remat=("full",), sweep_rows=(2, 1))
+    found = list(variants(config, 8, options))
     # 3 does not divide 8 devices; fewest rows first.
     shapes = [(c.mesh.fsdp, c.mesh.tensor, c.data.batch_size) for c in found]
     assert shapes == [(8, 1, 8), (8, 1, 16), (1, 8, 1), (1, 8, 2)]
-    assert {c.compute.remat for c in variants(config, 8, (1,), (1,), REMAT_POLICIES, (1,))} == set(
-        REMAT_POLICIES
-    )
+    assert {c.compute.remat for c in variants(config, 8, PlanOptions())} == set(REMAT_POLICIES)
