@@ -27,7 +27,7 @@ from gemma_jax.pretrained.end_tokens import END_OF_TURN, EOS
 from gemma_jax.sampling import Chat, Completion, FinishReason, Generator, Scorer, TextCompletion
 from gemma_jax.sampling.chat import MAX_NEW_TOKENS
 from gemma_jax.sampling.decode import MAX_STEPS
-from gemma_jax.sampling.generate import check_ids, requests_of
+from gemma_jax.sampling.generate import check_ids, padded, requests_of
 from gemma_jax.sharding import make_mesh, platform, row_parts
 from gemma_jax.startup import keep_programs
 from gemma_jax.tokenizer import Tokenizer
@@ -221,25 +221,16 @@ class Gemma:
         Raises:
           UserError: rows of different lengths, ids out of range, longer than the context.
         """
-        try:
-            tokens = np.asarray(token_ids)
-        except ValueError as error:
+        rows = [self._prompt_ids(row) for row in token_ids]
+        for row in rows:
+            check_ids(row, self.config)
+        if len(lengths := set(map(len, rows))) != 1:
             raise UserError(
-                "the rows of token_ids have different lengths; call once for each length."
-            ) from error
-        if tokens.ndim != 2 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
-            raise UserError(
-                f"token_ids has shape {tokens.shape} and dtype {tokens.dtype}, but must be [B, L] integers."
+                f"the rows of token_ids have the lengths {sorted(lengths)}; call once for each length."
             )
-        if tokens.shape[1] > self.config.context_length:
-            raise UserError(
-                f"token_ids has rows of {tokens.shape[1]} tokens, longer than the model's context of "
-                f"{self.config.context_length}; shorten them."
-            )
-        check_ids(tokens.flat, self.config.vocab_size)
         parts = row_parts(self.mesh)
-        padded = np.pad(tokens, [(0, -len(tokens) % parts), (0, 0)]).astype(np.int32)
-        return np.asarray(self._logits(self.params, padded))[: len(tokens)]
+        tokens, _ = padded(rows, -(-len(rows) // parts) * parts, *lengths)
+        return np.asarray(self._logits(self.params, tokens))[: len(rows)]
 
     def score(self, texts: Sequence[str | Sequence[int]]) -> list[list[float]]:
         """Log-probability of each token given those before it, in nats.
@@ -290,9 +281,11 @@ class Gemma:
         if not ids:
             return []
         self._generator.check_memory(ids, config)
-        completions = [self._completion(config) for _ in range(len(ids) * config.samples)]
+        requests = requests_of(ids, config, self.end_tokens)
+        completions = [self._completion(config) for _ in requests]
         # Without stop texts nothing needs to be looked at before the end.
-        for _ in self._run(ids, config, completions, STRIDE if config.stop else MAX_STEPS):
+        stride = STRIDE if config.stop else MAX_STEPS
+        for _ in self._generator.run(requests, completions, rows=config.batch_size, stride=stride):
             pass
         return [_generation(completion) for completion in completions]
 
@@ -324,22 +317,13 @@ class Gemma:
                 f"samples is {config.samples}, but a stream shows one continuation; leave it out."
             )
         completion = TextCompletion(self.tokenizer, config.stop)
-        looks = self._run([self._prompt_ids(prompt)], config, [completion], STRIDE)
+        requests = requests_of([self._prompt_ids(prompt)], config, self.end_tokens)
+        looks = self._generator.run(requests, [completion], stride=STRIDE)
         return ((completion.take(), completion.finish_reason) for _ in looks)
 
     def _completion(self, config: SamplingConfig) -> Completion:
         without_text = self._tokenizer is None and not config.stop
         return Completion() if without_text else TextCompletion(self.tokenizer, config.stop)
-
-    def _run(
-        self,
-        prompts: Sequence[Sequence[int]],
-        config: SamplingConfig,
-        completions: Sequence[Completion],
-        stride: int,
-    ) -> Iterator[None]:
-        requests = requests_of(prompts, config, self.end_tokens)
-        return self._generator.run(requests, completions, rows=config.batch_size, stride=stride)
 
     def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):

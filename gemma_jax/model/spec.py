@@ -34,11 +34,6 @@ class ModelSpec:
     def _abstract(self) -> tuple[nnx.GraphDef[Transformer], nnx.State]:
         return nnx.split(nnx.eval_shape(lambda: self._create(0)), nnx.Param)
 
-    @property
-    def graphdef(self) -> nnx.GraphDef[Transformer]:
-        """The structure of the model."""
-        return self._abstract[0]
-
     @functools.cached_property
     def params(self) -> nnx.State:
         """Shapes, dtypes and shardings of the parameters.
@@ -50,7 +45,7 @@ class ModelSpec:
 
     def merge(self, params: nnx.State) -> Transformer:
         """The model with these parameters."""
-        return nnx.merge(self.graphdef, params)
+        return nnx.merge(self._abstract[0], params)
 
     def weight(self, name: str) -> Weight | nnx.Param[Any]:
         """The weight of a name in the table of parameters, all layers stacked, without numbers; or the scale

@@ -4,6 +4,9 @@ It holds the scores of a block at a time, and skips the blocks that the causal m
 Shape legend: B batch, L length, N query heads, K key/value heads, H head dim.
 """
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -55,21 +58,13 @@ def splash_attend(
         # Each device has all key heads, but must find those of its own query heads at their place.
         k, v = (jnp.repeat(x, N // K, axis=2) for x in (k, v))
     block = next(size for size in range(min(BLOCK, L), 0, -LANES) if L % size == 0)
-    sizes = splash.BlockSizes(
-        block_q=block,
-        block_kv=block,
-        block_kv_compute=block,
-        block_q_dkv=block,
-        block_kv_dkv=block,
-        block_kv_dkv_compute=block,
-        block_q_dq=block,
-        block_kv_dq=block,
-    )
+    names = [field.name for field in dataclasses.fields(splash.BlockSizes)]
+    blocks: Any = {name: block for name in names if name.startswith("block_")}
 
     def of_device(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
         kernel = splash.make_splash_mha(
             mask=splash.MultiHeadMask([splash.CausalMask((L, L))] * q.shape[1]),
-            block_sizes=sizes,
+            block_sizes=splash.BlockSizes(**blocks),
             head_shards=1,
             q_seq_shards=1,
             residual_checkpoint_name=residuals,

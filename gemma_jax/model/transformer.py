@@ -157,7 +157,10 @@ class Transformer(nnx.Module):
     def logits(self, hidden: jax.Array, context: Context = NO_CONTEXT) -> jax.Array:
         """[..., D] -> [..., V] float32; rows that only pad the vocabulary are -inf."""
         wide = jnp.promote_types(hidden.dtype, jnp.float32)
-        return mask_padding_rows(self.embedding.unembed(hidden, wide, context), self.config.vocab_size)
+        logits = self.embedding.unembed(hidden, wide, context)
+        if logits.shape[-1] == self.config.vocab_size:
+            return logits
+        return jnp.where(jnp.arange(logits.shape[-1]) < self.config.vocab_size, logits, -jnp.inf)
 
     def embed(self, tokens: Integers, context: Context = NO_CONTEXT) -> jax.Array:
         """[B, L] -> [B, L, D]: rows of the table times sqrt(D), which is rounded to their dtype."""
@@ -188,10 +191,3 @@ def layer_views(params: nnx.State, mesh: Mesh) -> list[nnx.State] | None:
         jax.tree.map(lambda stack, i=layer: jax.device_put(stack[i], replicated, may_alias=True), stacked)
         for layer in range(layers)
     ]
-
-
-def mask_padding_rows(logits: jax.Array, vocab_size: int) -> jax.Array:
-    """[..., V] with -inf in the columns beyond the vocabulary, which are never to be predicted."""
-    if logits.shape[-1] == vocab_size:
-        return logits
-    return jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)

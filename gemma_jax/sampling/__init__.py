@@ -1,8 +1,7 @@
 """From prompts to new tokens."""
 
 from gemma_jax.sampling.chat import Chat
-from gemma_jax.sampling.completion import Completion, FinishReason
-from gemma_jax.sampling.generate import Generator, Request
+from gemma_jax.sampling.generate import Completion, FinishReason, Generator, Request
 from gemma_jax.sampling.score import Scorer
 from gemma_jax.sampling.text import TextCompletion
 

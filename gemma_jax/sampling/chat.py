@@ -6,7 +6,7 @@ from typing import Any
 from gemma_jax.config import SamplingConfig, sampling_config
 from gemma_jax.data.chat import SYSTEM, Message, encode_dialogue
 from gemma_jax.errors import UserError
-from gemma_jax.sampling.completion import FinishReason
+from gemma_jax.sampling.generate import FinishReason
 from gemma_jax.tokenizer import Tokenizer
 
 # (prompt ids, settings) -> pieces of the continuation; the last comes with the reason of its end

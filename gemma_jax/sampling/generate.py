@@ -7,7 +7,7 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -20,9 +20,10 @@ from gemma_jax.memory import require_memory
 from gemma_jax.model import KVCache, ModelSpec, layer_views
 from gemma_jax.model.attention import prefill_chunk
 from gemma_jax.model.transformer import compute_dtype
-from gemma_jax.sampling.completion import Completion, FinishReason
 from gemma_jax.sampling.decode import MAX_STEPS, NewTokens, Slots, SlotSettings, decode, free, insert, prefill
 from gemma_jax.sharding import batch_sharding, row_parts
+
+FinishReason = Literal["stop", "length", "context"]
 
 BYTES_OF_TOKEN = 64  # of a list of Python for an id and a log-probability, roughly
 REFILL_STRIDE = 16  # tokens between two looks for a free slot while prompts wait
@@ -38,6 +39,34 @@ class Request:
     prompt: int = 0  # its number; with the seed and `sample` it decides the random numbers
     sample: int = 0
     adapter: int = 0
+
+
+@dataclasses.dataclass
+class Completion:
+    """The new tokens of one prompt, without the one that ended them."""
+
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    log_probs: list[float] = dataclasses.field(default_factory=list)
+    """Nats, under the model's own distribution."""
+    finish_reason: FinishReason | None = None
+    """An end token came, max_new_tokens were made, or the context is full; None until then."""
+
+    def add(
+        self, token_ids: Sequence[int], log_probs: Sequence[float], finish_reason: FinishReason | None
+    ) -> bool:
+        """Append new tokens.
+
+        Args:
+          token_ids, log_probs: of the new tokens.
+          finish_reason: why these are the last ones, or None.
+
+        Returns:
+          Whether the completion needs no further token.
+        """
+        self.token_ids += token_ids
+        self.log_probs += log_probs
+        self.finish_reason = finish_reason
+        return False
 
 
 def requests_of(
@@ -126,10 +155,10 @@ class Generator:
           After the first token, after every further `stride`, and at the end.
 
         Raises:
-          UserError: see `check_prompt`.
+          UserError: see `check_ids`; a prompt needs room for one new token.
         """
         for request in requests:
-            check_prompt(request.token_ids, self.config)
+            check_ids(request.token_ids, self.config, new=1)
         batch = Batch(self, requests, completions, rows or len(requests))
         while batch.fill():
             yield
@@ -150,7 +179,7 @@ class Batch:
         self._generator, self._requests, self._completions = generator, requests, completions
         self._waiting = collections.deque(range(len(requests)))
         rows = row_bucket(min(rows, len(requests)), row_parts(generator.mesh))
-        self._requests_of: list[int | None] = [None] * rows  # the request in each slot
+        self._active: dict[int, int] = {}  # the request in each slot that is in use
         self._counts = np.zeros(rows, int)  # tokens that each slot's request has received
         self._size = generator.cache_size(
             max(len(request.token_ids) for request in requests),
@@ -162,14 +191,15 @@ class Batch:
 
     def fill(self) -> bool:
         """Put waiting requests into free slots; False if nothing is left to do."""
-        while self._waiting and None in self._requests_of:
-            empty = [row for row, request in enumerate(self._requests_of) if request is None]
+        total = len(self._counts)
+        while self._waiting and len(self._active) < total:
+            empty = [row for row in range(total) if row not in self._active]
             rows = empty[: len(self._waiting)]
             for row in rows:
-                self._requests_of[row] = self._waiting.popleft()
+                self._active[row] = self._waiting.popleft()
                 self._counts[row] = 0
             self._prefill(rows)
-        return self._requests_of.count(None) < len(self._requests_of)
+        return bool(self._active)
 
     def decode(self, stride: int) -> None:
         """At most `stride` further tokens for every slot in use."""
@@ -177,38 +207,32 @@ class Batch:
         generator = self._generator
         steps = min(stride, REFILL_STRIDE if self._waiting else MAX_STEPS)
         self._slots, new = generator.decode(generator.params, self._slots, steps, generator.layers)
-        self._hand_out(range(len(self._requests_of)), new)
+        self._hand_out(range(len(self._counts)), new)
 
     def _prefill(self, rows: Sequence[int]) -> None:
         """Read the prompts of the requests in these slots, and hand out the first token of each."""
-        generator, first = self._generator, self._slots is None
-        total = len(self._requests_of)
-        padded = total if first else row_bucket(len(rows), row_parts(generator.mesh))
-        requests = [self._requests[self._requests_of[row] or 0] for row in rows]
-        longest = min(bucket(max(len(request.token_ids) for request in requests)), self._size)
+        generator, first, total = self._generator, self._slots is None, len(self._counts)
+        filled = total if first else row_bucket(len(rows), row_parts(generator.mesh))
+        requests = [self._requests[self._active[row]] for row in rows]
+        prompts = [request.token_ids for request in requests]
+        longest = min(bucket(max(map(len, prompts))), self._size)
         chunk = generator.chunk(longest)
-        tokens = np.zeros((padded, -(-longest // chunk) * chunk), np.int32)
-        lengths = np.zeros(padded, np.int32)
-        for row, request in enumerate(requests):
-            tokens[row, : len(request.token_ids)] = request.token_ids
-            lengths[row] = len(request.token_ids)
-        settings = slot_settings(requests, padded, self._ends, generator.config.context_length)
+        tokens, lengths = padded(prompts, filled, -(-longest // chunk) * chunk)
+        settings = slot_settings(requests, filled, self._ends, generator.config.context_length)
         put = functools.partial(jax.device_put, device=batch_sharding(generator.mesh))
         about = put((lengths, settings))
         size = self._size if first else longest
-        so_far: tuple[Slots, NewTokens] | None = None
+        so_far: Any = None
         for start in range(0, lengths.max(), chunk):
             part = put(tokens[:, start : start + chunk])
             arguments = (part, start, *about, so_far, generator.layers)
             so_far = generator.prefill(generator.params, *arguments, size=0 if start else size)
-        assert so_far is not None  # no prompt is empty
         slots, new = so_far
-        if self._slots is None:
-            self._slots = slots
-        else:
-            places = np.full(padded, total, np.int32)  # out of range: rows that only fill up
-            places[: len(rows)] = rows
-            self._slots = generator.insert(self._slots, slots, places)
+        if not first:
+            # Out of range: rows that only fill up.
+            places = np.array([*rows, *[total] * (filled - len(rows))], np.int32)
+            slots = generator.insert(self._slots, slots, places)
+        self._slots = slots
         self._hand_out(rows, new)
 
     def _hand_out(self, rows: Iterable[int], new: NewTokens) -> None:
@@ -218,11 +242,11 @@ class Batch:
         tokens, log_probs, counts, limits, ended = jax.device_get(
             (new.tokens, new.log_probs, slots.counts, slots.settings.limits, slots.ended)
         )
-        stopped = np.zeros(len(self._requests_of), bool)
+        stopped = np.zeros(len(self._counts), bool)
         for index, row in enumerate(rows):
-            number = self._requests_of[row]
-            if number is None:
+            if row not in self._active:
                 continue
+            number = self._active[row]
             made = counts[row] - self._counts[row] - ended[row]  # without the end token
             self._counts[row] = counts[row]
             reason: FinishReason | None = None
@@ -235,7 +259,7 @@ class Batch:
                 tokens[index, :made].tolist(), log_probs[index, :made].tolist(), reason
             )
             if reason or stopped[row]:
-                self._requests_of[row] = None
+                del self._active[row]
         if stopped.any():
             self._slots = self._generator.free(slots, stopped)
 
@@ -249,45 +273,42 @@ def slot_settings(requests: Sequence[Request], rows: int, ends: int, context_len
       ends: E, at least as many as a request has end tokens.
       context_length: of the model, tokens.
     """
-    values = [
-        (
-            min(request.config.max_new_tokens, context_length - len(request.token_ids)),
-            [*request.end_tokens, *[-1] * (ends - len(request.end_tokens))],
-            (request.config.seed, request.prompt, request.sample),
-            request.config.temperature,
-            request.config.top_k,
-            request.config.top_p,
-            request.adapter,
-        )
-        for request in requests
-    ]
-    values += [(0, [-1] * ends, (0, 0, 0), 0.0, 0, 1.0, 0)] * (rows - len(requests))
-    dtypes = (np.int32, np.int32, np.uint32, np.float32, np.int32, np.float32, np.int32)
-    columns: Any = [
-        np.array(column, dtype) for column, dtype in zip(zip(*values, strict=True), dtypes, strict=True)
-    ]
-    return SlotSettings(*columns)
+    unused = Request((0,) * context_length, SamplingConfig(), ())  # has no room for a new token
+    requests = [*requests, *[unused] * (rows - len(requests))]
+
+    def column(of: Callable[[Request], Any], dtype: Any = np.int32) -> Any:
+        return np.array([of(request) for request in requests], dtype)
+
+    return SlotSettings(
+        limits=column(lambda r: min(r.config.max_new_tokens, context_length - len(r.token_ids))),
+        end_tokens=column(lambda r: [*r.end_tokens, *[-1] * (ends - len(r.end_tokens))]),
+        draws=column(lambda r: (r.config.seed, r.prompt, r.sample), np.uint32),
+        temperature=column(lambda r: r.config.temperature, np.float32),
+        top_k=column(lambda r: r.config.top_k),
+        top_p=column(lambda r: r.config.top_p, np.float32),
+        adapters=column(lambda r: r.adapter),
+    )
 
 
-def check_prompt(prompt: Sequence[int], config: TransformerConfig) -> None:
+def padded(sequences: Sequence[Sequence[int]], rows: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sequences as [rows, width] with zeros behind and below them, and their lengths [rows]; int32."""
+    tokens, lengths = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
+    for row, ids in enumerate(sequences):
+        tokens[row, : len(ids)], lengths[row] = ids, len(ids)
+    return tokens, lengths
+
+
+def check_ids(ids: Sequence[int], config: TransformerConfig, new: int = 0) -> None:
     """Raises:
-    UserError: an empty prompt, one that leaves no room in the context, an id out of range.
+    UserError: no token, no room for `new` more in the context, or an id out of range.
     """
-    context = config.context_length
-    if not prompt:
-        raise UserError("a prompt has no tokens; give it at least the <bos> token.")
-    if len(prompt) >= context:
+    most = config.context_length - new
+    if not 0 < len(ids) <= most:
         raise UserError(
-            f"a prompt has {len(prompt)} tokens, but the model's context of {context} leaves room for at "
-            f"most {context - 1} before a new one; shorten the prompt."
+            f"a sequence has {len(ids)} tokens, but must have 1 to {most}: the model's context holds "
+            f"{config.context_length}, new ones included; begin it with <bos>, or shorten it."
         )
-    check_ids(prompt, config.vocab_size)
-
-
-def check_ids(ids: Iterable[int], vocab_size: int) -> None:
-    """Raises:
-    UserError: an id out of range.
-    """
-    wrong = next((id for id in ids if not 0 <= id < vocab_size), None)
+    wrong = next((id for id in ids if not 0 <= id < config.vocab_size), None)
     if wrong is not None:
-        raise UserError(f"token id {wrong} is out of range; the model's ids go from 0 to {vocab_size - 1}.")
+        last = config.vocab_size - 1
+        raise UserError(f"token id {wrong} is out of range; the model's ids go from 0 to {last}.")

@@ -4,7 +4,7 @@ import bisect
 import codecs
 from collections.abc import Sequence
 
-from gemma_jax.sampling.completion import Completion, FinishReason
+from gemma_jax.sampling.generate import Completion, FinishReason
 from gemma_jax.tokenizer import Tokenizer
 
 

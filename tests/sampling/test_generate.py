@@ -285,10 +285,10 @@ def test_gemma_generates_from_ids_and_ends_at_eos(gemma: Gemma, greedy: list[Com
 
 
 BAD_PROMPTS = {
-    "empty": ([], "a prompt has no tokens"),
+    "empty": ([], "a sequence has 0 tokens"),
     "fills the context": (
         [2] * 256,
-        "a prompt has 256 tokens, .* context of 256 leaves room for at most 255",
+        "a sequence has 256 tokens, but must have 1 to 255: .* holds 256",
     ),
     "beyond the vocabulary": ([2, VOCAB], f"token id {VOCAB} is out of range; .* from 0 to {VOCAB - 1}"),
     "negative": ([2, -1], "token id -1 is out of range"),
