@@ -44,7 +44,7 @@ def _load(name: str) -> PretrainConfig:
 
 def choose(config: PretrainConfig, mesh: "Mesh") -> "Task":
     """All parameters, from random values, towards the next token of documents."""
-    from gemma_jax.commands.replay import show_failure
+    from gemma_jax.commands.replay_report import show_failure
     from gemma_jax.memory import require_memory
     from gemma_jax.training.corpus import corpus_tokenizer, held_out_evaluators, prepare_corpus
     from gemma_jax.training.objectives import pretraining

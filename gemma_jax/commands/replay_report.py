@@ -1,50 +1,49 @@
 """What `gemma replay` prints: a batch with its losses, for a person or for a program."""
 
 import dataclasses
+import itertools
 import json
-import re
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+from flax import nnx
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from gemma_jax.data.loader import Loader
-from gemma_jax.data.packing import Batch
+from gemma_jax.data.loader import Dataset, Loader
+from gemma_jax.errors import UserError
 from gemma_jax.tokenizer import Tokenizer
-from gemma_jax.training.replay import BatchMeasures
+from gemma_jax.training.metrics import RunLog
+from gemma_jax.training.objectives import Recipe
+from gemma_jax.training.replay import Replay, mean_loss, replay_batch
+
+# Enough to see what is in a batch that ends a run.
+_ROWS_OF_A_FAILURE = 4
 
 
-class Replay(NamedTuple):
-    """A step that was looked at again."""
+def show_failure(
+    recipe: Recipe, dataset: Dataset, tokenizer: Tokenizer, log: RunLog
+) -> Callable[[int, int, nnx.State], str]:
+    """A function that prints the batch of a step that made a run end, and returns which gradients are not
+    finite, as the rest of a sentence. A replay that fails must not hide why the run ended.
 
-    step: int
-    params_step: int  # steps that the parameters had been trained for
-    first_row: int  # number of the batch's first row in the stream of training rows
-    batch: Batch  # all its rows
-    measures: BatchMeasures
-    logged: dict[str, Any] | None  # what the run itself wrote of this step
+    Args:
+      recipe, dataset, tokenizer, log: of the run.
+    """
 
-    def row_loss(self, row: int) -> float:
-        """Mean loss of a row's weighted targets, nats; 0 where there are none."""
-        return _mean(self.measures.token_losses[row], self.batch.loss_weights[row])
+    def show(step: int, first_row: int, params: nnx.State) -> str:
+        try:
+            shown = replay_batch(recipe, dataset, params, step, first_row, step - 1)
+            print_report(shown, dataset.train, tokenizer, _ROWS_OF_A_FAILURE, log.console)
+            return not_finite(shown)
+        except UserError as error:
+            print(f"the batch of step {step} cannot be shown: {error}", file=sys.stderr)
+            return ""
 
-    def rows_by_loss(self, limit: int) -> list[int]:
-        """Numbers within the batch: losses that are not finite, then the highest ones; 0 gives all."""
-        losses = [self.row_loss(row) for row in range(len(self.batch.tokens))]
-        order = sorted(
-            range(len(losses)), key=lambda row: -losses[row] if np.isfinite(losses[row]) else -np.inf
-        )
-        return order[: limit or None]
-
-    @property
-    def gradient_norm(self) -> float:
-        """Of all parameters together."""
-        squares = [np.sum(np.square(x, dtype=np.float64)) for x in self.measures.gradient_norms.values()]
-        return float(np.sqrt(sum(squares)))
+    return show
 
 
 def print_report(replay: Replay, loader: Loader, tokenizer: Tokenizer, limit: int, console: Console) -> None:
@@ -57,42 +56,39 @@ def print_report(replay: Replay, loader: Loader, tokenizer: Tokenizer, limit: in
       limit: how many rows, of highest loss first; 0 prints all.
       console: where.
     """
-    rows = replay.rows_by_loss(limit)
-    B = len(replay.batch.tokens)
-    counted = replay.measures.token_losses[replay.batch.loss_weights > 0]
-    marked_from = _quantile(counted, 0.95)
+    rows, weights = replay.rows_by_loss(limit), replay.batch.loss_weights
+    B = len(weights)
+    finite = replay.token_losses[(weights > 0) & np.isfinite(replay.token_losses)]
+    marked_from = float(np.quantile(finite, 0.95)) if len(finite) else np.inf
 
     def say(text: str | Text = "", style: str = "") -> None:
         console.print(text, style=style, markup=False, soft_wrap=True)
 
     say(
         f"step {replay.step}: rows {replay.first_row:,} to {replay.first_row + B - 1:,} of the data, "
-        f"{int(np.sum(replay.batch.loss_weights)):,} weighted tokens",
+        f"{int(np.sum(weights)):,} weighted tokens",
         "bold",
     )
     say(
-        f"loss {replay.measures.loss:.4f} nats a token, gradient norm {replay.gradient_norm:.4f}, "
+        f"loss {replay.loss:.4f} nats a token, gradient norm {replay.gradient_norm:.4f}, "
         f"{parameters_used(replay)}"
     )
     if replay.logged:
         say(
             f"the run logged loss {replay.logged['loss']:.4f}, gradient norm {replay.logged['grad_norm']:.4f}"
         )
-    say()
-    _print_gradients(replay, console)
-    say()
-    marked, unweighted = ("Marked", "dim") if console.is_terminal else ("⟦Marked 1.2⟧", "⟨in brackets⟩")
-    say(f"{len(rows)} of {B} rows, highest loss first. {unweighted.capitalize()}: tokens without weight.")
-    if np.isfinite(marked_from):
-        say(f"{marked}: the twentieth of the batch's tokens that lose most, {marked_from:.2f} nats or more.")
+    norms = {name: [f"{x:.3g}" for x in np.atleast_1d(norm)] for name, norm in replay.gradient_norms.items()}
+    say("\ngradient norms, of each layer where there are several:")
+    for name, shown in norms.items():
+        say(f"  {name} {' '.join(shown)}")
+    say(f"\n{len(rows)} of {B} rows, highest loss first. ⟨In brackets⟩: tokens without weight.")
+    if len(finite):
+        say(f"⟦Marked 1.2⟧: the twentieth of the tokens that lose most, {marked_from:.2f} nats or more.")
     else:
         say("No loss of this batch is finite: these parameters are spoilt, whatever the batch.", "bold red")
     for row in rows:
-        say()
-        say(
-            f"row {replay.first_row + row:,} (number {row} of the batch): loss {replay.row_loss(row):.3f}",
-            "bold",
-        )
+        where = f"row {replay.first_row + row:,} (number {row} of the batch)"
+        say(f"\n{where}: loss {replay.row_loss(row):.3f}", "bold")
         for segment in _segments(replay, loader, row):
             say(
                 f"  segment {segment.number}: loss {segment.loss:.3f}, highest {np.max(segment.losses):.2f}; "
@@ -102,8 +98,7 @@ def print_report(replay: Replay, loader: Loader, tokenizer: Tokenizer, limit: in
             )
             if problem := segment.not_finite:
                 say(f"  {problem} of {len(segment.losses)} losses are not finite", "bold red")
-            text = _marked_text(segment, tokenizer, marked_from, console.is_terminal)
-            for line in text.split("\n", allow_blank=True):
+            for line in _marked_text(segment, tokenizer, marked_from).split("\n", allow_blank=True):
                 say(Text("  │ ", "dim") + line)
 
 
@@ -111,32 +106,25 @@ def parameters_used(replay: Replay) -> str:
     """Which parameters a replay was computed with, as half a sentence."""
     if replay.params_step == replay.step - 1:
         return f"with the very parameters that the step began with (step {replay.params_step})"
-    if replay.params_step == 0:
-        return (
-            "with the run's first, random parameters (step 0): no checkpoint from before the step is left, "
-            "see checkpoint.keep_every"
-        )
-    return f"with the parameters of step {replay.params_step}, the newest checkpoint from before the step"
+    return (
+        f"with the parameters of step {replay.params_step}, the newest that are left from before the step "
+        "(see checkpoint.keep_every)"
+    )
 
 
 def not_finite(replay: Replay) -> str:
     """Which gradients of a batch are not finite, by parameter and layer, as the rest of a sentence."""
     found = []
-    for name, norms in replay.measures.gradient_norms.items():
-        bad = np.flatnonzero(~np.isfinite(np.atleast_1d(norms))).tolist()
-        if bad:
-            layers = f"{bad[0]} to {bad[-1]}" if len(bad) == bad[-1] - bad[0] + 1 > 1 else _listed(bad)
-            found.append(f"{name} of layer{'s' * (len(bad) > 1)} {layers}" if norms.ndim else name)
+    for name, norms in replay.gradient_norms.items():
+        bad = np.flatnonzero(~np.isfinite(np.atleast_1d(norms)))
+        if len(bad):
+            layers = f" (layers {', '.join(map(str, bad))})" if len(bad) < norms.size else ""
+            found.append(f"{name}{layers}")
     if found:
-        return f"; not finite are the gradients of {_listed(found)}"
-    if not np.isfinite(replay.measures.loss):
+        return f"; not finite are the gradients of {', '.join(found)}"
+    if not np.isfinite(replay.loss):
         return ""
     return "; computed again from the same parameters, loss and gradients are finite: suspect the hardware"
-
-
-def _listed(items: Sequence[Any]) -> str:
-    *most, last = map(str, items)
-    return f"{', '.join(most)} and {last}" if most else last
 
 
 def print_json(replay: Replay, loader: Loader, tokenizer: Tokenizer, limit: int) -> None:
@@ -148,9 +136,9 @@ def print_json(replay: Replay, loader: Loader, tokenizer: Tokenizer, limit: int)
         "step": replay.step,
         "parameters_of_step": replay.params_step,
         "first_row": replay.first_row,
-        "loss": replay.measures.loss,
+        "loss": replay.loss,
         "grad_norm": replay.gradient_norm,
-        "grad_norms": {name: norms.tolist() for name, norms in replay.measures.gradient_norms.items()},
+        "grad_norms": {name: norms.tolist() for name, norms in replay.gradient_norms.items()},
         "logged": replay.logged,
     }
     print(json.dumps(_finite(summary)))
@@ -171,8 +159,7 @@ def print_json(replay: Replay, loader: Loader, tokenizer: Tokenizer, limit: int)
         print(json.dumps(_finite(about)))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Segment:
+class _Segment(NamedTuple):
     number: int
     origin: Any
     token_ids: NDArray[np.int32]  # what was to be predicted
@@ -181,7 +168,7 @@ class _Segment:
 
     @property
     def loss(self) -> float:
-        return _mean(self.losses, self.weights)
+        return mean_loss(self.losses, self.weights)
 
     @property
     def not_finite(self) -> int:
@@ -189,16 +176,10 @@ class _Segment:
 
 
 def _segments(replay: Replay, loader: Loader, row: int) -> Iterator[_Segment]:
-    batch = replay.batch
+    arrays = replay.batch.targets[row], replay.token_losses[row], replay.batch.loss_weights[row]
     for number, origin in enumerate(loader.origin(replay.first_row + row), start=1):
-        where = batch.segment_ids[row] == number
-        yield _Segment(
-            number,
-            origin,
-            batch.targets[row][where],
-            replay.measures.token_losses[row][where],
-            batch.loss_weights[row][where],
-        )
+        where = replay.batch.segment_ids[row] == number
+        yield _Segment(number, origin, *(array[where] for array in arrays))
 
 
 class _Span(NamedTuple):
@@ -210,79 +191,37 @@ class _Span(NamedTuple):
 
 
 def _spans(segment: _Segment, tokenizer: Tokenizer) -> Iterator[_Span]:
-    pieces = [tokenizer.piece(token) for token in segment.token_ids.tolist()]
-    start = 0
-    while start < len(pieces):
-        stop = start + 1
-        text = pieces[start].replace("\u2581", " ")
-        if _BYTE.fullmatch(pieces[start]):
-            while stop < len(pieces) and _BYTE.fullmatch(pieces[stop]):
-                stop += 1
-            text = bytes(int(piece[3:5], 16) for piece in pieces[start:stop]).decode(errors="replace")
-        yield _Span(
-            text, float(np.max(segment.losses[start:stop])), float(np.max(segment.weights[start:stop]))
-        )
-        start = stop
+    ids = segment.token_ids.tolist()
+    values = [tokenizer.byte(token) for token in ids]
+    for _, group in itertools.groupby(range(len(ids)), lambda i: i if values[i] is None else -1):
+        where = list(group)
+        joined = bytes(value for i in where if (value := values[i]) is not None)
+        text = joined.decode(errors="replace") or tokenizer.piece(ids[where[0]]).replace("\u2581", " ")
+        yield _Span(text, float(np.max(segment.losses[where])), float(np.max(segment.weights[where])))
 
 
-_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
-
-
-def _marked_text(segment: _Segment, tokenizer: Tokenizer, marked_from: float, terminal: bool) -> Text:
+def _marked_text(segment: _Segment, tokenizer: Tokenizer, marked_from: float) -> Text:
     # Where most losses are not finite, marks on all of them would hide the text.
     spoilt = segment.not_finite > len(segment.losses) / 2
-    text = Text()
-    weighted = True
+    text, weighted = Text(), True
     for span in _spans(segment, tokenizer):
-        if not terminal and (span.weight > 0) != weighted:
+        if (span.weight > 0) != weighted:
             text.append("⟨" if weighted else "⟩")
             weighted = not weighted
-        high = span.weight > 0 and (span.loss >= marked_from or not np.isfinite(span.loss))
-        if not high or (spoilt and not np.isfinite(span.loss)):
-            text.append(_printable(span.text), None if span.weight > 0 or not terminal else "dim")
-        elif terminal:
-            text.append(_printable(span.text, newline="⏎\n"), "black on yellow")
+        shown = _printable(span.text)
+        high = span.loss >= marked_from if np.isfinite(span.loss) else not spoilt
+        if weighted and high:
+            within = shown.replace("\n", "⏎")
+            text.append(f"⟦{within} {span.loss:.1f}⟧", "black on yellow")
+            text.append("\n" * shown.count("\n"))
         else:
-            text.append(
-                f"⟦{_printable(span.text, newline='⏎')} {span.loss:.1f}⟧" + "\n" * span.text.count("\n")
-            )
-    if not weighted:
-        text.append("⟩")
-    return text
+            text.append(shown, "" if weighted else "dim")
+    return text if weighted else text.append("⟩")
 
 
-def _printable(text: str, newline: str = "\n") -> str:
+def _printable(text: str) -> str:
     """Without what would control the terminal: the data may hold anything."""
-    shown = "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
-    return shown.replace("\n", newline)
-
-
-def _print_gradients(replay: Replay, console: Console) -> None:
-    norms = replay.measures.gradient_norms
-    stacked = {name: norm for name, norm in norms.items() if norm.ndim}
-    whole = [f"{name} {float(norm):.3g}" for name, norm in norms.items() if not norm.ndim]
-    console.print(f"gradient norms: {'; '.join(whole)}; by layer:", markup=False, soft_wrap=True)
-    # As many layers beside each other as there is room for.
-    room = max((console.width - max(map(len, stacked), default=0)) // 10, 1)
-    for start in range(0, max(map(len, stacked.values()), default=0), room):
-        table = Table(box=None, header_style="bold", pad_edge=False)
-        table.add_column("layer")
-        for layer in range(start, min(start + room, max(map(len, stacked.values())))):
-            table.add_column(str(layer), justify="right")
-        for name, norm in stacked.items():
-            table.add_row(name, *(f"{value:.3g}" for value in norm[start : start + room]))
-        console.print(table)
-
-
-def _mean(losses: NDArray[np.float32], weights: NDArray[np.float32]) -> float:
-    total = float(np.sum(weights))
-    # A loss that is not finite must not spoil the mean where it has no weight.
-    return float(np.sum(losses[weights > 0] * weights[weights > 0])) / total if total else 0.0
-
-
-def _quantile(values: NDArray[np.float32], share: float) -> float:
-    finite = values[np.isfinite(values)]
-    return float(np.quantile(finite, share)) if len(finite) else np.inf
+    return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
 
 
 def _finite(value: Any) -> Any:

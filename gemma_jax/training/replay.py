@@ -1,40 +1,119 @@
 """A batch looked at closely: the loss of every token, and the gradient norm of every layer."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from numpy.typing import NDArray
 
+from gemma_jax.checkpoint.folders import STEPS_FOLDER, saved_steps
+from gemma_jax.checkpoint.record import DamagedCheckpoint, RunRecord, run_record
+from gemma_jax.checkpoint.restore import load_params
+from gemma_jax.config import TrainingConfig
+from gemma_jax.data.loader import Dataset
 from gemma_jax.data.packing import Batch
+from gemma_jax.errors import UserError
 from gemma_jax.model.scoring import token_log_probs
+from gemma_jax.paths import user_path
 from gemma_jax.sharding import local_rows, logical_axes, parameter_name, put_batch
+from gemma_jax.training.metrics import read_metrics
 from gemma_jax.training.objectives import Recipe
+from gemma_jax.training.sinks import Entry
+from gemma_jax.training.stability import Stability
 from gemma_jax.training.step import sums_and_gradients
 
 
-class BatchMeasures(NamedTuple):
-    """What some parameters make of a batch."""
+class Replay(NamedTuple):
+    """A step that was looked at again."""
 
+    step: int
+    params_step: int  # steps that the parameters had been trained for
+    first_row: int  # number of the batch's first row in the stream of training rows
+    batch: Batch  # all its rows
     token_losses: NDArray[np.float32]  # [B, L] nats, of weighted and other targets alike
     loss: float  # nats a token, as the step computes it
     gradient_norms: dict[str, NDArray[np.float32]]  # by parameter: [layers] where it is stacked, else []
+    logged: Entry | None  # what the run itself wrote of this step
+
+    def row_loss(self, row: int) -> float:
+        """Mean loss of a row's weighted targets, nats; 0 where there are none."""
+        return mean_loss(self.token_losses[row], self.batch.loss_weights[row])
+
+    def rows_by_loss(self, limit: int) -> list[int]:
+        """Numbers within the batch: losses that are not finite, then the highest ones; limit 0: all."""
+        losses = np.array([self.row_loss(row) for row in range(len(self.batch.tokens))])
+        order = np.argsort(np.where(np.isfinite(losses), -losses, -np.inf), kind="stable").tolist()
+        return order[: limit or None]
+
+    @property
+    def gradient_norm(self) -> float:
+        """Of all parameters together."""
+        squares = [np.sum(np.square(x, dtype=np.float64)) for x in self.gradient_norms.values()]
+        return float(np.sqrt(sum(squares)))
 
 
-def measure_batch(recipe: Recipe, params: nnx.State, read: Callable[[list[int]], Batch]) -> BatchMeasures:
+def mean_loss(losses: NDArray[np.float32], weights: NDArray[np.float32]) -> float:
+    """The weighted mean, 0 where no weight is; a loss without weight may be anything."""
+    counted = weights > 0
+    return float(np.average(losses[counted], weights=weights[counted])) if np.any(counted) else 0.0
+
+
+def replay_step(recipe: Recipe, dataset: Dataset, step: int) -> Replay:
+    """The batch of a step made again, and what the newest parameters from before it make of it.
+
+    Raises:
+      UserError: no parameters are left, or the checkpoint belongs to another model.
+    """
+    config = recipe.config
+    checkpoints = list(_checkpoints(config))
+    history = checkpoints[0][1].history if checkpoints else {}
+    first_row = Stability.from_record(config.stability, history).first_row(step - 1, config.data.batch_size)
+    for folder, record in checkpoints:
+        if record.step < step:
+            try:
+                params = load_params(folder, record, recipe.model)
+                return replay_batch(recipe, dataset, params, step, first_row, record.step)
+            except DamagedCheckpoint as error:
+                print(f"{error} An older one is used here", file=sys.stderr)
+    if config.fork_from:
+        raise UserError(
+            f"no parameters from before step {step} are left in {config.run_dir} or {config.fork_from}; "
+            "show a later step."
+        )
+    return replay_batch(recipe, dataset, recipe.model.init(config.seed), step, first_row, 0)
+
+
+def _checkpoints(config: TrainingConfig) -> Iterator[tuple[epath.Path, RunRecord]]:
+    """What a run still has, the newest first, and what it was forked from."""
+    steps_folder = user_path(config.run_dir) / STEPS_FOLDER
+    folders = [steps_folder / str(step) for step in reversed(saved_steps(steps_folder.parent))]
+    for folder in [*folders, *([epath.Path(config.fork_from)] if config.fork_from else [])]:
+        try:
+            yield folder, run_record(folder)
+        except DamagedCheckpoint as error:
+            print(f"{error} An older one is used here", file=sys.stderr)
+
+
+def replay_batch(
+    recipe: Recipe, dataset: Dataset, params: nnx.State, step: int, first_row: int, params_step: int
+) -> Replay:
     """Compute the loss and gradient of a batch of documents as a step does, and keep their parts.
 
     Args:
-      recipe: of the run.
+      recipe, dataset: of the run.
       params: of the model, on the recipe's mesh.
-      read: returns the rows of these numbers of the batch; called with those that this process feeds.
+      step: whose batch it is.
+      first_row: of the batch.
+      params_step: steps that `params` were trained for.
     """
-    model_spec, mesh, size = recipe.model, recipe.model.mesh, recipe.config.data.batch_size
+    config, model_spec, mesh = recipe.config, recipe.model, recipe.model.mesh
     differentiate = sums_and_gradients(recipe)
 
     def measure(params: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
@@ -46,12 +125,16 @@ def measure_batch(recipe: Recipe, params: nnx.State, read: Callable[[list[int]],
         norms = {parameter_name(path): _norm(variable) for path, variable in leaves}
         return -log_probs, sums["loss"].mean, norms
 
-    batch = put_batch(read(local_rows(size, mesh)), size, mesh)
+    size = config.data.batch_size
+    fed = put_batch(dataset.train.batch(first_row, size, local_rows(size, mesh)), size, mesh)
     # A copy on every device, so that every process of a job can read all of it.
     losses, loss, norms = jax.device_get(
-        jax.jit(measure, out_shardings=NamedSharding(mesh, P()))(params, batch)
+        jax.jit(measure, out_shardings=NamedSharding(mesh, P()))(params, fed)
     )
-    return BatchMeasures(np.asarray(losses), float(loss), norms)
+    entries = read_metrics(user_path(config.run_dir))
+    logged = next((entry for entry in entries if entry["step"] == step and "loss" in entry), None)
+    batch = dataset.train.batch(first_row, size)
+    return Replay(step, params_step, first_row, batch, np.asarray(losses), float(loss), norms, logged)
 
 
 def _norm(gradient: nnx.Variable[Any]) -> jax.Array:

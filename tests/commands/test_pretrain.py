@@ -132,7 +132,7 @@ def test_too_many_steps_that_are_not_finite_end_the_run_and_name_the_layers(
     assert [line.split()[1] for line in told] == ["2", "3", "4"]
     assert told[-1].endswith("(3 in a row, 3 in all)")
     assert last.startswith("error: the loss of step 5 is nan") and "the last of 4 such steps in a row" in last
-    assert "not finite are the gradients of" in last and "blocks.attention.q of layers 0 to 1" in last
+    assert "not finite are the gradients of" in last and "blocks.attention.q" in last
     assert any("with the very parameters that the step began with (step 4)" in line for line in shown)
     run = tmp_path / "run"
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["2", "4"]

@@ -1,5 +1,6 @@
 """The batch of a past step, rebuilt and read."""
 
+import io
 import json
 import math
 import re
@@ -12,18 +13,12 @@ import pytest
 from rich.console import Console
 
 from gemma_jax.cli import main
-from gemma_jax.commands.replay_report import Replay, print_report
-from gemma_jax.config import DataConfig, PretrainConfig
+from gemma_jax.commands.replay_report import print_report
+from gemma_jax.config import DataConfig
 from gemma_jax.data.loader import Loader, prepare
 from gemma_jax.tokenizer import Tokenizer
 from gemma_jax.training.metrics import read_metrics
-from gemma_jax.training.replay import BatchMeasures
-
-
-@pytest.fixture
-def trained(tiny_run: Path) -> Path:
-    """A run of 8 steps with checkpoints after 4 and 8."""
-    return tiny_run
+from gemma_jax.training.replay import Replay
 
 
 def replayed(capsys: pytest.CaptureFixture[str], *arguments: object) -> list[dict[str, Any]]:
@@ -34,10 +29,10 @@ def replayed(capsys: pytest.CaptureFixture[str], *arguments: object) -> list[dic
 
 
 def test_the_step_after_a_checkpoint_has_the_numbers_that_the_run_logged(
-    trained: Path, capsys: pytest.CaptureFixture[str]
+    tiny_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    summary, *rows = replayed(capsys, trained, 5, "--rows", 0)
-    logged = next(entry for entry in read_metrics(trained) if entry["step"] == 5)
+    summary, *rows = replayed(capsys, tiny_run, 5, "--rows", 0)
+    logged = next(entry for entry in read_metrics(tiny_run) if entry["step"] == 5)
     assert summary["parameters_of_step"] == 4 and summary["logged"] == logged
     assert summary["loss"] == pytest.approx(logged["loss"], rel=1e-6)
     assert summary["grad_norm"] == pytest.approx(logged["grad_norm"], rel=1e-5)
@@ -58,10 +53,10 @@ def test_the_step_after_a_checkpoint_has_the_numbers_that_the_run_logged(
 
 
 def test_segments_are_the_text_at_the_place_that_is_named(
-    trained: Path, capsys: pytest.CaptureFixture[str]
+    tiny_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tokenizer = Tokenizer.load(trained / "tokenizer.model")
-    _, *rows = replayed(capsys, trained, 2, "--rows", 0)
+    tokenizer = Tokenizer.load(tiny_run / "tokenizer.model")
+    _, *rows = replayed(capsys, tiny_run, 2, "--rows", 0)
     segments = [segment for row in rows for segment in row["segments"]]
     assert len(segments) > 4
     for segment in segments:
@@ -73,22 +68,22 @@ def test_segments_are_the_text_at_the_place_that_is_named(
 
 
 def test_every_step_before_the_first_checkpoint_has_the_first_parameters(
-    trained: Path, capsys: pytest.CaptureFixture[str]
+    tiny_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (summary,) = replayed(capsys, trained, 1)[:1]
+    (summary,) = replayed(capsys, tiny_run, 1)[:1]
     assert summary["parameters_of_step"] == 0
     assert summary["loss"] == pytest.approx(summary["logged"]["loss"], rel=1e-6)
-    (summary,) = replayed(capsys, trained, 2)[:1]
+    (summary,) = replayed(capsys, tiny_run, 2)[:1]
     assert summary["parameters_of_step"] == 0
     assert abs(summary["loss"] - summary["logged"]["loss"]) > 1e-3
     # The checkpoint of a step comes after it.
-    assert [replayed(capsys, trained, step)[0]["parameters_of_step"] for step in (4, 8)] == [0, 4]
+    assert [replayed(capsys, tiny_run, step)[0]["parameters_of_step"] for step in (4, 8)] == [0, 4]
 
 
 def test_a_step_that_is_to_come_and_another_mesh(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = Path(shutil.copytree(trained, tmp_path / "longer"))
+    run = Path(shutil.copytree(tiny_run, tmp_path / "longer"))
     config = json.loads((run / "config.json").read_text()) | {"steps": 11}
     (run / "config.json").write_text(json.dumps(config))
     on_two = replayed(capsys, run, 10)
@@ -98,43 +93,37 @@ def test_a_step_that_is_to_come_and_another_mesh(
     assert [row["row"] for row in on_four[1:]] == [row["row"] for row in on_two[1:]]
 
 
+Read = tuple[Loader, Tokenizer]
+
+
 @pytest.fixture
-def loader(trained: Path) -> tuple[Loader, Tokenizer, PretrainConfig]:
-    config = PretrainConfig(
-        data=DataConfig(
-            sources=(f"{trained.parent}/corpus/*.txt",),
-            sequence_length=64,
-            batch_size=4,
-            held_out=0.0,
-            cache_dir=str(trained.parent / "cache"),
-        )
+def loader(tiny_run: Path) -> Read:
+    config = DataConfig(
+        sources=(f"{tiny_run.parent}/corpus/*.txt",),
+        sequence_length=64,
+        batch_size=4,
+        held_out=0.0,
+        cache_dir=str(tiny_run.parent / "cache"),
     )
-    tokenizer = Tokenizer.load(trained / "tokenizer.model")
-    return prepare(config.data, tokenizer, 0).train, tokenizer, config
+    tokenizer = Tokenizer.load(tiny_run / "tokenizer.model")
+    return prepare(config, tokenizer, 0).train, tokenizer
 
 
-def report(
-    loader: tuple[Loader, Tokenizer, PretrainConfig], replay: Replay, limit: int = 0, terminal: bool = False
-) -> str:
-    import io
-
+def report(loader: Read, replay: Replay) -> str:
     screen = io.StringIO()
-    console = Console(file=screen, force_terminal=terminal, width=80, highlight=False)
-    print_report(replay, loader[0], loader[1], limit, console)
+    print_report(replay, *loader, 0, Console(file=screen, width=80, highlight=False))
     return screen.getvalue()
 
 
-def with_losses(loader: tuple[Loader, Tokenizer, PretrainConfig], losses: np.ndarray) -> Replay:
-    """The first batch, with losses that are made up."""
+def with_losses(loader: Read, losses: np.ndarray, first_row: int = 0) -> Replay:
+    """A batch with losses that are made up."""
     # Numbers of numpy stand for those of the device.
     norms = {"embedding": np.float32(3.0), "blocks.q": np.array([4.0, 12.0], np.float32)}
-    measures = BatchMeasures(losses.astype(np.float32), float(losses.mean()), norms)
-    return Replay(7, 3, 0, loader[0].batch(0, 4), measures, None)
+    batch = loader[0].batch(first_row, 4)
+    return Replay(7, 3, first_row, batch, losses.astype(np.float32), float(losses.mean()), norms, None)
 
 
-def test_rows_that_are_not_finite_come_first_and_tokens_are_marked(
-    loader: tuple[Loader, Tokenizer, PretrainConfig],
-) -> None:
+def test_rows_that_are_not_finite_come_first_and_tokens_are_marked(loader: Read) -> None:
     losses = np.full((4, 64), 2.0)
     losses[1] = 5.0
     losses[2, 3] = np.nan
@@ -144,16 +133,14 @@ def test_rows_that_are_not_finite_come_first_and_tokens_are_marked(
     assert replay.gradient_norm == pytest.approx(13.0)
     shown = report(loader, replay)
     assert " nan⟧" in shown and " inf⟧" in shown and "1 of " in shown
-    assert "gradient norms: embedding 3; by layer:" in shown
+    assert "  embedding 3\n  blocks.q 4 12\n" in shown
     # All of a batch: marks would hide the text, and say nothing.
     spoilt = report(loader, with_losses(loader, np.full((4, 64), np.nan)))
     assert "these parameters are spoilt, whatever the batch" in spoilt
     assert "⟦" not in spoilt.partition("│")[2] and "losses are not finite" in spoilt
 
 
-def test_tokens_without_weight_are_told_and_do_not_count(
-    loader: tuple[Loader, Tokenizer, PretrainConfig],
-) -> None:
+def test_tokens_without_weight_are_told_and_do_not_count(loader: Read) -> None:
     losses = np.full((4, 64), 1.0)
     losses[0, :4] = 1000.0
     replay = with_losses(loader, losses)
@@ -167,22 +154,21 @@ def test_tokens_without_weight_are_told_and_do_not_count(
     assert replay.row_loss(0) == 0.0
 
 
-def test_documents_cannot_control_the_terminal(loader: tuple[Loader, Tokenizer, PretrainConfig]) -> None:
+def test_documents_cannot_control_the_terminal(loader: Read) -> None:
     shown = ""
     for first in range(0, loader[0].num_rows, 4):
-        measures = BatchMeasures(np.ones((4, 64), np.float32), 1.0, {})
-        shown += report(loader, Replay(1, 0, first, loader[0].batch(first, 4), measures, None))
+        shown += report(loader, with_losses(loader, np.ones((4, 64)), first))
     assert "QXJ ж☃ ZZZ" in re.sub(r"⟦([^⟧]*) \d+\.\d⟧", r"\1", shown)  # pieces of bytes, too
     assert "\x1b" not in shown and "\x07" not in shown
     assert "\\x1b" in re.sub(r" \d+\.\d⟧|⟦", "", shown)
 
 
 def test_data_that_has_changed_is_not_taken_for_what_the_run_saw(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, corpus = tmp_path / "run", tmp_path / "corpus"
-    shutil.copytree(trained, run)
-    shutil.copytree(trained.parent / "corpus", corpus)
+    shutil.copytree(tiny_run, run)
+    shutil.copytree(tiny_run.parent / "corpus", corpus)
     config = json.loads((run / "config.json").read_text())
     config["data"]["sources"] = [f"{corpus}/*.txt"]
     (run / "config.json").write_text(json.dumps(config))
