@@ -14,6 +14,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 from gemma_jax.config import sections
 from gemma_jax.config.experiments import TrainingConfig
+from gemma_jax.config.sections import leaves
 from gemma_jax.config.serialization import (
     EXPERIMENTS,
     from_dict,
@@ -44,18 +45,11 @@ class _Parser(argparse.ArgumentParser):
 
 def _add_options(parser: argparse.ArgumentParser, config: Any) -> None:
     """One option for each leaf field of `config`, sections as titled groups."""
-    leaves: list[tuple[Any, str, Any]] = []
+    groups: dict[str, Any] = {"": parser}
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            group = parser.add_argument_group(field.name, type(value).__doc__)
-            leaves += [(group, f"{field.name}.{f.name}", f) for f in dataclasses.fields(value)]
-        else:
-            leaves.append((parser, field.name, field))
-    for group, name, field in leaves:
-        default: Any = config
-        for part in name.split("."):
-            default = getattr(default, part)
+        if dataclasses.is_dataclass(section := getattr(config, field.name)):
+            groups[field.name] = parser.add_argument_group(field.name, type(section).__doc__)
+    for name, field, default in leaves(config):
         shown = " ".join(map(_shown, default)) if isinstance(default, tuple) else str(default)
         # argparse formats help with %, so a literal one is doubled.
         meaning = f"{field.metadata['help']} (default: {shown or 'empty'})".replace("%", "%%")
@@ -71,7 +65,7 @@ def _add_options(parser: argparse.ArgumentParser, config: Any) -> None:
             options["metavar"] = _form(arguments[0])
         else:
             options |= {"type": _reader(field.type), "metavar": _form(field.type)}
-        group.add_argument(f"--{name}", **options)
+        groups[name.rpartition(".")[0]].add_argument(f"--{name}", **options)
 
 
 def _form(kind: Any) -> str:

@@ -6,10 +6,12 @@ a config must not need jax.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, Literal
 
 TOO_LARGE = 2**31  # for any number here: on devices, integers have 32 bits
 LARGEST_SEED = 2**32 - 1  # jax.random.key drops higher bits without a word
+ABOVE_ZERO, BELOW_ONE = 1e-9, 1 - 1e-9  # for numbers that may come near these but must not reach them
 MOST_ROWS = 10**6  # of a batch
 MOST_CPU_DEVICES = 1024  # jax needs more than a second to make more
 
@@ -24,6 +26,16 @@ def setting(default: Any, meaning: str, least: float | None = None, most: float 
       most: the largest.
     """
     return dataclasses.field(default=default, metadata={"help": meaning, "least": least, "most": most})
+
+
+def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
+    """Dotted name, field and value of everything that can be set in a config or section."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", field, value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +86,7 @@ class DataConfig:
         "ArrayRecord files of token ids.",
     )
     weights: tuple[float, ...] = setting(
-        (), "Share of rows from each source; empty means in proportion to their size."
+        (), "Share of rows from each source; empty means in proportion to their size.", ABOVE_ZERO
     )
     text_field: str = setting("text", "The field or column that holds the text.")
     bad_records: Literal["error", "skip"] = setting(
@@ -85,7 +97,7 @@ class DataConfig:
         "Share of documents held out for evaluation, chosen by their text's hash; of pieces of them where "
         "there are too few documents.",
         0,
-        1,
+        BELOW_ONE,
     )
     sequence_length: int = setting(2048, "Tokens in a row.", 1)
     batch_size: int = setting(8, "Rows in a global batch.", 1, MOST_ROWS)
@@ -115,8 +127,8 @@ class OptimizerConfig:
         0.2, "warmup-stable-decay: share of all steps in which the rate falls at the end.", 0, 1
     )
     final_fraction: float = setting(0.1, "Learning rate at the last step, as a share of the peak.", 0, 1)
-    b1: float = setting(0.9, "Decay of the first moment.", 0)
-    b2: float = setting(0.95, "Decay of the second moment.", 0)
+    b1: float = setting(0.9, "Decay of the first moment.", 0, BELOW_ONE)
+    b2: float = setting(0.95, "Decay of the second moment.", 0, BELOW_ONE)
     first_moment_dtype: Literal["param", "float32", "bfloat16"] = setting(
         "param", "Of the stored first moment (AdamW, Lion): compute.param_dtype, or another to save memory."
     )
@@ -253,7 +265,9 @@ class SamplingConfig:
         0.0, "0 takes the likeliest token; 1 samples from the model's distribution.", 0
     )
     top_k: int = setting(0, "Sample among this many likeliest tokens; 0 among all.", 0)
-    top_p: float = setting(1.0, "Sample among the likeliest tokens that hold this much probability.")
+    top_p: float = setting(
+        1.0, "Sample among the likeliest tokens that hold this much probability.", ABOVE_ZERO, 1
+    )
     seed: int = setting(0, "Decides the samples.", 0, LARGEST_SEED)
     samples: int = setting(1, "Continuations of each prompt.", 1)
     stop: tuple[str, ...] = setting((), "Texts that end a continuation, and are not part of it.")

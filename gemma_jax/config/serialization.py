@@ -9,6 +9,7 @@ import typing
 from typing import Any, Literal, TypeVar
 
 from gemma_jax.config.experiments import PretrainConfig, TrainingConfig
+from gemma_jax.config.sections import leaves
 from gemma_jax.errors import UserError
 
 Config = TypeVar("Config")
@@ -126,14 +127,8 @@ def _checked(annotation: Any, value: Any, origin: str, field: str) -> Any:
 
 def differences(before: Any, now: Any) -> list[tuple[str, Any, Any]]:
     """Dotted name, value before and value now of every field in which two configs of one kind differ."""
-    found: list[tuple[str, Any, Any]] = []
-    for field in dataclasses.fields(now):
-        a, b = getattr(before, field.name), getattr(now, field.name)
-        if dataclasses.is_dataclass(b):
-            found += [(f"{field.name}.{name}", then, value) for name, then, value in differences(a, b)]
-        elif a != b:
-            found.append((field.name, a, b))
-    return found
+    pairs = zip(leaves(before), leaves(now), strict=True)
+    return [(name, then, value) for (name, _, then), (_, _, value) in pairs if then != value]
 
 
 def within(name: str, sections: typing.Iterable[str]) -> bool:

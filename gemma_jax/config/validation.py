@@ -19,6 +19,7 @@ from gemma_jax.config.sections import (
     MeshConfig,
     SamplingConfig,
     TransformerConfig,
+    leaves,
 )
 from gemma_jax.config.serialization import from_dict
 from gemma_jax.errors import UserError
@@ -42,13 +43,10 @@ def validate_bounds(config: Any, prefix: str = "") -> None:
     Raises:
       UserError: naming the field, its value and its bounds.
     """
-    for field in dataclasses.fields(config):
-        name, value = prefix + field.name, getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            validate_bounds(value, f"{name}.")
-        least, most = field.metadata.get("least"), field.metadata.get("most")
+    for name, field, value in leaves(config, prefix):
+        least, most = field.metadata["least"], field.metadata["most"]
         for number in value if isinstance(value, tuple) else (value,):
-            if dataclasses.is_dataclass(number) and number is not value:
+            if dataclasses.is_dataclass(number):
                 validate_bounds(number, f"{name}: ")
             elif least is not None and number is not None:
                 _require(least <= number <= most, f"{name} is {value}, but must be from {least} to {most}.")
@@ -102,9 +100,6 @@ def validate(config: TrainingConfig) -> None:
         not profiled or profiled[-1] <= config.steps,
         f"profile is {config.profile}, but the run has {config.steps} steps.",
     )
-    for name in ("b1", "b2"):
-        value = getattr(optimizer, name)
-        _require(value < 1, f"optimizer.{name} is {value}, but must be below 1.")
     for group in optimizer.groups:
         _require(
             bool(group.pattern) and (group.learning_rate_factor, group.weight_decay) != (None, None),
@@ -118,7 +113,6 @@ def validate(config: TrainingConfig) -> None:
         + (f" and optimizer.decay_fraction of {config.steps} steps {decay}" if decay else "")
         + f", more than all {config.steps} steps; warm up more briefly, or raise steps.",
     )
-    _require(data.held_out < 1, "data.held_out is 1, which leaves nothing to train on.")
     _require(
         data.sequence_length <= model.context_length,
         f"data.sequence_length is {data.sequence_length}, longer than "
@@ -140,10 +134,6 @@ def validate(config: TrainingConfig) -> None:
         len(data.weights) in (0, len(data.sources)),
         f"data.weights has {len(data.weights)} entries for {len(data.sources)} data.sources; "
         "give one each, or none.",
-    )
-    _require(
-        all(math.isfinite(w) and w > 0 for w in data.weights),
-        f"data.weights is {data.weights}, but every weight must be above 0.",
     )
     validate_mesh(config.mesh)
     if config.mesh.cpu_devices:
@@ -172,7 +162,6 @@ def validate_sampling(config: SamplingConfig) -> None:
     UserError: naming the setting that is out of range.
     """
     validate_bounds(config)
-    _require(0 < config.top_p <= 1, f"top_p is {config.top_p}, but must be above 0 and at most 1.")
     _require(all(config.stop), "stop holds an empty text, which would end every continuation; leave it out.")
 
 

@@ -22,11 +22,11 @@ from gemma_jax.errors import UserError
 from gemma_jax.model import ModelSpec
 from gemma_jax.pretrained.end_tokens import end_tokens
 from gemma_jax.pretrained.hub import download, is_hub_name
-from gemma_jax.pretrained.huggingface import HuggingFaceDirectory
+from gemma_jax.pretrained.huggingface import INDEX_FILE, HuggingFaceDirectory
 from gemma_jax.pretrained.layout import Weights
 from gemma_jax.pretrained.placement import place
 from gemma_jax.pretrained.published_config import CONFIG_FILE, LARGEST_FILE, read_config
-from gemma_jax.pretrained.terms import has_notice, has_published_shape
+from gemma_jax.pretrained.terms import PUBLISHED_SHAPES, has_notice
 from gemma_jax.tokenizer import Tokenizer
 
 RANDOM = "random:"
@@ -44,16 +44,13 @@ class Checkpoint:
     config: TransformerConfig
     dtype: str  # of the numbers on disk
     tokenizer_path: str  # empty where there is none
-    gemma_terms: bool  # whether the weights derive from Google's, and so are under its terms of use
+    terms_source: (
+        str  # what a NOTICE says of where weights under Google's terms are from; empty: not under them
+    )
     params: Callable[[ModelSpec], nnx.State]
     """Reads the parameters to their place on the mesh; UserError where they are damaged or do not fit."""
 
     weights: Weights | None = None  # of the published forms: the arrays as they lie on disk
-
-    @property
-    def terms_source(self) -> str:
-        """What a NOTICE is to say of where the weights are from; empty: they need none."""
-        return self.name if self.gemma_terms else ""
 
     def tokenizer(self) -> Tokenizer | None:
         """Raises:
@@ -85,8 +82,7 @@ def open_checkpoint(name: str | os.PathLike[str]) -> Checkpoint:
     if is_published(folder):
         return _published(name, folder)
     if not os.path.exists(folder) and is_hub_name(name):
-        found = _published(name, download(name))
-        return dataclasses.replace(found, gemma_terms=found.gemma_terms or name.startswith("google/"))
+        return _published(name, download(name))
     return _run(name)
 
 
@@ -105,7 +101,7 @@ def require_tokenizer(name: str | os.PathLike[str]) -> None:
 
 def _random(name: str) -> Checkpoint:
     config = preset(name.removeprefix(RANDOM))
-    return Checkpoint(name, "", config, "float32", "", False, lambda spec: spec.init(seed=0))
+    return Checkpoint(name, "", config, "float32", "", "", lambda spec: spec.init(seed=0))
 
 
 def is_published(folder: str | os.PathLike[str]) -> bool:
@@ -125,11 +121,7 @@ def is_published(folder: str | os.PathLike[str]) -> bool:
 
 
 def _has_safetensors(folder: Path) -> bool:
-    try:
-        names = os.listdir(folder)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be read ({error.strerror}); check your access.") from error
-    return any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names)
+    return any(path.name.endswith((".safetensors", INDEX_FILE)) for path in folder.glob("*.safetensors*"))
 
 
 def flax_folder(folder: Path) -> Path | None:
@@ -140,7 +132,7 @@ def flax_folder(folder: Path) -> Path | None:
     """
     if os.path.isfile(folder / FLAX_METADATA):
         return folder
-    found = [child for child in sorted(folder.iterdir()) if os.path.isfile(child / FLAX_METADATA)]
+    found = sorted(path.parent for path in folder.glob(f"*/{FLAX_METADATA}"))
     if len(found) > 1:
         names = ", ".join(child.name for child in found)
         raise UserError(f"{folder} holds several Flax checkpoints ({names}); give the path of one.")
@@ -164,13 +156,14 @@ def _published(name: str, folder: Path) -> Checkpoint:
         size = Tokenizer.load(tokenizer).vocab_size if known is None and tokenizer.exists() else None
         flax = FlaxDirectory(arrays, known, size)
         weights, config, dtype = flax, flax.config, flax.dtype
+    from_google = name.startswith("google/") or has_notice(folder) or config in PUBLISHED_SHAPES
     return Checkpoint(
         name,
         str(folder),
         config,
         dtype,
         str(tokenizer) if tokenizer.exists() else "",
-        has_notice(folder) or has_published_shape(config),
+        name if from_google else "",
         lambda spec: place(weights, spec),
         weights,
     )
@@ -191,6 +184,6 @@ def _run(name: str) -> Checkpoint:
         config,
         record.arrays["params"]["embedding"].dtype,
         str(tokenizer) if tokenizer.exists() else "",
-        has_notice(run_dir),
+        name if has_notice(run_dir) else "",
         lambda spec: load_params(folder, record, spec),
     )

@@ -3,7 +3,6 @@
 The clients' own settings are honoured: HF_TOKEN or `hf auth login`, HF_HOME, HF_HUB_OFFLINE, and Kaggle's.
 """
 
-import errno
 import os
 import re
 from pathlib import Path
@@ -66,16 +65,15 @@ def _from_hub(name: str) -> Path:
             )
         )
     except LocalEntryNotFoundError as error:
-        raise _told(model, revision, problem or error) from error
+        raise _refusal(model, revision, problem or error) from error
     except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
-        raise _told(model, revision, error) from error
+        raise _refusal(model, revision, error) from error
 
 
-def _told(model: str, revision: str, error: Exception) -> UserError:
+def _refusal(model: str, revision: str, error: Exception) -> UserError:
     """The sentence for what went wrong, where the cache has no copy either."""
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -84,26 +82,22 @@ def _told(model: str, revision: str, error: Exception) -> UserError:
     page = f"https://huggingface.co/{model}"
     log_in = "log in with `hf auth login`, or set HF_TOKEN"
     if isinstance(error, OfflineModeIsEnabled):
-        told = "is not in the cache, and HF_HUB_OFFLINE keeps it from being downloaded; unset it"
+        reason = "is not in the cache, and HF_HUB_OFFLINE keeps it from being downloaded; unset it"
     elif isinstance(error, GatedRepoError):
-        told = f"is gated: accept its terms at {page}, then {log_in}"
+        reason = f"is gated: accept its terms at {page}, then {log_in}"
     elif isinstance(error, RepositoryNotFoundError):
-        told = (
+        reason = (
             "is neither a checkpoint here nor a repository of the Hub that you may read; check the name or, "
             f"if it is private or gated, {log_in}"
         )
     elif isinstance(error, RevisionNotFoundError):
-        told = f"has no revision {revision!r}; see {page}/tree/main for those it has"
-    elif isinstance(error, HfHubHTTPError) and error.response is not None:
-        status = error.response.status_code
-        told = f"was not given by the Hub, which answered with status {status}; "
-        told += f"accept its terms at {page}, then {log_in}" if status in (401, 403) else "try again later"
-    elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        told = "does not fit on the disk of its cache; make room, or set HF_HOME elsewhere"
+        reason = f"has no revision {revision!r}; see {page}/tree/main for those it has"
     else:
-        told = f"is not in the cache, and the Hub cannot be reached ({first_line(error)[:200]}); "
-        told += "check the connection, or give a local directory"
-    return UserError(f"{model} {told}.")
+        reason = (
+            f"is not in the cache, and cannot be had from the Hub ({first_line(error)[:200]}); "
+            "check the connection, the disk and your access, or give a local directory"
+        )
+    return UserError(f"{model} {reason}.")
 
 
 def _from_kaggle(name: str) -> Path:

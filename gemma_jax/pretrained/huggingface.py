@@ -125,16 +125,13 @@ class HuggingFaceDirectory:
         )
         check_tensors(found, wanted, str(self.folder), str(self.folder / CONFIG_FILE))
         if _TIED in self._files:
-            self._check_tied(self._tensor(_TIED))
+            self._check_tied()
 
-    def _check_tied(self, head: np.ndarray) -> None:
-        embedding = self._tensor("model.embed_tokens.weight")
-        step = 1024  # rows at a time: this copies what it compares
-        same = head.shape == embedding.shape and all(
-            head[i : i + step].tobytes() == embedding[i : i + step].tobytes()
-            for i in range(0, len(head), step)
-        )
-        if not same:
+    def _check_tied(self) -> None:
+        head, embedding = self._tensor(_TIED), self._tensor("model.embed_tokens.weight")
+        # As integers, so that NaN is equal to itself.
+        bits = [x.view(f"u{x.itemsize}") for x in (head, embedding)]
+        if not np.array_equal(bits[0], bits[1]):
             raise UserError(
                 f"{_TIED} of shape {head.shape} in {self.folder} is not model.embed_tokens.weight, of shape "
                 f"{embedding.shape}; in a Gemma both are one."

@@ -150,7 +150,7 @@ class SafetensorsFile:
           UserError: they have changed.
         """
         expected = self._checksums.get(name)
-        if expected is not None and _crc(self[name]) != expected:
+        if expected is not None and zlib.crc32(_raw_bytes(self[name])) != expected:
             raise self._broken(f"the numbers of {name!r} have changed since they were written")
 
 
@@ -159,8 +159,9 @@ def _naturals(value: Any) -> bool:
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
 
 
-def _crc(array: np.ndarray) -> int:
-    return zlib.crc32(np.asarray(array, order="C").reshape(-1).view(np.uint8).data)
+def _raw_bytes(array: np.ndarray) -> memoryview:
+    """The bytes of an array in C order; a view where it is in that order."""
+    return np.asarray(array, order="C").reshape(-1).view(np.uint8).data
 
 
 def write_safetensors(
@@ -200,8 +201,8 @@ def write_safetensors(
         for name, shape in shapes.items():
             array = np.asarray(tensor(name), order="C")
             assert array.shape == shape and array.dtype == dtype, (name, array.shape, array.dtype)
-            file.write(array.reshape(-1).view(np.uint8).data)
-            checksums[name] = _crc(array)
+            file.write(_raw_bytes(array))
+            checksums[name] = zlib.crc32(_raw_bytes(array))
         file.seek(0)
         file.write(length.to_bytes(8, "little") + encoded(checksums).ljust(length))
         file.flush()

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gemma_jax.config import PRESETS, TransformerConfig
+from gemma_jax.config import PRESETS
 
 if TYPE_CHECKING:
     from etils import epath
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 NOTICE_FILE = "NOTICE"
 # The sentence that section 3.1 of the terms asks for.
 SENTENCE = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
+# Weights in a published form and of a size that Google published are taken for Google's.
 PUBLISHED_SHAPES = (PRESETS["gemma_2b"], PRESETS["gemma_7b"])
 
 
@@ -21,11 +22,6 @@ def has_notice(folder: "Path | epath.Path") -> bool:
         return False
     with path.open("rb") as file:
         return b"gemma terms of use" in file.read(2**16).lower()
-
-
-def has_published_shape(config: TransformerConfig) -> bool:
-    """Whether weights in a published form are taken for Google's: they have a size that it published."""
-    return config in PUBLISHED_SHAPES
 
 
 def write_notice(folder: Path, source: str, dtype: str) -> None:

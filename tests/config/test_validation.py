@@ -35,7 +35,7 @@ PRETRAIN: list[tuple[dict[str, Any], str]] = [
     ({"mesh.cpu_devices": 100_000}, "mesh.cpu_devices is 100000"),
     ({"data.sequence_length": 8193}, "data.sequence_length is 8193, longer than model.context_length, 8192"),
     ({"data.held_out": 1.5}, "data.held_out is 1.5"),
-    ({"data.held_out": 1.0}, "data.held_out is 1, which leaves nothing"),
+    ({"data.held_out": 1.0}, "data.held_out is 1"),
     ({"data.sources": ()}, "data.sources is empty"),
     ({"data.weights": (1.0, 2.0)}, "data.weights has 2 entries for 1 data.sources"),
     ({"data.weights": (INF,)}, "data.weights is (inf,)"),
@@ -43,7 +43,7 @@ PRETRAIN: list[tuple[dict[str, Any], str]] = [
     ({"optimizer.warmup_steps": 6, "steps": 5}, "optimizer.warmup_steps is 6, more than all 5 steps"),
     ({"optimizer.schedule": "warmup-stable-decay", "optimizer.warmup_steps": 60, "steps": 100,
       "optimizer.decay_fraction": 0.5}, "optimizer.warmup_steps is 60 and"),
-    ({"optimizer.b1": 1.0}, "optimizer.b1 is 1.0, but must be below 1"),
+    ({"optimizer.b1": 1.0}, "optimizer.b1 is 1.0"),
     ({"profile": "0"}, "profile is 0, but must be a step or FIRST:LAST"),
     ({"profile": "9:11", "steps": 10}, "profile is 9:11, but the run has 10 steps"),
     ({"data.text_field": ""}, "data.text_field is empty"),
@@ -70,14 +70,12 @@ SAMPLE: list[tuple[dict[str, Any], str]] = [
     ("config", "check"), [(PretrainConfig(), validate), (SampleConfig(), validate_sample)]
 )
 def test_every_number_has_bounds_that_are_checked(config: Any, check: Callable[[Any], None]) -> None:
-    """But for top_p, which must be above 0."""
-
     def visit(section: Any, prefix: str) -> None:
         for field in dataclasses.fields(section):
             name, value = prefix + field.name, getattr(section, field.name)
             if dataclasses.is_dataclass(value):
                 visit(value, f"{name}.")
-            if field.type not in (int, float) or name == "top_p":
+            if field.type not in (int, float):
                 continue
             least, most = field.metadata["least"], field.metadata["most"]
             wrong = [least - 1, most + 1, 10**400] + [NAN, INF, -INF] * (field.type is float)
