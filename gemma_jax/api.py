@@ -3,7 +3,7 @@
 import dataclasses
 import operator
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
@@ -11,14 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gemma_jax.config import (
-    ComputeConfig,
-    MeshConfig,
-    SamplingConfig,
-    mesh_text,
-    replace,
-    sampling_config,
-)
+from gemma_jax.config import ComputeConfig, MeshConfig, SamplingConfig, mesh_text, replace, sampling_config
 from gemma_jax.data.chat import Message
 from gemma_jax.errors import UserError
 from gemma_jax.model import ModelSpec
@@ -221,7 +214,7 @@ class Gemma:
         Raises:
           UserError: rows of different lengths, ids out of range, longer than the context.
         """
-        rows = [self._prompt_ids(row) for row in token_ids]
+        rows = self._ids(token_ids)
         for row in rows:
             check_ids(row, self.config)
         if len(lengths := set(map(len, rows))) != 1:
@@ -244,9 +237,7 @@ class Gemma:
         Raises:
           UserError: text without a tokenizer, nothing to score, ids out of range, longer than the context.
         """
-        if isinstance(texts, str):
-            raise UserError("texts is one text; give a list of them.")
-        return self._scorer.score([self._prompt_ids(text) for text in texts])
+        return self._scorer.score(self._ids(texts))
 
     def generate(
         self, prompts: Sequence[str | Sequence[int]], config: SamplingConfig | None = None, **settings: Any
@@ -275,9 +266,7 @@ class Gemma:
             range, a setting of another type or out of range, more continuations than memory holds.
         """
         config = sampling_config(config or SamplingConfig(), settings)
-        if isinstance(prompts, str):
-            raise UserError("prompts is one text; give a list of them.")
-        ids = [self._prompt_ids(prompt) for prompt in prompts]
+        ids = self._ids(prompts)
         if not ids:
             return []
         self._generator.check_memory(ids, config)
@@ -317,13 +306,18 @@ class Gemma:
                 f"samples is {config.samples}, but a stream shows one continuation; leave it out."
             )
         completion = TextCompletion(self.tokenizer, config.stop)
-        requests = requests_of([self._prompt_ids(prompt)], config, self.end_tokens)
+        requests = requests_of(self._ids([prompt]), config, self.end_tokens)
         looks = self._generator.run(requests, [completion], stride=STRIDE)
         return ((completion.take(), completion.finish_reason) for _ in looks)
 
     def _completion(self, config: SamplingConfig) -> Completion:
         without_text = self._tokenizer is None and not config.stop
         return Completion() if without_text else TextCompletion(self.tokenizer, config.stop)
+
+    def _ids(self, prompts: Iterable[str | Sequence[int]]) -> list[list[int]]:
+        if isinstance(prompts, str):
+            raise UserError("a text stands where a list of them must be; put it into one.")
+        return [self._prompt_ids(prompt) for prompt in prompts]
 
     def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):

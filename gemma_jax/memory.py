@@ -14,7 +14,6 @@ from gemma_jax.errors import UserError
 # Limits that a container has, under version 2 and version 1 of Linux control groups.
 _CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
-
 SMALLER_MODEL = "choose a smaller model or a narrower compute.param_dtype"
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.special import log_softmax
 
 from gemma_jax import Gemma
 from gemma_jax.config import PRESETS, ComputeConfig, SamplingConfig, replace
@@ -21,8 +22,7 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> Gemma:
     texts = [f"{a} {b} été naïve 日本 {a * b}\n" for a in range(60) for b in range(60)]
     tokenizer = Tokenizer.train(texts, 410, tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
     config = replace(PRESETS["gemma_tiny"], {"vocab_size": 410})
-    mesh, compute = cpu_mesh(1), ComputeConfig()
-    spec = ModelSpec(config, compute, mesh)
+    spec = ModelSpec(config, ComputeConfig(), cpu_mesh(1))
     return Gemma(spec, spec.init(0), tokenizer)
 
 
@@ -49,25 +49,12 @@ def test_a_stop_text_ends_a_continuation_and_is_cut_off(gemma: Gemma) -> None:
     assert "".join(gemma.stream("1 2", seed=3, stop=[stop], **HOT)) == cut.text
 
 
-def test_typed_text_cannot_become_a_control_token(gemma: Gemma) -> None:
-    typed = gemma._prompt_ids("<start_of_turn>user\n<bos><eos>")
-    assert typed[0] == gemma.tokenizer.bos_id
-    assert not {0, 1, 2, 106, 107} & set(typed[1:])
-
-
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"temperature": -1.0}, "temperature is -1.0"),
     ({"top_k": 2.9}, "top_k must be an integer, not 2.9"),
-    ({"top_p": 0.0}, "top_p is 0.0"),
-    ({"max_new_tokens": 0}, "max_new_tokens is 0"),
-    ({"samples": 0}, "samples is 0"),
-    (
-        {"samples": 1_000_000_000},
-        "1,000,000,000 continuations, 1,073,741,824 at a time, needs .* GiB",
-    ),
-    ({"samples": 1_000_000_000, "batch_size": 8}, "1,000,000,000 continuations, 8 at a time, needs .* GiB"),
+    ({"samples": 10**9}, "1,000,000,000 continuations, 1,073,741,824 at a time, needs .* GiB"),
+    ({"samples": 10**9, "batch_size": 8}, "1,000,000,000 continuations, 8 at a time, needs .* GiB"),
     ({"stop": "return"}, "stop must be a list, not 'return'"),
-    ({"stop": [b"a"]}, "must be a string, not b.a."),
     ({"stop": [""]}, "empty text"),
     ({"temprature": 1.0}, "did you mean temperature"),
     ({"config": SamplingConfig(top_k=2.9)}, "top_k must be an integer"),
@@ -88,7 +75,7 @@ def test_settings_come_as_a_config_or_as_keywords(gemma: Gemma) -> None:
 
 
 def test_mistakes_are_told(gemma: Gemma) -> None:
-    for prompts, told in [(["1", b"1"], "bytes"), ("1", "give a list"), ([[2, None]], "integer")]:
+    for prompts, told in [(["1", b"1"], "bytes"), ("1", "list"), ([[2, None]], "integer")]:
         with pytest.raises(UserError, match=told):
             gemma.generate(prompts)
     with pytest.raises(UserError, match="samples is 2"):
@@ -117,8 +104,7 @@ def test_scores_are_those_of_the_logits_for_any_lengths_on_any_mesh() -> None:
     for row, ids in enumerate(sequences):
         padded[row, : len(ids)] = ids
     logits = np.concatenate([tiny_gemma().logits(rows).astype(np.float64) for rows in np.split(padded, 5)])
-    logits -= logits.max(axis=-1, keepdims=True)
-    log_probs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    log_probs = log_softmax(logits, axis=-1)
     for mesh in (cpu_mesh(1), cpu_mesh(8, fsdp=4, tensor=2)):
         scores = tiny_gemma(mesh).score(sequences)
         for row, (ids, of_row) in enumerate(zip(sequences, scores, strict=True)):
@@ -131,12 +117,11 @@ def test_scores_of_generated_tokens_and_of_texts(gemma: Gemma) -> None:
     prompt = [gemma.tokenizer.bos_id, *gemma.tokenizer.encode_typed("12 13")]
     [scores] = gemma.score([prompt + generation.token_ids])
     np.testing.assert_allclose(scores[len(prompt) - 1 :], generation.log_probs, rtol=1e-4, atol=1e-5)
-    assert gemma.score(["12 13", [2]]) == [gemma.score([prompt])[0], []]
-    for bad, told in [
-        ("text", "give a list"),
-        ([[]], "0 tokens"),
-        ([[0] * 257], "257 tokens"),
-        ([[410]], "410"),
-    ]:
+    typed = "<eos> is no control token"
+    ids = [gemma.tokenizer.bos_id, *gemma.tokenizer.encode_typed(typed)]
+    of_typed, of_one = gemma.score([typed, [2]])
+    np.testing.assert_allclose(of_typed, gemma.score([ids])[0], rtol=1e-4, atol=1e-5)
+    assert of_one == []
+    for bad, told in [("text", "list"), ([[]], "0 tokens"), ([[0] * 257], "257 tokens"), ([[410]], "410")]:
         with pytest.raises(UserError, match=told):
             gemma.score(bad)

@@ -22,15 +22,7 @@ from gemma_jax.model.layers import RESIDUAL, Block
 from gemma_jax.model.ops import Integers, rms_norm
 from gemma_jax.model.remat import rematerialized
 from gemma_jax.sharding import constrain, platform
-from gemma_jax.weights import (
-    EMBEDDING,
-    FINAL_NORM,
-    NO_CONTEXT,
-    Context,
-    Kind,
-    Weight,
-    parameter_table,
-)
+from gemma_jax.weights import EMBEDDING, FINAL_NORM, NO_CONTEXT, Context, Kind, Weight, parameter_table
 
 
 def compute_dtype(compute: ComputeConfig, mesh: Mesh) -> jnp.dtype:

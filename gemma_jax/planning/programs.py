@@ -114,7 +114,7 @@ def _sampling(mode: Mode, config: TrainingConfig, mesh: Mesh, new_tokens: int) -
     # As prefill leaves it: the cache split by rows and heads, everything else by rows.
     where = jax.tree.map(lambda _: by_row, state)
     cache = NamedSharding(mesh, partition_spec(KEYS_AXES, state.cache.keys.shape, mesh, "cache"))
-    where = dataclasses.replace(where, cache=dataclasses.replace(where.cache, keys=cache, values=cache))
+    where = where._replace(cache=dataclasses.replace(where.cache, keys=cache, values=cache))
     state = _placed(state, where)
     steps = jax.ShapeDtypeStruct((), jnp.int32)
     lowered = generator.decode.lower(params, state, steps)

@@ -7,8 +7,8 @@ Shape legend: B slots, R prompts of one prefill, P prompt length, S cache slots 
 tokens, D embed, V stored vocabulary rows.
 """
 
-import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,7 @@ from gemma_jax.weights import Context
 MAX_STEPS = 128  # new tokens of one dispatch
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class SlotSettings:
+class SlotSettings(NamedTuple):
     """How the tokens of each slot are chosen, and when they end."""
 
     limits: jax.Array  # [B] int32: new tokens allowed
@@ -35,9 +33,7 @@ class SlotSettings:
     adapters: jax.Array  # [B] int32: the number of the adapter
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Slots:
+class Slots(NamedTuple):
     """The state of a batch between two dispatches."""
 
     cache: KVCache
@@ -52,9 +48,7 @@ class Slots:
         return self.ended | (self.counts >= self.settings.limits)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class NewTokens:
+class NewTokens(NamedTuple):
     """What one dispatch adds: a slot's count says how many of its columns are valid."""
 
     tokens: jax.Array  # [B, T] int32
@@ -98,7 +92,7 @@ def prefill(
     place = lengths - 1 - start  # of the prompt's last token in the chunk
     newest = jnp.take_along_axis(hidden, jnp.clip(place, 0, P - 1)[:, None, None], axis=1)[:, 0]
     live = ~slots.done & (place >= 0) & (place < P)
-    slots = dataclasses.replace(slots, cache=cache)
+    slots = slots._replace(cache=cache)
     slots, first = _with_next_token(slots, model.logits(newest, context), _keys(settings), live)
     return slots, jax.tree.map(lambda old, new: jnp.where(live[:, None], new[:, None], old), new, first)
 
@@ -132,7 +126,7 @@ def insert(slots: Slots, new: Slots, rows: jax.Array) -> Slots:
 def free(slots: Slots, rows: jax.Array) -> Slots:
     """`slots` of which those where `rows` [B] is true are done."""
     limits = jnp.where(rows, slots.counts, slots.settings.limits)
-    return dataclasses.replace(slots, settings=dataclasses.replace(slots.settings, limits=limits))
+    return slots._replace(settings=slots.settings._replace(limits=limits))
 
 
 def decode(
@@ -160,7 +154,7 @@ def decode(
         segments = (~slots.done).astype(jnp.int32)[:, None]
         positions = slots.cache.lengths[:, None]
         hidden, cache = model.extend(slots.cache, slots.last[:, None], positions, segments, layers, context)
-        slots = dataclasses.replace(slots, cache=cache)
+        slots = slots._replace(cache=cache)
         slots, chosen = _with_next_token(slots, model.logits(hidden[:, 0], context), keys, ~slots.done)
         new = jax.tree.map(lambda all, one: all.at[:, step].set(one), new, chosen)
         return step + 1, slots, new
@@ -187,8 +181,7 @@ def _with_next_token(
     keys = jax.vmap(jax.random.fold_in)(keys, slots.counts)
     chosen, log_probs = select(logits, keys, settings.temperature, settings.top_k, settings.top_p)
     is_end = jnp.any(chosen[:, None] == settings.end_tokens, axis=1)
-    slots = dataclasses.replace(
-        slots,
+    slots = slots._replace(
         last=jnp.where(live, chosen, slots.last),
         counts=slots.counts + live,
         ended=slots.ended | (live & is_end),

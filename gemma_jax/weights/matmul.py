@@ -64,7 +64,7 @@ def sharded_matmul(x: jax.Array, arrays: list[jax.Array], structure: Structure) 
     Returns:
       [B, L, *O] in x's dtype.
     """
-    return matmul(x, _gathered(arrays, structure, x.dtype), structure.contract)
+    return matmul(x, _gathered(arrays, structure, x.dtype), structure.parameter.inputs)
 
 
 def _gathered(arrays: list[jax.Array], structure: Structure, dtype: Any) -> jax.Array:
@@ -91,7 +91,7 @@ def _forward(
     x, arrays = x.value, [array.value for array in arrays]
     # Not the whole weight: whoever keeps everything for the backward pass would keep the whole model. Where
     # the forward pass is computed again, the compiler sees that it and the backward pass gather the same.
-    result = matmul(x, _gathered(arrays, structure, x.dtype), structure.contract)
+    result = matmul(x, _gathered(arrays, structure, x.dtype), structure.parameter.inputs)
     return result, (x, arrays, () if trained else None)
 
 
@@ -99,7 +99,7 @@ def _backward(
     structure: Structure, saved: tuple[jax.Array, list[jax.Array], tuple[()] | None], d_out: Any
 ) -> tuple[jax.Array, list[jax.Array] | None]:
     x, arrays, trained = saved
-    contract, mesh = structure.contract, structure.mesh
+    contract, mesh = structure.parameter.inputs, structure.mesh
     if isinstance(d_out, jax.custom_derivatives.SymbolicZero):
         return jnp.zeros_like(x), None
     whole = _gathered(arrays, structure, x.dtype)

@@ -26,11 +26,6 @@ class Structure:
     axes: tuple[Axes, ...]  # logical, of each array
 
     @property
-    def contract(self) -> int:
-        """How many leading axes a matmul contracts."""
-        return self.parameter.inputs
-
-    @property
     def dense_spec(self) -> list[Any]:
         """Mesh axes of each dimension of the dense array."""
         about = self.parameter

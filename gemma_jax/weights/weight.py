@@ -84,8 +84,7 @@ class Weight(nnx.Module):
         all_axes = [logical_axes(leaf) for leaf in leaves]
         # One layer, cut out of the stack by a scan, has no axis `layers` any more.
         axes = tuple(names[len(names) - x.ndim :] for names, x in zip(all_axes, arrays, strict=True))
-        about = (self.parameter, self.mesh, self.differentiable)
-        return Structure(*about, graphdef, treedef, axes), arrays
+        return Structure(self.parameter, self.mesh, self.differentiable, graphdef, treedef, axes), arrays
 
     def matmul(self, x: jax.Array, context: Context) -> jax.Array:
         """[B, L, *C] activations -> [B, L, *O] in their dtype."""

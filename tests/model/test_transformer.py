@@ -40,8 +40,7 @@ def forward(config: TransformerConfig, compute: ComputeConfig = FLOAT32):
 
     def run(params, tokens, positions, segments):
         model = spec.merge(params)
-        hidden = model(tokens, positions, segments)
-        return model.logits(hidden)
+        return model.logits(model(tokens, positions, segments))
 
     return jax.jit(run)
 
@@ -113,17 +112,14 @@ def test_no_gradient_reaches_a_later_token_or_another_document() -> None:
     """
     segments = np.array([[1, 1, 1, 2, 2, 0]])
     positions = np.array([[0, 1, 2, 0, 1, 0]])
-    mesh = cpu_mesh(1)
-    spec = ModelSpec(TINY, FLOAT32, mesh)
-    params = random_params(TINY)
+    spec, params = ModelSpec(TINY, FLOAT32, cpu_mesh(1)), random_params(TINY)
 
     def outputs(embeddings: jax.Array) -> jax.Array:
         # Tokens 0 to 5, each once: the gradient of a row of the table is that of its place.
         arrays = named_arrays(params)
         arrays["embedding"] = arrays["embedding"].at[:6].set(embeddings)
         model = spec.merge(with_arrays(params, arrays))
-        hidden = model(np.arange(6)[None], positions, segments)
-        return hidden[0]
+        return model(np.arange(6)[None], positions, segments)[0]
 
     jacobian = jax.jacrev(outputs)(named_arrays(params)["embedding"][:6])  # [output, D, input, D]
     reached = np.abs(np.asarray(jacobian)).max(axis=(1, 3)) > 0
@@ -175,9 +171,8 @@ def test_each_policy_keeps_less_than_the_one_before() -> None:
 
 @pytest.mark.parametrize("policy", ["none", "products"])
 def test_no_whole_weight_is_kept_for_the_backward_pass(policy: str) -> None:
-    mesh, compute, tokens = cpu_mesh(8), ComputeConfig(remat=policy), np.zeros((8, 64), np.int32)
-    spec = ModelSpec(TINY, compute, mesh)
-    params = ModelSpec(TINY, compute, mesh).init(0)
+    spec, tokens = ModelSpec(TINY, ComputeConfig(remat=policy), cpu_mesh(8)), np.zeros((8, 64), np.int32)
+    params = spec.init(0)
     stacked = {array.shape for name, array in named_arrays(params).items() if name.count(".") == 2}
 
     def kept(params: nnx.State):

@@ -23,8 +23,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 def make_gemma(tokenizer: Tokenizer, end_tokens: Sequence[int] = (1, 107)) -> Gemma:
     config = replace(PRESETS["gemma_tiny"], {"vocab_size": 390, "context_length": 128})
-    mesh, compute = cpu_mesh(1), ComputeConfig()
-    spec = ModelSpec(config, compute, mesh)
+    spec = ModelSpec(config, ComputeConfig(), cpu_mesh(1))
     return Gemma(spec, spec.init(0), tokenizer, end_tokens)
 
 
@@ -47,8 +46,6 @@ def test_an_answer_continues_the_whole_dialogue(gemma: Gemma) -> None:
     assert second == gemma.generate([prompt], **SHORT, seed=5)[0].text
     prompt = encode_dialogue(gemma.tokenizer, chat.history[:1], answer=True)
     assert first == gemma.generate([prompt], **SHORT)[0].text
-    again = gemma.chat(history=chat.history[:2], **SHORT)
-    assert again.send(" 3 and 4\n", seed=5) == second
     # Each answer draws with a seed of its own, the chat's and the number of the turn.
     answers = [gemma.chat(history=chat.history[:2], **SHORT, seed=seed).send("1") for seed in (7, 7, 8)]
     turns = [*chat.history[:2], {"role": "user", "content": "1"}]
@@ -67,8 +64,7 @@ def test_streamed_pieces_are_the_answer(gemma: Gemma) -> None:
 
 def test_an_answer_that_is_left_early_is_kept_as_far_as_it_was_made(gemma: Gemma) -> None:
     chat = gemma.chat(max_new_tokens=16, temperature=1.0)
-    answer = chat.stream("1 and 2")
-    piece = next(answer)
+    piece = next(answer := chat.stream("1 and 2"))
     answer.close()  # a generator, which is what a `for` that breaks closes
     assert chat.history[-1] == {"role": "model", "content": piece}
     assert chat.finish_reason is None
@@ -115,7 +111,5 @@ def test_what_cannot_chat_says_why(tokenizer: Tokenizer, gemma: Gemma) -> None:
         base.chat()
     with pytest.raises(UserError, match="tokenizer.model"):
         Gemma.from_pretrained("random:gemma_tiny", instruction_tuned=True).chat()
-    with pytest.raises(UserError, match="temperature is -1"):
-        gemma.chat(temperature=-1).send("1")
     with pytest.raises(UserError, match="turn 1"):
         gemma.chat(history=[{"role": "model", "content": "a"}]).send("1")

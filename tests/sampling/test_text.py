@@ -98,16 +98,3 @@ def test_a_stop_text_cuts_at_its_first_place_and_keeps_the_tokens_before_it(toke
                 detokenizer = Detokenizer(tokenizer)
                 assert completion.text == whole
                 assert stop not in "".join(map(detokenizer.add, ids))
-
-
-def test_bytes_of_an_incomplete_character_are_no_text(tokenizer: Tokenizer) -> None:
-    first, *rest = tokenizer.encode(FLAG)
-    for stop in ("\ufffd", FLAG):
-        completion = TextCompletion(tokenizer, [stop])
-        assert not completion.add([*tokenizer.encode("flags "), first], [0.0] * 99, None)
-        assert completion.text == "flags "
-        assert completion.add(rest, [0.0] * 99, "length") == (stop == FLAG)
-        assert completion.text == ("flags " if stop == FLAG else "flags " + FLAG)
-    # U+FFFD that is really there is text like any other.
-    completion = TextCompletion(tokenizer, ["\ufffd"])
-    assert completion.add(tokenizer.encode("1 \ufffd 2"), [0.0] * 99, "length") and completion.text == "1 "

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from gemma_jax.sharding import Axes
+from gemma_jax.sharding import Axes, parameter_name
 from gemma_jax.weights import Context, Dense, Parameter, Weight, matmul
 
 
@@ -110,8 +110,6 @@ def with_random_adapters(params: Any, seed: int) -> Any:
     rng = np.random.default_rng(seed)
 
     def changed(path: Any, x: jax.Array) -> jax.Array:
-        from gemma_jax.sharding import parameter_name
-
         if not parameter_name(path).endswith(".b"):
             return x
         return jax.device_put((0.05 * rng.normal(size=x.shape)).astype(x.dtype), x.sharding)

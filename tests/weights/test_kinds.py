@@ -49,6 +49,12 @@ def spec_of(kind: Any, mesh: Mesh) -> ModelSpec:
     return ModelSpec(CONFIG, ComputeConfig(loss_vocab_block=64), mesh, kind)
 
 
+def adapted(mesh: Mesh, kind: Adapted = Adapted()) -> tuple[ModelSpec, Any]:  # noqa: B008
+    """A model with adapters, and random parameters."""
+    spec = spec_of(kind, mesh)
+    return spec, with_random_adapters(spec.init(0), 1)
+
+
 def log_probs(spec: ModelSpec, params: Any, context: Context = Context()) -> jax.Array:  # noqa: B008
     """Of each token given those before it, in the rows of TOKENS."""
 
@@ -102,12 +108,10 @@ def test_each_row_has_its_own_adapter() -> None:
     adapters = np.array([0, 1, 1, 0, 1, 0, 0, 1], np.int32)
 
     def on(mesh: Mesh) -> jax.Array:
-        spec = spec_of(kind, mesh)
-        return log_probs(spec, with_random_adapters(spec.init(0), 1), Context(adapters=jnp.asarray(adapters)))
+        return log_probs(*adapted(mesh, kind), Context(adapters=jnp.asarray(adapters)))
 
     assert_same_on_meshes(on, MESHES)
-    spec = spec_of(kind, MESHES[0])
-    params = with_random_adapters(spec.init(0), 1)
+    spec, params = adapted(MESHES[0], kind)
     each = [np.asarray(log_probs(*densified(spec, params, adapter))) for adapter in (0, 1)]
     assert np.abs(each[0] - each[1]).max() > 0.01
     assert_same(on(MESHES[0]), np.where(adapters[:, None] == 0, *each), 1e-5)
@@ -117,14 +121,12 @@ def test_dropout_differs_by_layer_and_key_and_not_by_mesh() -> None:
     kind = Adapted(dropout=0.5)
 
     def on(mesh: Mesh, key: int | None = 0) -> jax.Array:
-        spec = spec_of(kind, mesh)
-        params = with_random_adapters(spec.init(0), 1)
+        spec, params = adapted(mesh, kind)
         return log_probs(spec, params, Context(None if key is None else jax.random.key(key)))
 
     assert_same_on_meshes(on, MESHES)
     assert np.abs(on(MESHES[0]) - on(MESHES[0], 1)).max() > 1e-3
-    spec = spec_of(kind, MESHES[0])
-    params = with_random_adapters(spec.init(0), 1)
+    spec, params = adapted(MESHES[0], kind)
     assert_same(on(MESHES[0], None), log_probs(*densified(spec, params, 0)), 1e-5)
     layers = [jax.random.key_data(Context(jax.random.key(0)).of_layer(jnp.int32(i)).key) for i in (0, 1)]
     assert (layers[0] != layers[1]).any()
@@ -153,8 +155,7 @@ def test_adapters_over_frozen_integers_have_the_gradients_of_dense_weights(vocab
 
     assert_same_on_meshes(on, MESHES)
     # d loss / d b is a^T d loss / d W, and d loss / d a is d loss / d W b^T, of the merged dense model.
-    spec = spec_of(Adapted(), MESHES[0])
-    params = with_random_adapters(spec.init(0), 1)
+    spec, params = adapted(MESHES[0])
     d_dense = gradients(*densified(spec, params, 0), parameter_table(CONFIG).keys())
     held, found = named_arrays(params), on(MESHES[0])
     for name, about in parameter_table(CONFIG).items():
@@ -187,15 +188,12 @@ def test_what_has_no_gradient_must_be_frozen() -> None:
 def test_samples_are_the_same_on_one_and_on_eight_devices() -> None:
     texts = []
     for mesh in MESHES:
-        spec = spec_of(Adapted(), mesh)
-        gemma = Gemma(spec, with_random_adapters(spec.init(0), 1), None)
+        gemma = Gemma(*adapted(mesh), None)
         settings: dict[str, Any] = {"max_new_tokens": 9, "temperature": 1.0, "seed": 3}
         texts.append([g.token_ids for g in gemma.generate([[2, 5, 6], [2, 9]], **settings)])
     assert texts[0] == texts[1]
-    dense, params = densified(spec_of(Adapted(), MESHES[0]), with_random_adapters(spec.init(0), 1), 0)
-    assert [
-        g.token_ids for g in Gemma(dense, params, None).generate([[2, 5, 6], [2, 9]], **settings)
-    ] == texts[0]
+    dense = Gemma(*densified(*adapted(MESHES[0]), 0), None)
+    assert [g.token_ids for g in dense.generate([[2, 5, 6], [2, 9]], **settings)] == texts[0]
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=["one", "eight"])
@@ -277,8 +275,7 @@ def test_adapters_train_while_their_base_is_frozen_and_in_no_checkpoint(tmp_path
 
 
 def test_a_model_of_any_kind_is_saved_and_loaded_as_it_is(tmp_path: Path) -> None:
-    spec = spec_of(Adapted(), MESHES[1])
-    params = with_random_adapters(spec.init(0), 1)
+    spec, params = adapted(MESHES[1])
     with CheckpointStore(tmp_path, CheckpointConfig()) as store:
         config = to_dict(PretrainConfig(model=CONFIG))
         store.save(RunPosition(step=1, rows_seen=0, config=config), {"params": params})
