@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gemma_jax.commands.sample import load_gemma
 from gemma_jax.config import ChatConfig, read_command, suggestion, validate_chat
 from gemma_jax.errors import UserError
 
@@ -24,16 +25,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
     """Answer each line. In a terminal a mistake is told and the dialogue goes on; in a pipe it ends it."""
     (checkpoint,), config = read_command(arguments, prog, "CHECKPOINT", ChatConfig(), validate=validate_chat)
 
-    from gemma_jax.api import Gemma
-    from gemma_jax.pretrained.checkpoint import require_tokenizer
-
-    require_tokenizer(checkpoint)
-    gemma = Gemma.from_pretrained(
-        checkpoint,
-        mesh=config.mesh,
-        compute=config.compute,
-        instruction_tuned=config.is_instruction_tuned,
-    )
+    gemma = load_gemma(checkpoint, config)
     conversation = Conversation(gemma.chat(system=config.system, config=config))
     if not sys.stdin.isatty():
         for line in sys.stdin:

@@ -4,9 +4,29 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from gemma_jax.config import SampleConfig, read_command, validate_sample
+from gemma_jax.config import LoadConfig, SampleConfig, read_command, validate_sample
 from gemma_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from gemma_jax.api import Gemma
+
+
+def load_gemma(checkpoint: str, config: LoadConfig) -> "Gemma":
+    """A model that reads and writes text.
+
+    Raises:
+      UserError: the checkpoint has no tokenizer, or as `Gemma.from_pretrained`.
+    """
+    from gemma_jax.api import Gemma
+    from gemma_jax.pretrained.checkpoint import require_tokenizer
+
+    require_tokenizer(checkpoint)
+    tuned = config.is_instruction_tuned
+    return Gemma.from_pretrained(
+        checkpoint, mesh=config.mesh, compute=config.compute, instruction_tuned=tuned
+    )
 
 
 def run(arguments: Sequence[str], prog: str) -> int:
@@ -20,16 +40,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
     if not config.prompt:
         raise UserError(f"there is nothing to continue; add --prompt TEXT (see `{prog} --help`).")
 
-    from gemma_jax.api import Gemma
-    from gemma_jax.pretrained.checkpoint import require_tokenizer
-
-    require_tokenizer(checkpoint)
-    gemma = Gemma.from_pretrained(
-        checkpoint,
-        mesh=config.mesh,
-        compute=config.compute,
-        instruction_tuned=config.is_instruction_tuned,
-    )
+    gemma = load_gemma(checkpoint, config)
     prompts: Sequence[str | list[int]] = config.prompt
     as_turn = gemma.instruction_tuned and not config.raw
     if as_turn:

@@ -4,6 +4,7 @@ from gemma_jax.config.command_line import load, parse, read_command
 from gemma_jax.config.experiments import (
     ChatConfig,
     ConvertConfig,
+    LoadConfig,
     PretrainConfig,
     SampleConfig,
     TrainingConfig,

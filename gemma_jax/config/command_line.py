@@ -77,9 +77,7 @@ def _form(kind: Any) -> str:
 
 
 def _scalar(annotation: Any) -> Any:
-    """The type that makes a value from text: of `X | None` that is X, of a choice a string."""
-    if typing.get_origin(annotation) is Literal:
-        return str
+    """The type that makes a value from text: of `X | None` that is X."""
     return (typing.get_args(annotation) or (annotation,))[0]
 
 
