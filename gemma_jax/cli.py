@@ -35,10 +35,10 @@ def main(arguments: Sequence[str] | None = None, prog: str = "gemma", commands: 
     arguments = sys.argv[1:] if arguments is None else arguments
     known = commands or list(COMMANDS)
     if not arguments or arguments[0] in ("-h", "--help"):
-        return _status(lambda: _print(_usage(prog, known)))
+        return _status(lambda: print(_usage(prog, known)))
     name, *rest = arguments
     if name == "--version":
-        return _status(lambda: _print(_version()))
+        return _status(lambda: print(_version()))
     if name not in known:
         return _tell(f"{prog} has no command {name!r}{suggestion(name, known)}; see `{prog} --help`.")
     return run_command(name, rest, f"{prog} {name}")
@@ -78,17 +78,12 @@ def run_command(name: str, arguments: Sequence[str], prog: str) -> int:
     return _status(lambda: importlib.import_module(f"gemma_jax.commands.{name}").run(arguments, prog))
 
 
-def _print(text: str) -> int:
-    print(text)
-    return 0
-
-
-def _status(work: Callable[[], int]) -> int:
-    """The exit status of some work: its own; 2 after a mistake of the user; 130 after Ctrl-C; 141 when nobody
-    reads its output any longer, as in `| head`."""
+def _status(work: Callable[[], int | None]) -> int:
+    """The exit status of some work: its own or 0; 2 after a mistake of the user; 130 after Ctrl-C; 141 when
+    nobody reads its output any longer, as in `| head`."""
     try:
         try:
-            status = work()
+            status = work() or 0
         except SystemExit as end:  # after --help
             status = int(end.code or 0)
         sys.stdout.flush()

@@ -234,8 +234,8 @@ class Tokenizer:
 
     def byte(self, id: int) -> int | None:
         """The byte that an id stands for, as in `<0x0A>`; None for every other piece."""
-        self._check_id(id)
-        return int(self.piece(id)[1:-1], 16) if self._processor.is_byte(id) else None
+        piece = self.piece(id)
+        return int(piece[1:-1], 16) if self._processor.is_byte(id) else None
 
     def piece_bytes(self) -> np.ndarray:
         """int32 [vocab_size]: how many UTF-8 bytes of text each id stands for; control pieces and unk 0.

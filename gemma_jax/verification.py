@@ -180,14 +180,11 @@ def transformers_outputs(folder: Path, dtype: str, tokens: np.ndarray) -> dict[s
     places = {"embeddings": inner.embed_tokens, "final_norm": inner.norm}
     places |= {f"layer_{i}": layer for i, layer in enumerate(inner.layers)}
 
-    def keep(name: str) -> Any:
-        def hook(module: Any, inputs: Any, output: Any) -> None:
-            found[name] = output[0] if isinstance(output, tuple) else output
-
-        return hook
+    def keep(name: str, module: Any, inputs: Any, output: Any) -> None:
+        found[name] = output[0] if isinstance(output, tuple) else output
 
     for name, module in places.items():
-        module.register_forward_hook(keep(name))
+        module.register_forward_hook(partial(keep, name))
     with torch.no_grad():
         found["logits"] = model(torch.from_numpy(np.asarray(tokens, np.int64)), use_cache=False).logits
     return {name: value.float().numpy() for name, value in found.items()}

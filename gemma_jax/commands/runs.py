@@ -36,7 +36,10 @@ def run(arguments: Sequence[str], prog: str) -> int:
     folder = user_path(name)
     if not folder.is_dir():
         raise UserError(f"there is no directory {name}; name one that holds runs.")
-    runs = {_relative(path, folder): (config, read_metrics(path)) for path, config in _find(folder, set())}
+    runs = {
+        str(path.relative_to(folder)) if path != folder else folder.name: (config, read_metrics(path))
+        for path, config in _find(folder, set())
+    }
     if not runs:
         raise UserError(f"there are no runs under {name}; train one there with --run_dir.")
     titles = ["run", "step", "loss", "held-out", "bits/byte", "tokens", "time"]
@@ -87,7 +90,3 @@ def _find(folder: "epath.Path", seen: set[str]) -> "Iterator[tuple[epath.Path, T
     for child in sorted(folder.iterdir()):
         if child.is_dir():
             yield from _find(child, seen)
-
-
-def _relative(path: "epath.Path", folder: "epath.Path") -> str:
-    return str(path.relative_to(folder)) if path != folder else folder.name

@@ -10,8 +10,6 @@ from gemma_jax.config import PRESETS, TransformerConfig, VerifyConfig, read_comm
 from gemma_jax.errors import UserError
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from gemma_jax.pretrained.checkpoint import Checkpoint
     from gemma_jax.pretrained.layout import Weights
     from gemma_jax.verification import Statistics
@@ -179,6 +177,8 @@ def _compared(report: Report, found: "Checkpoint", config: VerifyConfig) -> bool
     """Show the differences to transformers; False where they cannot be had."""
     from pathlib import Path
 
+    import numpy as np
+
     from gemma_jax.model import ModelSpec, compute_dtype
     from gemma_jax.pretrained.huggingface import HuggingFaceDirectory
     from gemma_jax.sharding import make_mesh
@@ -196,7 +196,8 @@ def _compared(report: Report, found: "Checkpoint", config: VerifyConfig) -> bool
     dtype = str(compute_dtype(config.compute, mesh))
     tokenizer = found.tokenizer()
     ids = [tokenizer.bos_id, *tokenizer.encode_typed(config.prompt)] if tokenizer else [2, *range(4, 32)]
-    tokens = _rows([token for token in ids if token < found.config.vocab_size], mesh.size)
+    ids = [token for token in ids if token < found.config.vocab_size]
+    tokens = np.tile(np.array(ids, np.int32), (mesh.size, 1))  # every device has a row
     compute = replace(config.compute, {"param_dtype": dtype})
     # One model in memory after the other.
     spec = ModelSpec(found.config, compute, mesh)
@@ -205,9 +206,8 @@ def _compared(report: Report, found: "Checkpoint", config: VerifyConfig) -> bool
     layers = (f"layer_{layer}" for layer in range(found.config.num_layers))
     rows, wrong = [], []
     for place in ("embeddings", *layers, "final_norm", "logits"):
-        gap = abs(ours[place][0] - theirs[place][0])
-        scale = float((theirs[place][0] ** 2).sum()) ** 0.5
-        relative = float((gap**2).sum()) ** 0.5 / (scale or 1)
+        gap = np.abs(ours[place][0] - theirs[place][0])
+        relative = float(np.linalg.norm(gap) / (np.linalg.norm(theirs[place][0]) or 1))
         if not relative <= TOLERANCE[dtype]:
             wrong.append(place)
         rows.append([place.replace("_", " "), f"{gap.max():.2e}", f"{relative:.2e}"])
@@ -219,13 +219,6 @@ def _compared(report: Report, found: "Checkpoint", config: VerifyConfig) -> bool
             f"{TOLERANCE[dtype]:g} in relative norm"
         )
     return True
-
-
-def _rows(ids: Sequence[int], copies: int) -> "np.ndarray":
-    """[copies, L] int32: every device has a row."""
-    import numpy as np
-
-    return np.tile(np.array(ids, np.int32), (copies, 1))
 
 
 def _show_differences(report: Report, found: "Checkpoint", other: "Checkpoint", config: VerifyConfig) -> None:

@@ -51,8 +51,13 @@ class Instruction:
 
     @functools.cached_property
     def arrays(self) -> tuple[Array, ...]:
-        """Of the result, in order; one unless it is a tuple."""
-        return arrays_of(self.type)
+        """Of the result, in order; one unless its type is a tuple: `(f32[2,3]{1,0}, s32[])`."""
+        # Layouts, {1,0:T(8,128)S(1)}, hold nothing that looks like an array.
+        return tuple(
+            Array(m[1], tuple(int(n) for n in m[2].split(",") if n))
+            for m in _ARRAY.finditer(self.type)
+            if m[1] in ITEM_BYTES
+        )
 
     @property
     def cycles(self) -> int:
@@ -95,16 +100,6 @@ class Module:
     def source(self, instruction: Instruction) -> str:
         """FILE:LINE of the code that an instruction comes from, and of its callers, innermost first."""
         return " < ".join(self.frames.get(int(instruction.metadata("stack_frame_id") or 0), ()))
-
-
-def arrays_of(type_text: str) -> tuple[Array, ...]:
-    """The arrays in a type, which may be a tuple: `(f32[2,3]{1,0}, s32[])`."""
-    # Layouts, {1,0:T(8,128)S(1)}, hold nothing that looks like an array.
-    return tuple(
-        Array(m[1], tuple(int(n) for n in m[2].split(",") if n))
-        for m in _ARRAY.finditer(type_text)
-        if m[1] in ITEM_BYTES
-    )
 
 
 def parse(text: str) -> Module:
@@ -251,37 +246,39 @@ class Execution:
         return tuple(array for operand in operands for array in operand.arrays)
 
 
-def executions(module: Module) -> Iterator[Execution]:
+def executions(module: Module, name: str = "", count: int = 1, counted: bool = True) -> Iterator[Execution]:
     """Every instruction that a run of the program executes, with its number of executions.
 
     Bodies of loops, calls and asynchronous calls are entered; fusions are one instruction each. Of a
     conditional's branches the one with most cycles is taken.
+
+    Args:
+      module: the program.
+      name: of the computation to begin with; the program's entry if empty.
+      count: executions of that computation.
+      counted: whether this count is known.
     """
-    yield from _executions(module, module.entry, 1, True)
-
-
-def _executions(module: Module, name: str, count: int, counted: bool) -> Iterator[Execution]:
-    computation = module.computations[name]
+    computation = module.computations[name or module.entry]
     for instruction in computation.instructions.values():
         if instruction.opcode == "while":
             trips = trip_count(module, computation, instruction)
             yield Execution(instruction, computation, count, trips is not None)
             (body,) = instruction.called("body")
             known = counted and trips is not None
-            yield from _executions(module, body, count * (1 if trips is None else trips), known)
+            yield from executions(module, body, count * (1 if trips is None else trips), known)
             continue
         yield Execution(instruction, computation, count, counted)
         if instruction.opcode == "call":
-            yield from _executions(module, instruction.called("to_apply")[0], count, counted)
+            yield from executions(module, instruction.called("to_apply")[0], count, counted)
         elif instruction.opcode == "async-start":
-            yield from _executions(module, instruction.called("calls")[0], count, counted)
+            yield from executions(module, instruction.called("calls")[0], count, counted)
         elif instruction.opcode == "conditional":
             branches = instruction.called("branch_computations") or [
                 *instruction.called("true_computation"),
                 *instruction.called("false_computation"),
             ]
             heaviest = max(
-                (list(_executions(module, branch, count, counted)) for branch in branches),
+                (list(executions(module, branch, count, counted)) for branch in branches),
                 key=lambda executed: sum(e.instruction.cycles * e.count for e in executed),
             )
             yield from heaviest
