@@ -42,7 +42,6 @@ def measure(run_dir: Path, rounds: int, steps: int) -> dict[str, float]:
     from gemma_jax.training.loop import RunServices, Trainer
     from gemma_jax.training.metrics import RunLog
     from gemma_jax.training.objectives import pretraining
-    from gemma_jax.training.profile import Profiler
     from gemma_jax.training.stability import Stability
     from gemma_jax.training.state import create_train_state
     from gemma_jax.training.step import make_train_step
@@ -66,13 +65,8 @@ def measure(run_dir: Path, rounds: int, steps: int) -> dict[str, float]:
         nonlocal state
         until = replace(config, {"steps": int(state.step) + steps})
         with dataset.train.iterate(int(state.step) * size, size, local_rows(size, mesh)) as batches:
-            services = RunServices(
-                NoCheckpoints(),
-                log,
-                Stability(until.stability),
-                Goodput(time.monotonic(), {}),
-                Profiler(range(0), run_dir),
-            )
+            stability, goodput = Stability(until.stability), Goodput(time.monotonic(), {})
+            services = RunServices(NoCheckpoints(), log, stability, goodput)
             state = Trainer(until, mesh, step, batches, services).train(state)
         jax.block_until_ready(state)
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from gemma_jax import Gemma
-from gemma_jax.checkpoint.record import RunPosition
+from gemma_jax.checkpoint.record import RunRecord
 from gemma_jax.checkpoint.store import CheckpointStore
 from gemma_jax.config import (
     PRESETS,
@@ -81,7 +81,7 @@ def test_text_file_to_sampled_text(tmp_path: Path) -> None:
     # A checkpoint, and the model out of it, on other devices than it was trained on.
     store = CheckpointStore(tmp_path / "run", config.checkpoint)
     rows_seen = config.steps * config.data.batch_size
-    store.save(RunPosition(step=config.steps, rows_seen=rows_seen, config=to_dict(config)), state.parts)
+    store.save(RunRecord(step=config.steps, rows_seen=rows_seen, config=to_dict(config)), state.parts)
     store.close()
     gemma = Gemma.from_pretrained(tmp_path / "run", mesh=MeshConfig(cpu_devices=2))
 

@@ -41,8 +41,8 @@ class ArrayRecord:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RunPosition:
-    """Where a run is, besides its arrays."""
+class RunRecord:
+    """What a checkpoint says of itself: where the run is, and what its arrays and files must be."""
 
     step: int
     rows_seen: int  # rows of the data that were consumed: the whole position in the data
@@ -51,20 +51,11 @@ class RunPosition:
     """By evaluator, where there was one at this step: its numbers by name."""
     history: dict[str, Any] = dataclasses.field(default_factory=dict)
     """What the run remembers of its losses, as JSON."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RunRecord(RunPosition):
-    """What a checkpoint says of itself."""
-
-    arrays: dict[str, dict[str, ArrayRecord]]  # by part, such as `params`, and name
-    files: dict[str, tuple[int, int]]  # of orbax: size in bytes, and CRC-32 of the first CHECKED_BYTES
+    arrays: dict[str, dict[str, ArrayRecord]] = dataclasses.field(default_factory=dict)
+    """By part, such as `params`, and name. These and the files are known when all is written."""
+    files: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    """Of orbax: size in bytes, and CRC-32 of the first CHECKED_BYTES."""
     format: int = FORMAT
-
-    @property
-    def position(self) -> RunPosition:
-        """The record without what is known of the arrays."""
-        return RunPosition(**{f.name: getattr(self, f.name) for f in dataclasses.fields(RunPosition)})
 
 
 def _fingerprint(x: jax.Array) -> jax.Array:
@@ -121,12 +112,9 @@ def _digest(record: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def write_record(
-    folder: epath.Path, position: RunPosition, arrays: dict[str, dict[str, ArrayRecord]]
-) -> None:
-    """Write the record of a checkpoint whose other files are all there."""
-    record = RunRecord(**vars(position), arrays=arrays, files=_checksums(folder))
-    fields = dataclasses.asdict(record)
+def write_record(folder: epath.Path, record: RunRecord) -> None:
+    """Write the record of a checkpoint whose other files are all there, and with it what those are."""
+    fields = dataclasses.asdict(dataclasses.replace(record, files=_checksums(folder)))
     path = folder / RECORD_FILE
     path.parent.mkdir()
     path.write_text(json.dumps({"record": fields, "sha256": _digest(fields)}))

@@ -7,6 +7,7 @@ STEP.damaged.
 """
 
 import contextlib
+import dataclasses
 import errno
 import functools
 import logging
@@ -28,7 +29,6 @@ from gemma_jax.checkpoint.folders import STEPS_FOLDER, saved_steps
 from gemma_jax.checkpoint.lock import RunLock
 from gemma_jax.checkpoint.record import (
     DamagedCheckpoint,
-    RunPosition,
     RunRecord,
     array_records,
     fingerprints,
@@ -121,17 +121,17 @@ class CheckpointStore:
         except DamagedCheckpoint:  # reported when it is needed
             return None
 
-    def _best_by(self, position: RunPosition) -> float | None:
-        numbers = {name: x for found in position.evaluations.values() for name, x in found.items()}
+    def _best_by(self, record: RunRecord) -> float | None:
+        numbers = {name: x for found in record.evaluations.values() for name, x in found.items()}
         return numbers.get(self._config.keep_best_by)
 
-    def save(self, position: RunPosition, parts: Parts) -> None:
+    def save(self, record: RunRecord, parts: Parts) -> None:
         """Start writing a checkpoint; returns when the arrays have been copied off the devices.
 
         Waits for the checkpoint before it, if that is still being written.
 
         Args:
-          position: of the run.
+          record: of the run; its arrays and files are filled in.
           parts: trees of arrays on the mesh, by name.
 
         Raises:
@@ -144,7 +144,7 @@ class CheckpointStore:
             # orbax now compares paths between the processes by a collective of its own, and two programs with
             # collectives that run at once have been seen to mix them up (gloo, on CPU).
             jax.block_until_ready(prints)
-        folder = self.folder / str(position.step)
+        folder = self.folder / str(record.step)
         unfinished = folders.written_to(folder)
         try:
             if self._first:
@@ -158,9 +158,10 @@ class CheckpointStore:
         def finish() -> None:
             response.result()
             if self._first:
-                write_record(unfinished, position, array_records(shapes, jax.device_get(prints)))
+                saved = array_records(shapes, jax.device_get(prints))
+                write_record(unfinished, dataclasses.replace(record, arrays=saved))
                 folders.finish(folder)
-            self._losses[position.step] = self._best_by(position)
+            self._losses[record.step] = self._best_by(record)
             self._remove_old()
 
         self._writing = self._writer.submit(finish)

@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from gemma_jax.checkpoint.lock import LOCK_FILE
-from gemma_jax.checkpoint.record import RunPosition
+from gemma_jax.checkpoint.record import RunRecord
 from gemma_jax.checkpoint.store import CheckpointStore
 from gemma_jax.config import (
     ComputeConfig,
@@ -172,7 +172,7 @@ def _write_run(folder: Path, weights: Weights, config: TransformerConfig, dtype:
     experiment = PretrainConfig(model=config, compute=compute)
     params = place(weights, ModelSpec(config, compute, make_mesh(MeshConfig(cpu_devices=1))))
     with CheckpointStore(folder, experiment.checkpoint) as store:
-        position = RunPosition(step=0, rows_seen=0, config=to_dict(experiment))
+        position = RunRecord(step=0, rows_seen=0, config=to_dict(experiment))
         store.save(position, {"params": params})
     (folder / LOCK_FILE).unlink()
     (folder / CONFIG_FILE).write_text(to_json(experiment))

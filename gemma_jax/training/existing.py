@@ -1,20 +1,15 @@
 """What a config has to do with a run that is there already: going on with it, or forking another."""
 
-import dataclasses
 import os
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from gemma_jax.config import TrainingConfig, differences, replace, to_dict, within
+from gemma_jax.config import TrainingConfig, differences, replace, within
 from gemma_jax.errors import UserError
 from gemma_jax.paths import user_path
 from gemma_jax.training.run_directory import CONFIG_FILE, check_overwritable, open_run
 
 if TYPE_CHECKING:
     from etils import epath
-
-    from gemma_jax.checkpoint.record import RunRecord
-    from gemma_jax.checkpoint.store import CheckpointStore
-    from gemma_jax.training.state import TrainState
 
 Config = TypeVar("Config", bound=TrainingConfig)
 
@@ -91,26 +86,3 @@ def forked_after(config: TrainingConfig) -> int:
     """Steps that another run did before this one was forked from it; 0 for a run of its own."""
     name = config.fork_from.rpartition("/")[2]
     return int(name) if name.isdecimal() else 0
-
-
-def start_fork(
-    config: TrainingConfig, abstract: "TrainState", store: "CheckpointStore"
-) -> "tuple[dict[str, Any], RunRecord]":
-    """Take over what `fork_from` saved, and save it as the new run's own first checkpoint.
-
-    So the new run needs the old one no more, whatever happens to either.
-
-    Returns:
-      What `CheckpointStore.restore` returns.
-
-    Raises:
-      UserError: the checkpoint is damaged or belongs to another model; the new one cannot be written.
-    """
-    from gemma_jax.checkpoint.record import run_record
-    from gemma_jax.checkpoint.restore import load_arrays
-
-    record = dataclasses.replace(run_record(config.fork_from), config=to_dict(config))
-    parts = load_arrays(config.fork_from, abstract.parts, record)
-    store.save(record.position, parts)
-    store.wait()
-    return parts, record

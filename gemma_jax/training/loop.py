@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from gemma_jax.checkpoint.record import RunPosition
+from gemma_jax.checkpoint.record import RunRecord
 from gemma_jax.checkpoint.store import CheckpointStore
 from gemma_jax.config import TrainingConfig, to_dict
 from gemma_jax.data.loader import BatchIterator
@@ -44,7 +44,6 @@ class RunServices:
     stability: Stability
     """What the run remembers of its losses, up to the step where the loop begins."""
     goodput: Goodput
-    profiler: Profiler
     evaluators: Sequence[Evaluator] = ()
     evaluated: Mapping[str, Numbers] = dataclasses.field(default_factory=dict)
     """By evaluator: what was measured at the step where the loop begins."""
@@ -80,6 +79,7 @@ class Trainer:
           UserError: too many steps in a row were not finite, or spikes too many; nothing is saved any more.
         """
         self.state, self.step, self.stopped = state, int(state.step), False
+        self.profiler = Profiler(self.config)
         self.reader = StepReader(self.config, self.mesh, self.step, self.batches, self.services)
         try:
             self.evaluate_first()
@@ -108,9 +108,9 @@ class Trainer:
 
     def do_step(self) -> None:
         """Start the next step on the devices."""
-        if self.services.profiler.begins(self.step + 1):
+        if self.profiler.begins(self.step + 1):
             self.reader.read()
-            self.services.profiler.start()
+            self.profiler.start()
         before = self.batches.wait_seconds
         rows = next(self.batches)
         self.reader.waited(self.batches.wait_seconds - before)
@@ -126,9 +126,9 @@ class Trainer:
         self.stopped = services.stop_requested() and not last
         evaluators = [e for e in services.evaluators if self.due(e.every) and not self.stopped]
         saving = self.due(self.config.checkpoint.every)
-        if services.profiler.ends(self.step):
+        if self.profiler.ends(self.step):
             self.reader.read()
-            services.profiler.stop()
+            self.profiler.stop()
             self.reader.clock.pause()
         if not (evaluators or saving or self.stopped):
             return
@@ -154,20 +154,20 @@ class Trainer:
     def save(self, evaluated: dict[str, Numbers]) -> None:
         """Start writing a checkpoint of this step."""
         stability = self.services.stability
-        position = RunPosition(
+        record = RunRecord(
             step=self.step,
             rows_seen=stability.first_row(self.step, self.config.data.batch_size),
             config=to_dict(self.config),
             evaluations=evaluated,
             history=stability.record(),
         )
-        self.services.store.save(position, self.state.parts)
+        self.services.store.save(record, self.state.parts)
         self.services.goodput.spent("saving")
 
     def end(self) -> None:
         """Finish what goes on beside the steps."""
         self.reader.read()
-        self.services.profiler.stop()
+        self.profiler.stop()
         self.services.store.wait()
         if self.stopped:
             self.services.goodput.spent("saving")

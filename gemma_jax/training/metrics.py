@@ -129,20 +129,17 @@ class RunLog:
             shown += [f"{entry['goodput']:.0%} goodput", quantity(entry["peak_memory_bytes"], "B")]
             self.message(f"step {entry['step']}/{self._steps}  {'  '.join(shown)}")
         if announce:
-            self._write(entry)
-
-    def event(self, entry: Entry) -> None:
-        """Something at a step that is no measurement of it: a step skipped, a start."""
-        self._write(entry)
+            self.event(entry)
 
     def evaluation(self, entry: Entry) -> None:
         """The numbers of an evaluation: `step`, and any others by name."""
         numbers = {name: value for name, value in entry.items() if name != "step"}
         shown = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in numbers.items())
         self.message(f"step {entry['step']}/{self._steps}  {shown}")
-        self._write(entry)
+        self.event(entry)
 
-    def _write(self, entry: Entry) -> None:
+    def event(self, entry: Entry) -> None:
+        """Write the numbers of a step, or what happened there: a step skipped, a start."""
         if not self._first:
             return
         # Of all parts of the run that were kept, so that a run that was stopped does not count its rest.
@@ -183,24 +180,16 @@ def plot_losses(runs: Mapping[str, Sequence[Entry]], path: epath.PathLike) -> No
     # Late: matplotlib costs a second, and the figure needs no display.
     import matplotlib
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
 
     figure = Figure(figsize=(11, 5), layout="constrained")
     axes = figure.add_subplot()
-    few = len(runs) <= 10
-    colors = matplotlib.colormaps["tab10" if few else "turbo"](
-        np.arange(len(runs)) if few else np.linspace(0.05, 0.95, len(runs))
-    )
+    colors = matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, len(runs)))
     shown: list[NDArray[np.float64]] = []
-    for entries, color in zip(runs.values(), colors, strict=True):
+    for (name, entries), color in zip(runs.items(), colors, strict=True):
         training = _curve(entries, "loss")
         held_out = _curve(entries, "held_out_loss")
-        if len(training):
-            if len(runs) == 1:
-                axes.plot(*training.T, color=color, linewidth=0.8, alpha=0.35)
-            axes.plot(training[:, 0], _smoothed(training[:, 1]), color=color, linewidth=1.5)
-        if len(held_out):
-            axes.plot(*held_out.T, color=color, linestyle="--", linewidth=1, marker="o", markersize=4)
+        axes.plot(training[:, 0], _smoothed(training[:, 1]), color=color, label=name)
+        axes.plot(*held_out.T, color=color, linestyle="--", linewidth=1, marker="o", markersize=4)
         shown += [_after_the_drop(curve) for curve in (training, held_out)]
     values = np.concatenate([*shown, []])
     values = values[np.isfinite(values)]
@@ -211,21 +200,9 @@ def plot_losses(runs: Mapping[str, Sequence[Entry]], path: epath.PathLike) -> No
     axes.set_xlim(left=0)
     axes.set_xlabel("step")
     axes.set_ylabel("cross entropy, nats a token")
+    axes.set_title("training loss (lines) and held-out loss (points)")
     axes.grid(alpha=0.3)
-    handles = [
-        Line2D([], [], color="0.3", linewidth=1.5, label="training"),
-        Line2D([], [], color="0.3", linewidth=1, linestyle="--", marker="o", markersize=4, label="held out"),
-    ]
-    if len(runs) == 1:
-        axes.set_title(next(iter(runs)))
-    else:
-        handles += [
-            Line2D([], [], color=color, linewidth=3, label=name)
-            for name, color in zip(runs, colors, strict=True)
-        ]
-    axes.legend(
-        handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize="small", frameon=False
-    )
+    figure.legend(loc="outside right upper", fontsize="small", frameon=False)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)
     epath.Path(path).write_bytes(picture.getvalue())

@@ -19,11 +19,8 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
     Step i of the warm-up has the share (i + 1) / warmup_steps of the peak, so that step 0 moves; the last
     step has the final rate.
     """
-    peak, final, warmup = (
-        config.learning_rate,
-        config.learning_rate * config.final_fraction,
-        config.warmup_steps,
-    )
+    peak, warmup = config.learning_rate, config.warmup_steps
+    final = peak * config.final_fraction
     # Intervals between the last step of the peak's rate and the last step of all.
     fall = max(steps - max(warmup, 1), 1)
     if config.schedule == "cosine":

@@ -1,18 +1,21 @@
 """Traces of chosen steps, for xprof."""
 
 import jax
-from etils import epath
+
+from gemma_jax.config import TrainingConfig, profiled_steps
+from gemma_jax.paths import user_path
 
 
 class Profiler:
     """Traces the steps of a range, in the first process of a job."""
 
-    def __init__(self, steps: range, folder: epath.Path) -> None:
+    def __init__(self, config: TrainingConfig) -> None:
         """Args:
-        steps: may be none.
-        folder: `xprof --logdir FOLDER` and TensorBoard's profile plugin read it.
+        config: its `profile` names the steps, if any. `xprof --logdir RUN/profile` and TensorBoard's profile
+          plugin read the traces.
         """
-        self._steps, self._folder, self._tracing = steps, folder, False
+        self._steps, self._tracing = profiled_steps(config.profile), False
+        self._folder = user_path(config.run_dir) / "profile"
 
     def begins(self, step: int) -> bool:
         """Whether the trace begins with this step, also in the middle of the range after a restart."""

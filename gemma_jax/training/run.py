@@ -10,14 +10,15 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from gemma_jax.checkpoint.folders import saved_steps
-from gemma_jax.checkpoint.restore import step_folder
+from gemma_jax.checkpoint.record import run_record
+from gemma_jax.checkpoint.restore import load_arrays, step_folder
 from gemma_jax.checkpoint.store import CheckpointStore
 from gemma_jax.config import (
     HostsConfig,
     TrainingConfig,
     mesh_text,
-    profiled_steps,
     replace,
+    to_dict,
     validate_on_devices,
 )
 from gemma_jax.data.loader import Dataset
@@ -28,12 +29,10 @@ from gemma_jax.startup import joined, keep_programs, wait_for_all
 from gemma_jax.tokenizer import Tokenizer
 from gemma_jax.training import interruption, run_directory
 from gemma_jax.training.evaluation import Evaluator
-from gemma_jax.training.existing import start_fork
 from gemma_jax.training.goodput import Goodput
 from gemma_jax.training.loop import Replay, RunServices, Trainer
 from gemma_jax.training.metrics import RunLog, plot_losses, read_metrics, say
 from gemma_jax.training.objectives import Recipe
-from gemma_jax.training.profile import Profiler
 from gemma_jax.training.sinks import check_sinks, open_sinks
 from gemma_jax.training.stability import Gap, RollBack, Stability
 from gemma_jax.training.state import TrainState, abstract_train_state, create_train_state
@@ -186,7 +185,6 @@ class _Run:
                 log,
                 stability,
                 goodput,
-                Profiler(profiled_steps(config.profile), self.run_dir / "profile"),
                 self.task.evaluators,
                 evaluated,
                 self.task.replay(log),
@@ -207,9 +205,13 @@ class _Run:
     def _begin(self, store: CheckpointStore) -> tuple[TrainState, Stability, dict[str, Any]]:
         """Where the run goes on: its state, what it remembers, and what was measured at that step."""
         restored = store.restore(self.abstract.parts)
-        if restored is None and self.config.fork_from:
-            restored = start_fork(self.config, self.abstract, store)
-            say(f"the run begins at {self.config.fork_from}, which it keeps a copy of")
+        if restored is None and (fork := self.config.fork_from):
+            # With a copy as the new run's first checkpoint, so that it needs the old run no more.
+            record = dataclasses.replace(run_record(fork), config=to_dict(self.config))
+            restored = load_arrays(fork, self.abstract.parts, record), record
+            store.save(record, restored[0])
+            store.wait()
+            say(f"the run begins at {fork}, which it keeps a copy of")
         recipe, stability = self.task.recipe, self.config.stability
         if restored is None:
             return create_train_state(recipe, self.task.initial()), Stability(stability), {}

@@ -28,7 +28,7 @@ class RollBack(Exception):
 
     def __init__(self, step: int, to: int, gap: Gap) -> None:
         super().__init__(f"the loss has spiked at step {step}")
-        self.step, self.to, self.gap = step, to, gap
+        self.to, self.gap = to, gap
 
 
 class Stability:

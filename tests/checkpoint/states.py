@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gemma_jax.checkpoint.record import RunPosition
+from gemma_jax.checkpoint.record import RunRecord
 from gemma_jax.checkpoint.store import CheckpointStore
 from gemma_jax.config import PRESETS, CheckpointConfig, PretrainConfig, to_dict
 from gemma_jax.sharding import named_arrays
@@ -43,8 +43,8 @@ def bits(parts: dict[str, Any]) -> Bits:
     return {name: np.asarray(x).tobytes() for name, x in named_arrays(parts).items()}
 
 
-def position(step: int, **more: Any) -> RunPosition:
-    return RunPosition(**{"step": step, "rows_seen": step * 8, "config": to_dict(CONFIG)} | more)
+def position(step: int, **more: Any) -> RunRecord:
+    return RunRecord(**{"step": step, "rows_seen": step * 8, "config": to_dict(CONFIG)} | more)
 
 
 def save(store: CheckpointStore, step: int, state: TrainState) -> None:

@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from etils import epath
 from flax import nnx
 
-from gemma_jax.checkpoint.record import RunPosition
+from gemma_jax.checkpoint.record import RunRecord
 from gemma_jax.config import PRESETS, PretrainConfig, replace
 from gemma_jax.data.loader import BatchIterator
 from gemma_jax.data.packing import Batch, empty_rows
@@ -25,7 +24,6 @@ from gemma_jax.training.goodput import Goodput
 from gemma_jax.training.hardware import training_flops_a_token
 from gemma_jax.training.loop import RunServices, Trainer
 from gemma_jax.training.metrics import RunLog, read_metrics
-from gemma_jax.training.profile import Profiler
 from gemma_jax.training.stability import Stability
 from gemma_jax.training.state import TrainState
 from gemma_jax.training.step import Metrics
@@ -41,10 +39,10 @@ class Store:
     """Remembers what is saved instead of writing it."""
 
     def __init__(self) -> None:
-        self.positions: dict[int, RunPosition] = {}
+        self.positions: dict[int, RunRecord] = {}
         self.saved: dict[int, tuple[float, int]] = {}
 
-    def save(self, position: RunPosition, parts: dict[str, Any]) -> None:
+    def save(self, position: RunRecord, parts: dict[str, Any]) -> None:
         self.positions[position.step] = position
         self.saved[position.step] = float(parts["params"]["w"].get_value()), position.rows_seen
 
@@ -99,7 +97,6 @@ def run(
         "replay": lambda step, first_row, params: replayed.append(step) or "",
         "stability": Stability(config.stability),
         "goodput": Goodput(time.monotonic(), {}),
-        "profiler": Profiler(range(0), epath.Path(run_dir)),
     } | more
     end: TrainState | None = None
     with BatchIterator(read or (lambda row: rows), 0, 2) as batches:
@@ -145,15 +142,6 @@ def test_the_replay_finds_the_memory_of_the_state_free(tmp_path: Path) -> None:
         ),
     )
     assert freed == [False, False, True]  # the step and the parameters are there
-
-
-def test_a_stop_saves_the_step_it_comes_after(tmp_path: Path) -> None:
-    asked = iter([False, False, True])
-    store, _, end = run(tmp_path, counting_step(), stop_requested=lambda: next(asked))
-    assert end is not None and int(end.step) == 3 and store.saved == {3: (3, 6)}
-    *steps, stopped = read_metrics(tmp_path)
-    assert [entry["step"] for entry in steps] == [1, 2, 3]
-    assert stopped["step"] == 3 and stopped["seconds_saving"] >= steps[-1]["seconds_saving"]
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path: Path) -> None:
@@ -208,16 +196,12 @@ def test_an_evaluation_that_is_cut_off_stops_the_run_at_its_step(tmp_path: Path)
     assert [step for name, step in measured if name == "done"] == [6, 9, 10]
 
 
-def test_chosen_steps_are_traced(tmp_path: Path) -> None:
-    profiler = Profiler(range(4, 7), epath.Path(tmp_path / "profile"))
-    traced: list[int] = []
-    bare = counting_step()
-
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        if profiler._tracing:
-            traced.append(int(state.step) + 1)
-        return bare(state, batch)
-
-    run(tmp_path, step, profiler=profiler)
-    assert traced == [4, 5, 6]
+def test_chosen_steps_are_traced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[Any] = []
+    start, stop = jax.profiler.start_trace, jax.profiler.stop_trace
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: happened.append("start") or start(folder))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: happened.append("stop") or stop())
+    step = counting_step(loss=lambda step: happened.append(step) or 1.0)
+    run(tmp_path, step, replace(CONFIG, {"profile": "4:6", "run_dir": str(tmp_path)}))
+    assert happened == [1, 2, 3, "start", 4, 5, 6, "stop", 7, 8, 9, 10]
     assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1

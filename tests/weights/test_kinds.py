@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import Mesh
 
 from gemma_jax import Gemma
-from gemma_jax.checkpoint.record import RunPosition, run_record
+from gemma_jax.checkpoint.record import RunRecord, run_record
 from gemma_jax.checkpoint.restore import load_params
 from gemma_jax.checkpoint.store import CheckpointStore
 from gemma_jax.config import (
@@ -258,7 +258,7 @@ def test_adapters_train_while_their_base_is_frozen_and_in_no_checkpoint(tmp_path
     for name, x in named_arrays(state.frozen).items():
         np.testing.assert_array_equal(x, frozen[name], err_msg=name)
     # Goes on from its checkpoint on another mesh, where the base comes from elsewhere.
-    position = RunPosition(step=6, rows_seen=48, config=to_dict(config))
+    position = RunRecord(step=6, rows_seen=48, config=to_dict(config))
     with CheckpointStore(tmp_path, config.checkpoint) as store:
         store.save(position, state.parts)
     assert all(is_adapter(name) for name in run_record(tmp_path / "checkpoints" / "6").arrays["params"])
@@ -278,7 +278,7 @@ def test_a_model_of_any_kind_is_saved_and_loaded_as_it_is(tmp_path: Path) -> Non
     spec, params = adapted(MESHES[1])
     with CheckpointStore(tmp_path, CheckpointConfig()) as store:
         config = to_dict(PretrainConfig(model=CONFIG))
-        store.save(RunPosition(step=1, rows_seen=0, config=config), {"params": params})
+        store.save(RunRecord(step=1, rows_seen=0, config=config), {"params": params})
     folder = tmp_path / "checkpoints" / "1"
     loaded = named_arrays(load_params(folder, run_record(folder), spec_of(Adapted(), MESHES[0])))
     for name, x in named_arrays(params).items():
