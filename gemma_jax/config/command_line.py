@@ -15,13 +15,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 from gemma_jax.config import sections
 from gemma_jax.config.experiments import TrainingConfig
 from gemma_jax.config.sections import leaves
-from gemma_jax.config.serialization import (
-    EXPERIMENTS,
-    from_dict,
-    from_json,
-    replace,
-    suggestion,
-)
+from gemma_jax.config.serialization import EXPERIMENTS, from_dict, from_json, replace, suggestion
 from gemma_jax.errors import UserError
 
 Config = TypeVar("Config")

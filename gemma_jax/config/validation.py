@@ -6,12 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from gemma_jax.config.experiments import (
-    ChatConfig,
-    SampleConfig,
-    TrainingConfig,
-    VerifyConfig,
-)
+from gemma_jax.config.experiments import ChatConfig, SampleConfig, TrainingConfig, VerifyConfig
 from gemma_jax.config.sections import (
     TOO_LARGE,
     ComputeConfig,

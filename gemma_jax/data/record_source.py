@@ -13,15 +13,7 @@ import numpy as np
 
 from gemma_jax.data import source as source_module
 from gemma_jax.data.files import reading
-from gemma_jax.data.source import (
-    BadRecord,
-    Document,
-    Records,
-    Shard,
-    Text,
-    TokenIds,
-    text_of,
-)
+from gemma_jax.data.source import BadRecord, Document, Records, Shard, Text, TokenIds, text_of
 from gemma_jax.errors import UserError
 
 if TYPE_CHECKING:

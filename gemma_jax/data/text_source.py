@@ -11,16 +11,7 @@ from typing import Any, BinaryIO
 
 from gemma_jax.data import source as source_module
 from gemma_jax.data.files import KINDS, is_compressed, reading, unreadable
-from gemma_jax.data.source import (
-    BadRecord,
-    Document,
-    LongText,
-    Records,
-    Shard,
-    Text,
-    grouped,
-    text_of,
-)
+from gemma_jax.data.source import BadRecord, Document, LongText, Records, Shard, Text, grouped, text_of
 from gemma_jax.errors import UserError
 
 LONG_FILE_BYTES = 16 * 2**20

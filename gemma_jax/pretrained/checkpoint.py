@@ -12,12 +12,7 @@ from pathlib import Path
 from flax import nnx
 
 from gemma_jax.checkpoint.record import run_record
-from gemma_jax.config import (
-    TransformerConfig,
-    from_record,
-    preset,
-    validate_model,
-)
+from gemma_jax.config import TransformerConfig, from_record, preset, validate_model
 from gemma_jax.errors import UserError
 from gemma_jax.model import ModelSpec
 from gemma_jax.pretrained.end_tokens import end_tokens

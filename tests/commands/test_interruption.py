@@ -8,15 +8,7 @@ import time
 
 import pytest
 
-from tests.commands.processes import (
-    STEPS,
-    Arrays,
-    Runs,
-    assert_same_bits,
-    ended,
-    losses,
-    wait_for,
-)
+from tests.commands.processes import STEPS, Arrays, Runs, assert_same_bits, ended, losses, wait_for
 from tests.tiny_run import WORDS
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Sharding info not provided")]
