@@ -53,7 +53,7 @@ def test_all_documents_can_be_put_together_from_all_rows(cache: TokenCache, toke
 
 
 @pytest.mark.parametrize("kind", ["pieces", "starts"])
-@pytest.mark.parametrize("damage", ["cut", "gone", "empty", "foreign"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "empty", "foreign", "shorter"])
 def test_a_damaged_index_is_built_again(
     cache: TokenCache, tokenizer: Tokenizer, kind: str, damage: str
 ) -> None:
@@ -61,6 +61,8 @@ def test_a_damaged_index_is_built_again(
     path = Path(cache.shards[1].path("train", f"rows-{LENGTH}.{kind}.npy"))
     if damage == "gone":
         path.unlink()
+    elif damage == "shorter":
+        np.save(path, np.load(path)[:-1])
     elif damage == "foreign":
         whole = np.load(path)
         np.save(path, whole.astype(np.float64) if kind == "starts" else np.zeros(len(whole)))

@@ -3,7 +3,7 @@
     python tests/golden/make.py     # writes the .npz files beside this one; needs transformers and torch
 
 A golden file holds results only. The weights come from a numpy seed (`random_tensors` in
-tests/checkpoint/published.py), here and in the tests that read the file.
+tests/pretrained/published.py), here and in the tests that read the file.
 """
 
 import sys
