@@ -8,7 +8,7 @@ COMPILER := .venv/libtpu/installed
 WORKERS = --numprocesses 2 --dist loadfile
 CONSTRAINTS = constraints/$$($(BIN)/python -c 'import sys; print("py311" if sys.version_info < (3, 12) else "py312")').txt
 
-.PHONY: demo test test-slow parity lint clean
+.PHONY: demo test test-slow parity plans lint clean
 
 demo: $(INSTALLED)
 	@$(BIN)/python train.py pretrain demo
@@ -39,6 +39,10 @@ parity: .venv-parity/installed
 	@.venv-parity/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[test]" \
 	  torch transformers --constraint .venv-parity/constraints.txt --constraint constraints/parity.txt
 	@touch $@
+
+# The shipped configs compiled at full size for their TPUs, into docs/plans.md: an hour on two cores.
+plans: $(COMPILER)
+	TPU_LIBRARY_PATH=.venv/libtpu/libtpu/libtpu.so $(BIN)/python benchmarks/tpu_plans.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
