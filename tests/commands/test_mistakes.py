@@ -22,7 +22,7 @@ MISTAKES = {
     # Larger than this machine: it is refused before any weights are made.
     "sample random:gemma_7b --prompt x": "random:gemma_7b has no tokenizer.model",
     "sample {run} --prompt x --top_p 0": "top_p is 0.0",
-    "sample {run} --prompt {long} --mesh.cpu_devices 1": "context of 256",
+    "sample {run} --prompt {long} --mesh.cpu_devices 1": "context holds 256",
     "sample {run} --prompt \udcff --mesh.cpu_devices 1": "surrogate",
     "chat {run} --instruction_tuned no": "--instruction_tuned yes",
     "chat {run} --samples 2": "samples is 2",
