@@ -9,6 +9,8 @@ from typing import Any
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from gemma_jax.data.documents import open_source
+from gemma_jax.data.packing import Batch, empty_rows
+from gemma_jax.data.rows import PackedRows
 from gemma_jax.data.source import Source, Text
 from gemma_jax.data.token_cache import TokenCache, build_token_cache
 from gemma_jax.tokenizer import Tokenizer
@@ -58,6 +60,13 @@ def build(
 
 def cache_of(texts: Sequence[str], tokenizer: Tokenizer, folder: Path, held_out: float = 0.0) -> TokenCache:
     return build(open_default(write_texts(folder / "texts", texts)), tokenizer, folder / "cache", held_out)
+
+
+def read_all(rows: PackedRows, tokenizer: Tokenizer) -> Batch:
+    batch = empty_rows(len(rows), rows.sequence_length, tokenizer.pad_id)
+    for row in range(len(rows)):
+        rows.read_into(batch, row, row, tokenizer.bos_id)
+    return batch
 
 
 def write_records(path: Path, records: Sequence[bytes]) -> str:

@@ -5,13 +5,13 @@ import json
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
-from corpora import all_texts, cache_of, open_default, random_texts, write_records
+from corpora import all_texts, cache_of, open_default, random_texts, read_all, write_records
 from etils import epath
 
 from gemma_jax.data import source as source_module
 from gemma_jax.data.documents import check_source
-from gemma_jax.data.packing import empty_rows
 from gemma_jax.data.rows import PackedRows
 from gemma_jax.data.token_cache import build_token_cache
 from gemma_jax.errors import UserError
@@ -41,13 +41,8 @@ def test_documents_and_cache_in_a_bucket_equal_those_on_disk(
     for _ in range(2):
         remote = build_token_cache(source, tokenizer, held_out=0.2, cache_dir="gs://bucket/cache")
         assert len(remote.shards) > 2
-        a, b = (PackedRows(cache, "train", 64) for cache in (local, remote))
-        assert len(a) == len(b)
-        for row in range(len(a)):
-            batches = [empty_rows(1, 64, 0) for _ in range(2)]
-            for rows, batch in zip((a, b), batches, strict=True):
-                rows.read_into(batch, 0, row, 2)
-            assert all((x == y).all() for x, y in zip(*batches, strict=True))
+        batches = [read_all(PackedRows(cache, "train", 64), tokenizer) for cache in (local, remote)]
+        assert all(np.array_equal(x, y) for x, y in zip(*batches, strict=True))
     assert not list(epath.Path("gs://bucket/cache/tokens").glob("*/*.tmp"))
 
 

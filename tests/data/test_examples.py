@@ -2,7 +2,6 @@
 
 import json
 import random
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -78,55 +77,26 @@ def segments(batch: Batch) -> list[tuple[list[int], list[int], list[float]]]:
     ]
 
 
-def nats(inputs: Sequence[int], target: int) -> float:
-    """In the place of a model: a number for a target after all that its segment has before it."""
-    return zlib.crc32(repr((list(inputs), target)).encode()) / 2**32
-
-
-def test_the_loss_of_packed_examples_is_the_weighted_mean_over_separate_ones(
+def test_examples_come_once_each_in_one_piece_with_their_exact_weights(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(source_module, "SHARD_BYTES", 4000)
     lines = lines_of(200)
     dataset = dataset_of(tmp_path, tokenizer, Completions, lines)
-    whole = dataset.train.batch(0, dataset.train.num_rows)
     held_out = [segment for batch in dataset.held_out.batches(3) for segment in segments(batch)]
-    found = [*segments(whole), *held_out]
+    found = [*segments(dataset.train.batch(0, dataset.train.num_rows)), *held_out]
     expected = []
     for line in lines:
         ids = line["prompt"] + line["answer"]
         weights = np.float32([0] * len(line["prompt"]) + [line["weight"]] * len(line["answer"]))
         expected.append(([2, *ids[:-1]], ids, weights.tolist()))
-    assert sorted(found) == sorted(expected)  # each once, in one piece, with its exact weights
+    assert sorted(found) == sorted(expected)
     assert len(held_out) > 10 and dataset.statistics[0].utilisation > 0.9
-    total = weight = 0.0
-    for tokens, targets, weights, positions in zip(
-        whole.tokens, whole.targets, whole.loss_weights, whole.positions, strict=True
-    ):
-        for place in np.flatnonzero(weights):
-            first = place - positions[place]
-            total += float(weights[place]) * nats(tokens[first : place + 1].tolist(), int(targets[place]))
-            weight += float(weights[place])
-    separate = [
-        (w * nats(inputs[: i + 1], target), w)
-        for inputs, targets, weights in expected
-        if (inputs, targets, weights) not in held_out
-        for i, (target, w) in enumerate(zip(targets, weights, strict=True))
-    ]
-    mean = sum(nats for nats, _ in separate) / sum(weight for _, weight in separate)
-    assert total / weight == pytest.approx(mean, rel=1e-6)
 
 
-def test_rows_of_examples_are_found_by_number_on_any_host_and_name_their_lines(
-    tmp_path: Path, tokenizer: Tokenizer
-) -> None:
+def test_rows_of_examples_name_their_lines(tmp_path: Path, tokenizer: Tokenizer) -> None:
     lines = lines_of(60)
     train = dataset_of(tmp_path, tokenizer, Completions, lines).train
-    whole = train.batch(0, 12)
-    with train.iterate(4, 4, [0, 1]) as first, train.iterate(4, 4, [2, 3]) as second:
-        resumed = [next(host) for _ in range(2) for host in (first, second)]
-    for array, parts in zip(whole, zip(*resumed, strict=True), strict=True):
-        assert (array[4:] == np.concatenate(parts)).all()
     for row in range(12):
         origins = train.origin(row)
         shown = segments(train.batch(row, 1))

@@ -1,4 +1,5 @@
 import contextlib
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +144,7 @@ def test_an_error_of_the_reading_thread_reaches_the_consumer_and_close_ends_it(d
                 raise OSError("the disk is gone")
             return self.inner.batch(start_row, batch_size)
 
+    threads = threading.active_count()
     iterator = Failing(dataset.train).iterate(0, 4)
     assert same(next(iterator), dataset.train.batch(0, 4))
     assert same(next(iterator), dataset.train.batch(4, 4))
@@ -152,7 +154,7 @@ def test_an_error_of_the_reading_thread_reaches_the_consumer_and_close_ends_it(d
     assert iterator.next_row == 8
     iterator.close()
     iterator.close()
-    assert not iterator._thread._threads or not any(thread.is_alive() for thread in iterator._thread._threads)
+    assert threading.active_count() == threads
     with pytest.raises(RuntimeError, match="closed"):
         next(iterator)
 

@@ -133,3 +133,24 @@ def test_parquet_in_a_bucket(bucket: epath.Path) -> None:
 def test_the_real_parquet_file(shared_data: Path) -> None:
     texts = all_texts(open_default(str(shared_data / "maxtext_c4_minimal" / "c4-train-00000*.parquet")))
     assert len(texts) == 200 and texts[0].startswith("Beginners BBQ Class Taking Place in Missoula!\n")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "array_record"])
+def test_a_damaged_file_is_named(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        write_parquet(path, random_texts(3000), row_group_size=1000)
+    else:
+        write_records(path, [text.encode() for text in random_texts(3000)])
+    whole = path.read_bytes()
+    middle = len(whole) // 2
+    for broken in (
+        b"",
+        whole[:-10],
+        whole[:middle],
+        whole[middle:],
+        whole[:middle] + bytes(5000) + whole[middle + 5000 :],
+    ):
+        path.write_bytes(broken)
+        with pytest.raises(UserError, match=rf"a\.{kind} (is not an? |cannot be read)"):
+            all_texts(open_default(str(path), bad_records="skip"))

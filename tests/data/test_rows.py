@@ -3,10 +3,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpora import cache_of, random_texts
+from corpora import cache_of, random_texts, read_all
 
 from gemma_jax.data import source as source_module
-from gemma_jax.data.packing import Batch, empty_rows
 from gemma_jax.data.rows import PackedRows
 from gemma_jax.data.source import SPLITS, Text, is_held_out
 from gemma_jax.data.token_cache import TokenCache
@@ -20,13 +19,6 @@ LENGTH = 64
 def cache(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> TokenCache:
     monkeypatch.setattr(source_module, "SHARD_BYTES", 8000)
     return cache_of(random_texts(120), tokenizer, tmp_path, held_out=0.2)
-
-
-def read_all(rows: PackedRows, tokenizer: Tokenizer) -> Batch:
-    batch = empty_rows(len(rows), rows.sequence_length, tokenizer.pad_id)
-    for row in range(len(rows)):
-        rows.read_into(batch, row, row, tokenizer.bos_id)
-    return batch
 
 
 def test_all_documents_can_be_put_together_from_all_rows(cache: TokenCache, tokenizer: Tokenizer) -> None:
@@ -128,8 +120,3 @@ def test_too_few_documents_hold_out_pieces_which_are_never_trained_on(
         assert len(train.origin(0)) == batches[0].segment_ids[0].max()
     for one, another in zip(*found, strict=True):
         assert all((a == b).all() for a, b in zip(one, another, strict=True))
-
-
-def test_a_corpus_of_one_piece_holds_nothing_out(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    cache = cache_of(["tiny"], tokenizer, tmp_path, held_out=0.1)
-    assert [len(PackedRows(cache, split, 1000)) for split in SPLITS] == [1, 0]

@@ -145,33 +145,25 @@ def test_a_cache_that_cannot_be_made_and_an_empty_corpus_are_named(
         cache_of(["", ""], tokenizer, tmp_path / "empty")
 
 
-def test_hosts_fill_one_cache_together(
-    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(source_module, "SHARD_BYTES", 3000)
-    alone = cache_of(random_texts(150), tokenizer, tmp_path)
-    counters = [Counting(tokenizer) for _ in range(3)]
-
-    def work(index: int) -> None:
-        folder = tmp_path / "together"
-        build(alone.source, counters[index], folder, process_index=index, process_count=3)
-
-    with ThreadPoolExecutor(3) as hosts:
-        assert [*hosts.map(work, range(3))] == [None] * 3
-    assert files_of(tmp_path / "together") == files_of(tmp_path / "cache")
-    assert all(counter.encoded < 150 for counter in counters)
-
-
-def test_several_processes_of_one_machine_write_the_same_cache(
+def test_hosts_and_processes_fill_one_cache_together(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(source_module, "SHARD_BYTES", 3000)
     alone = cache_of(random_texts(150), tokenizer, tmp_path, held_out=0.2)
+    assert len(alone.shards) > 3
+    counters = [Counting(tokenizer) for _ in range(4)]
+
+    def work(index: int) -> None:
+        build(alone.source, counters[index], tmp_path / "hosts", 0.2, process_index=index, process_count=3)
+
+    with ThreadPoolExecutor(3) as hosts:
+        assert [*hosts.map(work, range(3))] == [None] * 3
+    assert all(counter.encoded < 150 for counter in counters)
     monkeypatch.setattr(token_cache, "_cores", lambda: 2 * token_cache.THREADS_A_PROCESS)
-    counting = Counting(tokenizer)
-    build(alone.source, counting, tmp_path / "together", 0.2)
-    assert files_of(tmp_path / "together") == files_of(tmp_path / "cache")
-    assert counting.encoded == 0 and len(alone.shards) > 3
+    build(alone.source, counters[3], tmp_path / "processes", 0.2)
+    assert counters[3].encoded == 0
+    for folder in ("hosts", "processes"):
+        assert files_of(tmp_path / folder) == files_of(tmp_path / "cache")
 
 
 KILLED = """
