@@ -1,6 +1,7 @@
 """Examples with loss weights: from a source through cache, row index and loader to the loss."""
 
 import json
+import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,6 +62,7 @@ def dataset_of(
     folder: Path, tokenizer: Tokenizer, kind: type[Completions], lines: Sequence[dict[str, Any]]
 ) -> Dataset:
     (folder / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    os.utime(folder / "a.jsonl", ns=(1, 1))  # the same lines have the same cache
     config = DataConfig(held_out=0.2, sequence_length=LENGTH, cache_dir=str(folder / "cache"))
     source = kind("examples", [str(folder / "a.jsonl")], "", "error")
     return prepare(config, tokenizer, 3, sources=[source])

@@ -96,11 +96,13 @@ def test_too_few_documents_hold_out_pieces_which_are_never_trained_on(
     held_out: float,
     length: int,
 ) -> None:
-    monkeypatch.setattr(source_module, "SHARD_BYTES", 500)
-    texts = random_texts(count, seed=4) * copies
+    monkeypatch.setattr(source_module, "SHARD_BYTES", 2000)
+    texts = random_texts(count, seed=5)
+    texts = (texts + texts[::-1])[: count * copies]  # equal ones in other places
     found = []
     for folder in ("one", "another"):  # as on two hosts
         cache = cache_of(texts, tokenizer, tmp_path / folder, held_out)
+        assert cache.by_pieces
         train, held = (PackedRows(cache, split, length) for split in SPLITS)
         batches = [read_all(rows, tokenizer) for rows in (train, held)]
         found.append(batches)
