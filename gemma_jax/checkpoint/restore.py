@@ -80,29 +80,25 @@ def load_arrays(step_folder: epath.PathLike, abstract: dict[str, Any], record: R
       UserError: the checkpoint belongs to another model.
     """
     wanted = {part: named_arrays(tree) for part, tree in abstract.items()}
+    saved = {}
     for part, arrays in wanted.items():
         if part not in record.arrays:
             raise UserError(f"the checkpoint {step_folder} holds no {part}; choose one that has it.")
         _compare(arrays, record.arrays[part], step_folder)
-    # As they were saved, and cast only after the fingerprints have been compared.
-    saved = {
-        part: {
-            name: jax.ShapeDtypeStruct(
-                x.shape, jax.dtypes.canonicalize_dtype(record.arrays[part][name].dtype), sharding=x.sharding
-            )
+        # As they were saved, and cast only after the fingerprints have been compared.
+        dtypes = {name: jax.numpy.dtype(array.dtype) for name, array in record.arrays[part].items()}
+        saved[part] = {
+            name: jax.ShapeDtypeStruct(x.shape, dtypes[name], sharding=x.sharding)
             for name, x in arrays.items()
         }
-        for part, arrays in wanted.items()
-    }
     in_all_processes(step_folder, lambda: check_files(epath.Path(step_folder), record, wanted.keys()))
     with orbax_context(step_folder):
         loaded = in_all_processes(step_folder, lambda: ocp.load_checkpointables(absolute(step_folder), saved))
-    for part, prints in jax.device_get(fingerprints(loaded)).items():
-        for name, value in prints.items():
-            if value != record.arrays[part][name].fingerprint:
-                raise DamagedCheckpoint(step_folder, f"{part}.{name} has changed")
+    prints = jax.device_get(fingerprints(loaded))
     for part, arrays in wanted.items():
         for name, x in arrays.items():
+            if prints[part][name] != record.arrays[part][name].fingerprint:
+                raise DamagedCheckpoint(step_folder, f"{part}.{name} has changed")
             loaded[part][name] = loaded[part][name].astype(x.dtype)
     return {part: with_arrays(tree, loaded[part]) for part, tree in abstract.items()}
 

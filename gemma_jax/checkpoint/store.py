@@ -16,7 +16,6 @@ import re
 import sys
 from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 from typing import Any, Self
 
 import jax
@@ -107,9 +106,7 @@ class CheckpointStore:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None and jax.process_count() > 1:
             # What is being written may never be whole: another process may be gone, and this one must end.
             return

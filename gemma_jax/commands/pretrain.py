@@ -1,14 +1,12 @@
 """`gemma pretrain CONFIG`: train a model from random weights, or go on where a run was left."""
 
-import functools
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from gemma_jax.config import PretrainConfig, read_command, replace, validate
 from gemma_jax.errors import UserError
-from gemma_jax.training.existing import as_existing
-from gemma_jax.training.run_directory import load_config
+from gemma_jax.training.run_directory import as_existing, load_config
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -61,5 +59,5 @@ def choose(config: PretrainConfig, mesh: "Mesh") -> "Task":
         dataset,
         tokenizer,
         held_out_evaluators(config, mesh, dataset, tokenizer),
-        replay=functools.partial(show_failure, recipe, dataset, tokenizer),
+        show_failure=show_failure,
     )

@@ -13,8 +13,7 @@ from gemma_jax.config import (
 )
 from gemma_jax.config.sections import setting
 from gemma_jax.errors import UserError
-from gemma_jax.training.existing import forked_after
-from gemma_jax.training.run_directory import TOKENIZER_FILE, check_data, open_run
+from gemma_jax.training.run_directory import TOKENIZER_FILE, check_data, forked_after, open_run
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,37 +13,35 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.text import Text
 
-from gemma_jax.data.loader import Dataset, Loader
+from gemma_jax.data.loader import Loader
 from gemma_jax.errors import UserError
 from gemma_jax.tokenizer import Tokenizer
 from gemma_jax.training.metrics import RunLog
-from gemma_jax.training.objectives import Recipe
 from gemma_jax.training.replay import Replay, mean_loss, replay_batch
+from gemma_jax.training.run import Task
 
 # Enough to see what is in a batch that ends a run.
 _ROWS_OF_A_FAILURE = 4
 
 
-def show_failure(
-    recipe: Recipe, dataset: Dataset, tokenizer: Tokenizer, log: RunLog
-) -> Callable[[int, int, nnx.State], str]:
-    """A function that prints the batch of a step that made a run end, and returns which gradients are not
-    finite, as the rest of a sentence. A replay that fails must not hide why the run ended.
+def show_failure(task: Task, log: RunLog, step: int, first_row: int, params: nnx.State) -> str:
+    """Print the batch of a step that makes a run end. A replay that fails must not hide why the run ends.
 
     Args:
-      recipe, dataset, tokenizer, log: of the run.
+      task, log: of the run.
+      step, first_row: of the batch.
+      params: with which the step began.
+
+    Returns:
+      Which gradients are not finite, as the rest of a sentence.
     """
-
-    def show(step: int, first_row: int, params: nnx.State) -> str:
-        try:
-            shown = replay_batch(recipe, dataset, params, step, first_row, step - 1)
-            print_report(shown, dataset.train, tokenizer, _ROWS_OF_A_FAILURE, log.console)
-            return not_finite(shown)
-        except UserError as error:
-            print(f"the batch of step {step} cannot be shown: {error}", file=sys.stderr)
-            return ""
-
-    return show
+    try:
+        shown = replay_batch(task.recipe, task.dataset, params, step, first_row, step - 1)
+        print_report(shown, task.dataset.train, task.tokenizer, _ROWS_OF_A_FAILURE, log.console)
+        return not_finite(shown)
+    except UserError as error:
+        print(f"the batch of step {step} cannot be shown: {error}", file=sys.stderr)
+        return ""
 
 
 def print_report(replay: Replay, loader: Loader, tokenizer: Tokenizer, limit: int, console: Console) -> None:

@@ -1,6 +1,7 @@
 """A run, as every command that trains has one: begun, forked, resumed, taken back after a spike, ended."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -30,7 +31,7 @@ from gemma_jax.tokenizer import Tokenizer
 from gemma_jax.training import interruption, run_directory
 from gemma_jax.training.evaluation import Evaluator
 from gemma_jax.training.goodput import Goodput
-from gemma_jax.training.loop import Replay, RunServices, Trainer
+from gemma_jax.training.loop import RunServices, Trainer
 from gemma_jax.training.metrics import RunLog, plot_losses, read_metrics, say
 from gemma_jax.training.objectives import Recipe
 from gemma_jax.training.sinks import check_sinks, open_sinks
@@ -52,14 +53,15 @@ class Task:
     initial: Callable[[], nnx.State | None] = lambda: None
     """Makes all parameters that a new run begins with; None stands for random ones. A resumed run takes from
     it what is frozen."""
-    replay: Callable[[RunLog], Replay] = lambda log: lambda step, first_row, params: ""
+    show_failure: Callable[["Task", RunLog, int, int, nnx.State], str] = lambda *failure: ""
+    """Shows a person the batch of a step that is not finite: `Replay` with the task and the log."""
 
 
 def run_training(config: Config, choose: Callable[[Config, Mesh], Task], started: float) -> int:
     """Begin or go on with the run of a config.
 
     Args:
-      config: of the run, from `existing.as_existing`.
+      config: of the run, from `run_directory.as_existing`.
       choose: what is trained, on which data; called in every process of the job.
       started: when this process began, by `time.monotonic`.
 
@@ -187,7 +189,7 @@ class _Run:
                 goodput,
                 self.task.evaluators,
                 evaluated,
-                self.task.replay(log),
+                functools.partial(self.task.show_failure, self.task, log),
                 self.stop.requested,
             )
             batches = self.task.dataset.train.iterate(first_row, size, local_rows(size, self.mesh))

@@ -32,12 +32,12 @@ from gemma_jax.sharding import named_arrays, put_batch
 from gemma_jax.testing import cpu_mesh
 from gemma_jax.tokenizer import Tokenizer
 from gemma_jax.training.evaluation import Evaluator
-from gemma_jax.training.existing import as_existing
 from gemma_jax.training.loss import LossSettings, next_token_loss
 from gemma_jax.training.metrics import read_metrics
 from gemma_jax.training.objectives import Recipe, Sums, WeightedSum, pretraining
 from gemma_jax.training.optimizer import make_optimizer
 from gemma_jax.training.run import Task, run_training
+from gemma_jax.training.run_directory import as_existing
 from gemma_jax.training.state import abstract_train_state
 from gemma_jax.training.step import make_train_step, sums_and_gradients
 from gemma_jax.weights import Context

@@ -65,13 +65,6 @@ def test_a_record_goes_on_where_it_was_made() -> None:
         assert second.record() == whole.record()
 
 
-def test_rows_after_gaps() -> None:
-    stability = Stability(CONFIG)
-    assert stability.first_row(10, 4) == 40
-    stability.gaps = (Gap(10, 12), Gap(10, 4), Gap(20, 8))
-    assert [stability.first_row(step, 4) for step in (9, 10, 11, 20)] == [36, 56, 60, 104]
-
-
 def test_where_a_run_goes_back_to() -> None:
     stability = Stability(CONFIG)
     stability.gaps = (Gap(50, 100),)
