@@ -62,3 +62,7 @@ def test_tensorflow_and_torch_are_loaded_by_no_module() -> None:
     modules = imported(every)
     assert {"orbax", "optax", "jax"} <= modules  # it did load what there is
     assert modules & {"tensorflow", "torch"} == set()
+
+
+def test_processes_that_tokenise_load_no_jax() -> None:
+    assert imported("import gemma_jax.data.loader") & HEAVY <= {"numpy", "etils"}

@@ -2,10 +2,12 @@
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from gemma_jax import verification
 from gemma_jax.cli import main
 from tests.golden import make
 from tests.pretrained import published
@@ -87,3 +89,30 @@ def test_a_damaged_file_is_a_fault_and_a_missing_one_a_mistake(
     assert status == 1 and "fault" in report and "not a whole safetensors file" in report
     assert main(["verify", str(good), "--against", str(tmp_path / "nothing")]) == 2
     assert "nothing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("factor", "status"), [(1 + 1e-6, 0), (1.01, 1)])
+def test_what_transformers_computes_is_compared_layer_by_layer(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    factor: float,
+    status: int,
+) -> None:
+    """With our own outputs, a little changed from layer 1 on, in the place of those of transformers."""
+    layer_outputs, ours = verification.layer_outputs, {}
+
+    def remembered(*arguments: Any) -> dict[str, np.ndarray]:
+        ours.update(layer_outputs(*arguments))
+        return ours
+
+    def imitation(folder: Path, dtype: str, tokens: np.ndarray) -> dict[str, np.ndarray]:
+        assert dtype == "float32" and tokens.shape[0] == 1 and tokens[0, 0] == 2
+        return {name: x * (1 if name in ("embeddings", "layer_0") else factor) for name, x in ours.items()}
+
+    monkeypatch.setattr(verification, "layer_outputs", remembered)
+    monkeypatch.setattr(verification, "transformers_outputs", imitation)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    actual, report = checked(capsys, directory(tmp_path))
+    assert actual == status
+    assert ("layer 1 differs" in report) is bool(status) and "layer 0 differs" not in report

@@ -1,5 +1,6 @@
 """Weights written and read again: every bit is the same, and nothing is left of what fails."""
 
+import errno
 import json
 import shutil
 from collections import namedtuple
@@ -146,6 +147,13 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         patch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6, 1000))
         with pytest.raises(UserError, match="needs 0.0 GB, but its disk has 0.0 GB free"):
             gemma.save_pretrained(tmp_path / "out", format=format)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(export_module, "write_generation_config", full)
+    with pytest.raises(UserError, match=r"cannot write .*/out \(No space left on device\)"):
+        gemma.save_pretrained(tmp_path / "out", format=format)
     assert left(tmp_path) == {"source"}
 
 

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from gemma_jax.errors import UserError
+from gemma_jax.pretrained.huggingface import HuggingFaceDirectory
+from gemma_jax.pretrained.layout import in_order
 from gemma_jax.pretrained.safetensors import SafetensorsFile, write_safetensors
-from tests.pretrained.published import MULTI_QUERY, random_tensors, safetensors_bytes
+from tests.pretrained.published import MULTI_QUERY, random_tensors, safetensors_bytes, write_huggingface
 
 Header = dict[str, Any]
 
@@ -151,3 +153,36 @@ def test_ten_thousand_damaged_headers_are_read_or_refused(tmp_path: Path) -> Non
             assert all(file[name].tobytes() is not None for name in file.tensors)
         assert time.process_time() - started < 10  # of the processor: a hang, not a busy machine
     assert 6_000 < refused < 12_000
+
+
+@pytest.mark.slow
+def test_ten_thousand_damaged_directories_are_read_or_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """config.json and the index: never a crash, a hang, or a file outside the directory that is opened."""
+    config = MULTI_QUERY | {"num_hidden_layers": 1, "vocab_size": 10}
+    folder = write_huggingface(tmp_path / "model", config, random_tensors(config, "bfloat16"), 2)
+    (tmp_path / "outside.safetensors").write_bytes((folder / "model-00001-of-00002.safetensors").read_bytes())
+    opened: list[Path] = []
+    real = SafetensorsFile.__init__
+
+    def watched(self: SafetensorsFile, path: Path) -> None:
+        opened.append(path)
+        real(self, path)
+
+    monkeypatch.setattr(SafetensorsFile, "__init__", watched)
+    rng, refused = random.Random(1), 0
+    files = {name: (folder / name).read_bytes() for name in ("config.json", "model.safetensors.index.json")}
+    for number in range(12_000):
+        name = list(files)[number % 2]
+        (folder / name).write_bytes(mutated(rng, files[name]))
+        started = time.process_time()
+        try:
+            found = HuggingFaceDirectory(folder)
+            assert all(found.get(*place).size for place in in_order(found.config))
+        except UserError:
+            refused += 1
+        assert time.process_time() - started < 10  # of the processor: a hang, not a busy machine
+        (folder / name).write_bytes(files[name])
+    assert 6_000 < refused < 12_000
+    assert {path.parent for path in opened} == {folder}
