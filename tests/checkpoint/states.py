@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -57,3 +58,13 @@ def names(folder: Path) -> list[str]:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def wait_for_writers() -> None:
+    """Wait for threads of orbax that go on writing after a save has failed.
+
+    Where the process of a failed save ends, they end with it.
+    """
+    for thread in threading.enumerate():
+        if thread.name.startswith("asyncio_"):
+            thread.join(30)

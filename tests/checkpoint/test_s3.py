@@ -1,7 +1,6 @@
 """Checkpoints on S3 are as safe as on a disk. tests/commands/test_run_on_s3.py has the real clients."""
 
 import itertools
-import threading
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from gemma_jax.checkpoint.store import CheckpointStore
 from gemma_jax.config import CheckpointConfig
 from gemma_jax.errors import UserError
 from tests.checkpoint.buckets_on_disk import BucketsOnDisk, buckets_on_disk
-from tests.checkpoint.states import PARTS, position
+from tests.checkpoint.states import PARTS, position, wait_for_writers
 
 
 @pytest.fixture
@@ -36,10 +35,7 @@ def test_a_save_that_ends_anywhere_leaves_the_step_before(buckets: BucketsOnDisk
             store.close()
         except UserError:
             ended += 1
-            # A process that has ended writes nothing more; here threads of orbax's may still do so.
-            for thread in threading.enumerate():
-                if thread.name.startswith("asyncio_"):
-                    thread.join(30)
+            wait_for_writers()
         left, buckets.changes_left = buckets.changes_left, None
         steps = saved_steps(run)
         assert steps and set(steps) <= {1, 2}
