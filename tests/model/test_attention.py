@@ -10,6 +10,22 @@ from gemma_jax.model.splash import fits_splash, splash_attend
 from gemma_jax.testing import assert_same, cpu_mesh
 
 
+def picture(mask: jax.Array) -> list[str]:
+    return ["".join("x" if seen else "." for seen in row) for row in np.asarray(mask[0])]
+
+
+def test_mask_of_a_packed_row() -> None:
+    positions, segments = np.array([[0, 1, 2, 0, 1, 0]]), np.array([[1, 1, 1, 2, 2, 0]])
+    assert picture(attention_mask(positions, segments, positions, segments)) == [
+        "x.....",
+        "xx....",
+        "xxx...",
+        "...x..",
+        "...xx.",
+        ".....x",
+    ]
+
+
 @pytest.mark.parametrize(("length", "kv_heads"), [(300, 1), (300, 4), (2500, 1)])
 def test_blocks_of_queries_equal_the_whole(length: int, kv_heads: int) -> None:
     """Lengths that blocks do not divide, of 128 queries and of more; value and gradients."""
