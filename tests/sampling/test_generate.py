@@ -15,7 +15,7 @@ from gemma_jax.config import PRESETS, ComputeConfig, SamplingConfig
 from gemma_jax.errors import UserError
 from gemma_jax.model import ModelSpec
 from gemma_jax.sampling import Completion, Generator
-from gemma_jax.sampling.generate import Request, requests_of, slot_settings
+from gemma_jax.sampling.generate import Request, padded, requests_of, slot_settings
 from gemma_jax.sharding import named_arrays, with_arrays
 from gemma_jax.testing import cpu_mesh, relative_difference, tiny_gemma
 from tests.weights.kinds import Adapted, with_random_adapters
@@ -213,6 +213,18 @@ def test_prefill_in_chunks_equals_one_forward_pass(mesh: dict[str, int]) -> None
         assert completion.token_ids == expected.argmax(axis=-1).tolist()
         of_chosen = expected[np.arange(4), completion.token_ids]
         assert relative_difference(completion.log_probs, of_chosen) < 1e-5
+
+
+def test_a_slot_that_is_done_writes_nothing_into_its_cache(generator: Generator) -> None:
+    """Of two prompts of three tokens, one takes a single step and the other all of them."""
+    requests = [Request([2, 17, 300], SamplingConfig(new), []) for new in (2, NEW)]
+    settings = slot_settings(requests, 2, 1, generator.config.context_length)
+    prompts = padded([request.token_ids for request in requests], 2, 16)
+    arguments = (prompts[0], 0, prompts[1], settings, None, generator.layers)
+    slots, _ = generator.prefill(generator.params, *arguments, size=32)
+    slots, _ = generator.decode(generator.params, slots, NEW, generator.layers)
+    # The newest token of each is not in the cache yet.
+    assert slots.cache.lengths.tolist() == [3 + 2 - 1, 3 + NEW - 1]
 
 
 def test_samples_of_a_prompt_stand_together_and_differ(generator: Generator) -> None:
