@@ -42,7 +42,7 @@ class ArrayRecord:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """What a checkpoint says of itself: where the run is, and what its arrays and files must be."""
+    """The record of a checkpoint: the position of its run, and what its arrays and files must be."""
 
     step: int
     rows_seen: int  # rows of the data that were consumed: the whole position in the data

@@ -266,8 +266,8 @@ def _run_config_file(path: Path) -> Any:
     except Exception as error:  # whatever it is, the user's own file raised it
         calls = traceback.extract_tb(error.__traceback__)
         line = next((call.lineno for call in reversed(calls) if call.filename == str(path)), 0)
-        told = f"{type(error).__name__}: {error}{_mistyped_field(error) or '.'}"
-        raise UserError(f"{path}, line {line}: {told}") from error
+        message = f"{type(error).__name__}: {error}{_mistyped_field(error) or '.'}"
+        raise UserError(f"{path}, line {line}: {message}") from error
     if "config" not in defined:
         raise UserError(f"{path} defines no `config`; a config file ends in `config = PretrainConfig(...)`.")
     return defined["config"]

@@ -165,7 +165,7 @@ def log_partition_and_targets(
         mesh=mesh,
         in_specs=(spec, specs, spec_rows),
         out_specs=(P(*spec_rows), P(*spec_rows)),
-        check_vma=False,  # sums over axes of one device would have to be told
+        check_vma=False,  # else sums over mesh axes of size 1 need annotations
     )
     return mapped(hidden, arrays, jnp.asarray(targets))
 

@@ -232,7 +232,7 @@ def _forward(
         mesh=mesh,
         in_specs=(spec, specs, spec_rows, spec_rows),
         out_specs=((P(), P()), (spec, specs if trained else None)),
-        check_vma=False,  # sums over axes of one device would have to be told
+        check_vma=False,  # else sums over mesh axes of size 1 need annotations
     )(hidden, values, targets, weights)
 
 

@@ -7,6 +7,7 @@ replace it by something faster.
 Shape legend: B batch, L length, D embed, V stored vocabulary rows, C contracted axes, O output axes.
 """
 
+import abc
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -62,19 +63,19 @@ class Weight(nnx.Module):
     def __init__(self, parameter: Parameter, mesh: Mesh) -> None:
         self.parameter, self.mesh = parameter, mesh
 
+    @abc.abstractmethod
     def dense(self, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
         """The dense array of one layer; of the weight's own float dtype where none is given.
 
         Where the arrays are some rows, or a device's part, it is the dense array of these.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def pack(self, array: jax.Array) -> dict[str, jax.Array]:
         """What this weight's arrays, by name, hold to represent the dense array of one layer.
 
         Arrays that are left out keep their initial values when a checkpoint is loaded.
         """
-        raise NotImplementedError
 
     def parts(self) -> tuple[Structure, list[jax.Array]]:
         """The weight of one layer in two: what is static, and its arrays."""

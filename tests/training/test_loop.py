@@ -101,7 +101,7 @@ def run(
     end: TrainState | None = None
     with BatchIterator(read or (lambda row: rows), 0, 2) as batches:
         try:
-            all_services = RunServices(store=store, log=log, **services)  # type: ignore[arg-type]
+            all_services = RunServices(store=store, log=log, **services)  # type: ignore[arg-type]  # a stand-in for the store
             trainer = Trainer(config, cpu_mesh(1), step, batches, all_services)
             end = trainer.train(state_of_step(start))
         except UserError as error:
