@@ -19,6 +19,8 @@ while true; do
   started=$SECONDS
   "$@" &
   child=$!
+  # A signal that came just before had no child to be passed on to.
+  [ -n "$stopping" ] && kill -TERM "$child"
   wait "$child"
   status=$?
   # A signal ends `wait` before the child ends.
