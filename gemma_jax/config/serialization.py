@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 from gemma_jax.config.experiments import PretrainConfig, TrainingConfig
 from gemma_jax.config.sections import leaves
 from gemma_jax.errors import UserError
+from gemma_jax.paths import parse_json
 
 Config = TypeVar("Config")
 
@@ -48,19 +49,7 @@ def from_json(text: str, origin: str) -> TrainingConfig:
     Raises:
       UserError: broken JSON, an unknown experiment or key, a value of another type.
     """
-    try:
-        data = json.loads(text, object_pairs_hook=_object)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{origin} is not valid JSON ({error}); give the config.json of a run.") from error
-    return from_record(data, origin)
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; json.loads would keep the last of several values of a key."""
-    data = dict(pairs)
-    if len(data) < len(pairs):
-        raise ValueError("an object has the same key twice")
-    return data
+    return from_record(parse_json(text, origin), origin)
 
 
 def from_record(data: Any, origin: str) -> TrainingConfig:
