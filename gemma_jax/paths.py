@@ -50,13 +50,36 @@ def user_path(name: str | os.PathLike[str]) -> "epath.Path":
     return epath.Path(name)
 
 
+def in_bucket(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is the address of a bucket."""
+    return "://" in os.fspath(path)
+
+
+def children(folder: "epath.Path") -> "list[epath.Path]":
+    """What is in a folder, by name; nothing if it is not there. A bucket has no empty folders.
+
+    Raises:
+      UserError: it is no folder, or may not be read.
+    """
+    try:
+        if in_bucket(folder):
+            return sorted(folder.iterdir()) if folder.exists() else []
+        return [folder / name for name in sorted(os.listdir(folder))]  # epath leaves out names such as x~
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be read ({error.strerror or error}); check it and your access."
+        ) from error
+
+
 def check_writable_path(path: str | os.PathLike[str]) -> None:
     """Refuse a directory for checkpoints whose path, from the root on, orbax cannot handle.
 
     Raises:
       UserError: the path has a character of shell patterns, a control character, or is not UTF-8.
     """
-    whole = os.fspath(path) if "://" in os.fspath(path) else os.path.abspath(path)
+    whole = os.fspath(path) if in_bucket(path) else os.path.abspath(path)
     if found := _REFUSED.search(whole):
         raise UserError(
             f"no checkpoint can be written below {whole!a}: {found[0]!a} in its path is not supported; "
@@ -92,7 +115,7 @@ def read_bytes(path: "str | os.PathLike[str]", most: int = SMALL_FILE) -> bytes:
     Raises:
       UserError: as `open_regular` does.
     """
-    if "://" not in os.fspath(path):
+    if not in_bucket(path):
         with open_regular(path, most) as file:
             return file.read(most)
     try:
@@ -104,14 +127,19 @@ def read_bytes(path: "str | os.PathLike[str]", most: int = SMALL_FILE) -> bytes:
     raise UserError(f"{path} has more than {most:,} bytes, which is more than such a file has.")
 
 
-def read_text(path: "str | os.PathLike[str]", most: int = SMALL_FILE) -> str:
+def read_text(path: "str | os.PathLike[str]", most: int = SMALL_FILE, errors: str = "strict") -> str:
     """The content of a text file.
+
+    Args:
+      path: of the file.
+      most: bytes that it may have.
+      errors: what is done where it is not UTF-8, as `bytes.decode` has it.
 
     Raises:
       UserError: as `read_bytes` does, or it is not UTF-8.
     """
     try:
-        return read_bytes(path, most).decode()
+        return read_bytes(path, most).decode(errors=errors)
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error}); copy or download it again.") from error
 

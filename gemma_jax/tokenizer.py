@@ -13,7 +13,7 @@ import sentencepiece
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from gemma_jax.errors import UserError
-from gemma_jax.paths import user_path
+from gemma_jax.paths import read_bytes, user_path
 
 START_OF_TURN = "<start_of_turn>"
 END_OF_TURN = "<end_of_turn>"
@@ -33,6 +33,7 @@ _HTML_TAG = re.compile(
 # Training sees a text in parts of this many characters: SentencePiece skips what is longer than a limit in
 # bytes, without a word, and a cut this rare does not change which pieces are learnt.
 _TRAINING_PART = 4096
+_LARGEST_FILE = 2**26  # bytes; Gemma's own has 4 million
 # Text that a model with a normaliser, a dummy prefix or no byte fallback does not give back exactly.
 _PROBE = "  a\tﬁ\r\n\n b\x00é𐍈  "
 
@@ -92,14 +93,10 @@ class Tokenizer:
             UserError: the file is missing or empty, is not a SentencePiece model, has not Gemma's ids
                 (pad 0, eos 1, bos 2, unk 3, both turn markers), or loses characters of what it encodes.
         """
-        address = os.fspath(path)
-        try:
-            model = user_path(address).read_bytes()
-        except OSError as error:
-            raise UserError(
-                f"The tokenizer file {address} cannot be read ({error}); check the path and your access."
-            ) from error
-        return cls(model, source=f"The tokenizer file {address}")
+        model = read_bytes(user_path(path), _LARGEST_FILE)
+        if model.startswith(b"version https://git-lfs"):
+            raise UserError(f"{path} is a pointer of Git LFS, not the file; get that by `git lfs pull`.")
+        return cls(model, source=f"The tokenizer file {os.fspath(path)}")
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, path: str | os.PathLike[str]) -> "Tokenizer":

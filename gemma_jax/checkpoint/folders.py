@@ -12,24 +12,16 @@ import os
 import fsspec
 from etils import epath
 
+from gemma_jax.paths import children, in_bucket
+
 STEPS_FOLDER = "checkpoints"
 UNFINISHED = ".unfinished"
-
-
-def children(folder: epath.Path) -> list[epath.Path]:
-    """What is in a folder. A bucket has no empty folders: one that was just made is not there."""
-    return list(folder.iterdir()) if folder.exists() else []
 
 
 def saved_steps(run_dir: epath.PathLike) -> list[int]:
     """Steps that have a checkpoint, whole or damaged, ascending."""
     names = {child.name for child in children(epath.Path(run_dir) / STEPS_FOLDER)}
     return sorted(int(name) for name in names if _is_step(name) and f"{name}{UNFINISHED}" not in names)
-
-
-def in_bucket(path: epath.Path) -> bool:
-    """Whether a path is the address of a bucket."""
-    return "://" in os.fspath(path)
 
 
 def begin(folder: epath.Path) -> None:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from etils import epath
 
 from gemma_jax.errors import UserError
+from gemma_jax.paths import LARGE_FILE, children, in_bucket, open_regular, read_json
 
 RECORD_FILE = "run/data.json"
 FORMAT = 2  # of runs; 1 had no number
@@ -98,11 +99,11 @@ def array_records(shapes: Any, prints: Any) -> dict[str, dict[str, ArrayRecord]]
 def _checksums(folder: epath.Path) -> dict[str, tuple[int, int]]:
     """Size in bytes and CRC-32 of the first CHECKED_BYTES of every file in a folder and below, by path."""
     sums: dict[str, tuple[int, int]] = {}
-    for path in folder.iterdir():
+    for path in children(folder):
         if path.is_dir():
             sums |= {f"{path.name}/{name}": values for name, values in _checksums(path).items()}
         else:
-            with path.open("rb") as file:
+            with path.open("rb") if in_bucket(path) else open_regular(path) as file:
                 crc = zlib.crc32(file.read(CHECKED_BYTES))
             sums[path.name] = (path.stat().length, crc)
     return sums
@@ -129,25 +130,34 @@ def run_record(step_folder: epath.PathLike) -> RunRecord:
     """
     path = epath.Path(step_folder) / RECORD_FILE
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path, LARGE_FILE)
+    except UserError as error:
+        raise DamagedCheckpoint(step_folder, str(error).rstrip(".")) from error
+    try:
         fields = content["record"]
         if _digest(fields) != content["sha256"]:
             raise ValueError("its digest is another")
-        if fields.get("format") != FORMAT:
+        if (format := fields.get("format", 1)) != FORMAT:
             raise UserError(
-                f"the checkpoint {step_folder} has format {fields.get('format', 1)} of runs, but this "
-                f"version of gemma_jax reads {FORMAT}; use the version that wrote it, or begin a new run."
+                f"the checkpoint {step_folder} has format {format} of runs, but this version of gemma_jax "
+                f"reads {FORMAT}; use the version that wrote it, or begin a new run."
             )
         arrays = {
-            part: {
-                name: ArrayRecord(tuple(a["shape"]), a["dtype"], a["fingerprint"]) for name, a in tree.items()
-            }
+            part: {name: _array_record(**values) for name, values in tree.items()}
             for part, tree in fields["arrays"].items()
         }
         files = {name: tuple(sums) for name, sums in fields["files"].items()}
-        return RunRecord(**{**fields, "arrays": arrays, "files": files})
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        record = RunRecord(**{**fields, "arrays": arrays, "files": files})
+        if type(record.step) is not int or type(record.rows_seen) is not int:
+            raise ValueError("its step is no number")
+        return record
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DamagedCheckpoint(step_folder, f"{RECORD_FILE} is not whole ({first_line(error)})") from error
+
+
+def _array_record(shape: list[int], dtype: str, fingerprint: int) -> ArrayRecord:
+    jax.dtypes.canonicalize_dtype(dtype)  # raises TypeError for what jax has no arrays of
+    return ArrayRecord(tuple(shape), dtype, fingerprint)
 
 
 def check_files(folder: epath.Path, record: RunRecord, parts: Collection[str]) -> None:

@@ -39,6 +39,7 @@ from gemma_jax.checkpoint.restore import absolute, in_all_processes, load_arrays
 from gemma_jax.checkpoint.s3 import orbax_context
 from gemma_jax.config import CheckpointConfig
 from gemma_jax.errors import UserError
+from gemma_jax.paths import check_writable_path, children, in_bucket
 from gemma_jax.sharding import named_arrays
 from gemma_jax.startup import wait_for_all
 
@@ -82,6 +83,7 @@ class CheckpointStore:
         Raises:
           UserError: another process trains there, or the directory cannot be written.
         """
+        check_writable_path(run_dir)
         self._run_dir, self._config = absolute(run_dir), config
         self.folder = self._run_dir / STEPS_FOLDER
         self._first = jax.process_index() == 0
@@ -231,7 +233,7 @@ class CheckpointStore:
         del self._losses[step]
         if not self._first:
             return
-        names = {child.name for child in folders.children(self.folder)}
+        names = {child.name for child in children(self.folder)}
         number = 1
         while (name := f"{step}.damaged" + (f"-{number}" if number > 1 else "")) in names:
             number += 1
@@ -254,7 +256,7 @@ class CheckpointStore:
             # tensorstore's errors are ValueError, and their message begins with a status.
             if isinstance(error, ValueError) and not re.match("[A-Z_]+: ", str(error)):
                 raise
-            if self._first and not folders.in_bucket(self.folder):  # on a disk it takes room that is short
+            if self._first and not in_bucket(self.folder):  # on a disk it takes room that is short
                 with contextlib.suppress(OSError):  # another thread may still be writing there
                     folders.remove_unfinished(self.folder)
             raise self._not_written(error) from error

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -73,7 +74,8 @@ def print_report(replay: Replay, loader: Loader, tokenizer: Tokenizer, limit: in
     )
     if replay.logged:
         say(
-            f"the run logged loss {replay.logged['loss']:.4f}, gradient norm {replay.logged['grad_norm']:.4f}"
+            f"the run logged loss {replay.logged['loss']:.4f}, "
+            f"gradient norm {replay.logged.get('grad_norm', math.nan):.4f}"
         )
     norms = {name: [f"{x:.3g}" for x in np.atleast_1d(norm)] for name, norm in replay.gradient_norms.items()}
     say("\ngradient norms, of each layer where there are several:")

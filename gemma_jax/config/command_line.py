@@ -17,6 +17,7 @@ from gemma_jax.config.experiments import TrainingConfig
 from gemma_jax.config.sections import leaves
 from gemma_jax.config.serialization import EXPERIMENTS, from_dict, from_json, replace, suggestion
 from gemma_jax.errors import UserError
+from gemma_jax.paths import read_text
 
 Config = TypeVar("Config")
 Training = TypeVar("Training", bound=TrainingConfig)
@@ -240,8 +241,8 @@ def load(name: str, kind: type[Training]) -> tuple[Training, str]:
         )
     try:
         is_python = path.suffix == ".py"
-        config = _run_config_file(path) if is_python else from_json(path.read_text("utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
+        config = _run_config_file(path) if is_python else from_json(read_text(path), str(path))
+    except OSError as error:
         raise UserError(f"{path} cannot be read as a config: {error}.") from error
     if not isinstance(config, kind):
         raise UserError(f"{path} holds a {type(config).__name__}, but a {kind.__name__} is needed here.")

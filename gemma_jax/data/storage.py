@@ -13,10 +13,7 @@ from etils import epath
 from numpy.typing import NDArray
 
 from gemma_jax.errors import UserError
-
-
-def is_local(path: epath.Path) -> bool:
-    return "://" not in os.fspath(path)
+from gemma_jax.paths import in_bucket
 
 
 @contextlib.contextmanager
@@ -30,7 +27,7 @@ def replacing(path: epath.Path) -> Iterator[BinaryIO]:
     try:
         with temporary.open("wb") as stream:
             yield stream
-            if is_local(path):
+            if not in_bucket(path):
                 stream.flush()
                 os.fsync(stream.fileno())
         temporary.replace(path)
@@ -67,7 +64,7 @@ class ArrayFile:
           ValueError: It is not a whole .npy file of one dimension and plain values.
         """
         self._path = path
-        self._file = open(path, "rb", buffering=0) if is_local(path) else None  # noqa: SIM115  # it stays open
+        self._file = None if in_bucket(path) else open(path, "rb", buffering=0)  # noqa: SIM115  # it stays open
         self._start = 0
         self._whole: bytes | None = None
         if dtype is None:

@@ -14,9 +14,9 @@ from gemma_jax.data.cached_shard import CachedShard, SplitSize, open_shard
 from gemma_jax.data.processes import in_processes
 from gemma_jax.data.shard_writer import THREADS_A_PROCESS, ShardWriter
 from gemma_jax.data.source import SPLITS, Source, Split, hash_of, split_documents
-from gemma_jax.data.storage import cache_error, is_local
+from gemma_jax.data.storage import cache_error
 from gemma_jax.errors import UserError
-from gemma_jax.paths import user_path
+from gemma_jax.paths import children, in_bucket, user_path
 
 if TYPE_CHECKING:
     from gemma_jax.tokenizer import Tokenizer
@@ -125,8 +125,8 @@ def _cores() -> int:
 
 def _remove_leftovers(directory: epath.Path) -> None:
     """Deletes temporary files of killed processes: those that nobody has written to for an hour."""
-    if is_local(directory):
-        for path in directory.glob("*.tmp"):
+    if not in_bucket(directory):
+        for path in children(directory):
             with contextlib.suppress(OSError):
-                if time.time() - path.stat().mtime > 3600:
+                if path.suffix == ".tmp" and time.time() - path.stat().mtime > 3600:
                     path.unlink()

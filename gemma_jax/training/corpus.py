@@ -10,8 +10,9 @@ from jax.sharding import Mesh
 from gemma_jax.config import TrainingConfig
 from gemma_jax.data.documents import open_sources, sample_texts
 from gemma_jax.data.loader import Dataset, prepare
+from gemma_jax.data.storage import cache_error
 from gemma_jax.model import ModelSpec
-from gemma_jax.paths import user_path
+from gemma_jax.paths import LARGE_FILE, read_bytes, read_text, user_path
 from gemma_jax.sharding import local_rows
 from gemma_jax.tokenizer import Tokenizer
 from gemma_jax.training.evaluation import Evaluator, mean_over
@@ -36,13 +37,22 @@ def corpus_tokenizer(config: TrainingConfig, megabytes: float) -> Tokenizer:
     settings = (config.model.vocab_size, megabytes, data.held_out)
     identity = "\n".join([*(source.fingerprint for source in sources), *map(str, settings)])
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]
-    path = user_path(data.cache_dir) / "tokenizers" / f"{key}.model"
-    if path.exists():
-        return Tokenizer.load(path)
+    folder = user_path(data.cache_dir) / "tokenizers"
+    path, digest = folder / f"{key}.model", folder / f"{key}.sha256"
+    if path.exists() and digest.exists():
+        cached = read_bytes(path, LARGE_FILE)
+        if hashlib.sha256(cached).hexdigest() == read_text(digest, errors="replace"):
+            return Tokenizer(cached, str(path))
     say(f"training a tokenizer of {config.model.vocab_size} pieces on {', '.join(data.sources)}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    texts = sample_texts(sources, megabytes, data.held_out)
-    return Tokenizer.train(texts, config.model.vocab_size, path)
+    try:  # before the training: it can take minutes
+        folder.mkdir(parents=True, exist_ok=True)
+        digest.unlink(missing_ok=True)
+        texts = sample_texts(sources, megabytes, data.held_out)
+        tokenizer = Tokenizer.train(texts, config.model.vocab_size, path)
+        digest.write_text(tokenizer.fingerprint)
+    except OSError as error:
+        raise cache_error(path, error) from error
+    return tokenizer
 
 
 class _Progress:

@@ -66,7 +66,7 @@ def seconds_before(entries: Sequence[Mapping[str, Any]], start: int) -> dict[str
     told = [entry for entry in entries if "seconds_steps" in entry]
     if not told:
         return {}
-    seconds = {kind: float(told[-1][f"seconds_{kind}"]) for kind in KINDS}
+    seconds = {kind: float(told[-1].get(f"seconds_{kind}", 0)) for kind in KINDS}
     kept = [float(entry["seconds_steps"]) for entry in told if entry["step"] <= start]
     lost = seconds["steps"] - (kept[-1] if kept else 0.0)
     return seconds | {"steps": seconds["steps"] - lost, "lost": seconds["lost"] + lost}

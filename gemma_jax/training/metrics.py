@@ -5,6 +5,7 @@ Only the first process of a job writes.
 
 import io
 import json
+import math
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,8 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
-from gemma_jax.data.storage import is_local
 from gemma_jax.errors import UserError
+from gemma_jax.paths import LARGE_FILE, in_bucket, read_text
 from gemma_jax.training.goodput import seconds_before
 from gemma_jax.training.hardware import quantity
 from gemma_jax.training.sinks import Entry, Sink
@@ -33,21 +34,39 @@ _WIDE = 100
 
 
 def read_metrics(run_dir: epath.PathLike) -> list[Entry]:
-    """The lines of a run's metrics file, oldest first; a line that a kill cut off is left out."""
+    """The lines of a run's metrics file, oldest first; what is no line of one is left out.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
     path = epath.Path(run_dir) / METRICS_FILE
     if not path.exists():
         return []
-    entries = []
-    for line in path.read_text().splitlines():
-        try:
-            entries.append(json.loads(line))
-        except ValueError:
-            continue
+    lines = read_text(path, LARGE_FILE, errors="replace").splitlines()
+    entries = [entry for line in lines if (entry := _entry(line)) is not None]
+    # A kill may cut off the last line; any other was damaged later.
+    if len(entries) < len(lines) - (not lines or _entry(lines[-1]) is None):
+        say(f"{path}: {len(lines) - len(entries)} damaged lines are left out")
     return entries
 
 
+def _entry(line: str) -> Entry | None:
+    """The numbers in a line of the log; None if it holds anything else."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(entry, dict) or type(entry.get("step")) is not int:
+        return None
+    return (
+        entry if all(type(x) is float or type(x) is int and abs(x) < 2**63 for x in entry.values()) else None
+    )
+
+
 def duration(seconds: float) -> str:
-    """`42s`, `3m05s` or `2h07m`."""
+    """`42s`, `3m05s` or `2h07m`; of a number that is not finite `-`."""
+    if not math.isfinite(seconds):
+        return "-"
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
@@ -147,7 +166,7 @@ class RunLog:
         entry = {**entry, "seconds": round(seconds, 3), "time": time.time()}
         line = json.dumps(entry) + "\n"
         try:
-            if is_local(self._path):
+            if not in_bucket(self._path):
                 with self._path.open("a") as file:
                     file.write(line)
             else:
@@ -167,7 +186,7 @@ class RunLog:
 
     def close(self) -> None:
         """End the progress bar and the sinks."""
-        if self._first and not is_local(self._path):
+        if self._first and in_bucket(self._path):
             self._write_bucket()
         if self._progress:
             self._progress.stop()

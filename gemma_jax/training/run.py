@@ -106,6 +106,10 @@ def choose_tokenizer(config: TrainingConfig, path: str, otherwise: Callable[[], 
     tokenizer = chosen() if jax.process_index() == 0 else None
     wait_for_all("the tokenizer is there")
     tokenizer = tokenizer or chosen()
+    if config.existing_run == "resume" and saved_steps(user_path(config.run_dir)):
+        run_directory.check_tokenizer(user_path(config.run_dir), tokenizer)
+    elif config.fork_from:
+        run_directory.check_tokenizer(step_folder(config.fork_from)[1], tokenizer)
     if tokenizer.vocab_size != config.model.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} pieces, but model.vocab_size is "
@@ -159,7 +163,7 @@ class _Run:
                 run_directory.delete_run(self.run_dir)
             self.task.tokenizer.save(self.run_dir / run_directory.TOKENIZER_FILE)
             run_directory.record_config(self.run_dir, config)
-            run_directory.record_data(self.run_dir, dataset)
+            run_directory.record_data(self.run_dir, dataset, self.task.tokenizer)
         return store
 
     def _attempt(self, store: CheckpointStore) -> TrainState | None:

@@ -6,16 +6,17 @@ And what a config has to do with a run that is there already: going on with it, 
 import dataclasses
 import json
 import os
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from gemma_jax.config import TrainingConfig, differences, from_json, load, replace, to_json, within
 from gemma_jax.errors import UserError
-from gemma_jax.paths import user_path
+from gemma_jax.paths import LARGE_FILE, check_writable_path, children, read_json, read_text, user_path
 
 if TYPE_CHECKING:
     from etils import epath
 
     from gemma_jax.data.loader import Dataset
+    from gemma_jax.tokenizer import Tokenizer
 
 Config = TypeVar("Config", bound=TrainingConfig)
 
@@ -69,7 +70,7 @@ def open_run(name: str, kind: type[Config]) -> "tuple[epath.Path, Config]":
     path = run_dir / CONFIG_FILE
     if not path.exists():
         raise UserError(f"{name} is not the directory of a run: it holds no {CONFIG_FILE}.")
-    config = from_json(path.read_text(), str(path))
+    config = from_json(read_text(path), str(path))
     if not isinstance(config, kind):
         raise UserError(
             f"{path} holds a {type(config).__name__}, but a {kind.__name__} is needed here; name another run."
@@ -90,8 +91,6 @@ def check_overwritable(run_dir: "epath.Path") -> None:
     Raises:
       UserError: the directory holds something, but no run.
     """
-    from gemma_jax.checkpoint.folders import children
-
     foreign = sorted(child.name for child in children(run_dir) if child.name not in OF_A_RUN)
     try:
         if foreign:
@@ -112,10 +111,35 @@ def delete_run(run_dir: "epath.Path") -> None:
             path.unlink()
 
 
-def record_data(run_dir: "epath.Path", dataset: "Dataset") -> None:
-    """Write down how much each corpus held, for `check_data`."""
-    statistics = [dataclasses.asdict(source) for source in dataset.statistics]
-    (run_dir / DATA_FILE).write_text(json.dumps(statistics, indent=2) + "\n")
+def record_data(run_dir: "epath.Path", dataset: "Dataset", tokenizer: "Tokenizer") -> None:
+    """Write down what each corpus holds and which tokenizer it was read with, for the two checks below."""
+    corpora = [dataclasses.asdict(source) for source in dataset.statistics]
+    record = {"tokenizer": tokenizer.fingerprint, "corpora": corpora}
+    (run_dir / DATA_FILE).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def check_tokenizer(run_dir: "epath.Path", tokenizer: "Tokenizer") -> None:
+    """Make sure that a tokenizer is the one of a run: with other ids its parameters mean nothing.
+
+    Raises:
+      UserError: it is another.
+    """
+    if _recorded(run_dir, "tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
+        raise UserError(
+            f"the tokenizer is not the one that the run in {run_dir} began with; give that one as "
+            f"tokenizer.path, or restore {run_dir / TOKENIZER_FILE}."
+        )
+
+
+def _recorded(run_dir: "epath.Path", name: str, otherwise: Any) -> Any:
+    """What a run has written down of its data; `otherwise` where nothing was trained yet."""
+    path = run_dir / DATA_FILE
+    if not path.exists():
+        return otherwise
+    record = read_json(path, LARGE_FILE)
+    if not isinstance(record, dict) or name not in record:
+        raise UserError(f"{path} is damaged (it has no {name}); delete it to go on without the check.")
+    return record[name]
 
 
 def check_data(run_dir: "epath.Path", dataset: "Dataset") -> None:
@@ -126,11 +150,10 @@ def check_data(run_dir: "epath.Path", dataset: "Dataset") -> None:
     Raises:
       UserError: a corpus has changed since the run began.
     """
-    path = run_dir / DATA_FILE
-    if not path.exists():  # nothing was trained yet
+    before = _recorded(run_dir, "corpora", None)
+    if before is None:
         return
     try:
-        before = json.loads(path.read_text())
         for then, now in zip(before, dataset.statistics, strict=True):
             if change := now.change_since(then):
                 raise UserError(
@@ -138,6 +161,7 @@ def check_data(run_dir: "epath.Path", dataset: "Dataset") -> None:
                     "restore that corpus, or begin a new run."
                 )
     except (ValueError, TypeError, KeyError) as error:
+        path = run_dir / DATA_FILE
         raise UserError(f"{path} is damaged ({error}); delete it to go on without the check.") from error
 
 
@@ -151,6 +175,7 @@ def as_existing(config: Config) -> Config:
     from gemma_jax.checkpoint.folders import saved_steps
 
     run_dir = user_path(config.run_dir)
+    check_writable_path(run_dir)
     resuming = config.existing_run == "resume" and (run_dir / CONFIG_FILE).exists()
     if resuming:
         before = open_run(os.fspath(run_dir), type(config))[1]
