@@ -54,6 +54,10 @@ class RowIndex:
     def __len__(self) -> int:
         return len(self.starts) - 1
 
+    def row(self, number: int) -> NDArray[Any]:
+        """PIECE [pieces of the row]."""
+        return self.pieces[self.starts[number] : self.starts[number + 1]]
+
 
 def cut_documents(document_lengths: NDArray[np.int64], sequence_length: int) -> NDArray[Any]:
     """PIECE [number of pieces]: documents that lie one after the other, cut into pieces, in stream order.

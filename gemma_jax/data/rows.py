@@ -1,9 +1,11 @@
 """The packed rows of a cached corpus, read by number. Their index is kept beside the cache.
 
 For each shard and split, `NNNNN.SPLIT.rows-L.pieces.npy` and `NNNNN.SPLIT.rows-L.starts.npy` hold the
-`RowIndex` for rows of L tokens (`rows-L-whole` where examples are not cut). Rows never mix shards, so that an
-index needs one shard's lengths only. A corpus whose documents are too few to hold some of them out holds out
-pieces instead; both splits then read the same file of ids.
+`RowIndex` for rows of L tokens (`rows-L-whole` where examples are not cut), and
+`NNNNN.SPLIT.rows-L.checksums.npy` a CRC-32 of each row: of its pieces and of what they hold. So damage on the
+disk is found in the row that it is in, and no row need be read before its time. Rows never mix shards, so
+that an index needs one shard's lengths only. A corpus whose documents are too few to hold some of them out
+holds out pieces instead; both splits then read the same file of ids.
 """
 
 import bisect
@@ -12,6 +14,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import zlib
 from typing import Any
 
 import numpy as np
@@ -26,7 +29,7 @@ from gemma_jax.data.token_cache import TokenCache
 from gemma_jax.errors import UserError
 
 _OPEN_SHARDS = 64
-"""Shards whose files stay open, over all corpora: each has up to four files, and 1,024 are a common limit."""
+"""Shards whose files stay open, over all corpora: each has up to five files, and 1,024 are a common limit."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +55,26 @@ class _OpenShard:
         self.hundredths = shard.weights(stored)
         self.pieces = ArrayFile(shard.path(split, f"{index}.pieces.npy"))
         self.starts = ArrayFile(shard.path(split, f"{index}.starts.npy"))
+        self.checksums = ArrayFile(shard.path(split, f"{index}.checksums.npy"))
 
     def row(self, number: int) -> NDArray[Any]:
         """PIECE [pieces of the row]. OSError and ValueError as `ArrayFile.read` raises them."""
         start, stop = self.starts.read(number, number + 2).tolist()
         return self.pieces.read(start, min(stop, len(self.pieces)))
+
+
+def _read_row(
+    tokens: ArrayFile, hundredths: ArrayFile | None, pieces: NDArray[Any]
+) -> tuple[list[list[NDArray[Any]]], int]:
+    """The ids of each piece of a row and, where there are any, their weights; and the row's checksum."""
+    stops = pieces["offset"] + pieces["length"]
+    spans = list(zip(pieces["offset"].tolist(), stops.tolist(), strict=True))
+    files = [tokens] if hundredths is None else [tokens, hundredths]
+    contents = [[file.read(start, stop) for start, stop in spans] for file in files]
+    checksum = zlib.crc32(pieces.tobytes())
+    for content in itertools.chain(*contents):
+        checksum = zlib.crc32(content.tobytes(), checksum)
+    return contents, checksum
 
 
 _open_shard = functools.lru_cache(_OPEN_SHARDS)(_OpenShard)
@@ -107,23 +125,19 @@ class PackedRows:
         """
         place, local_row = self._locate(row)
         shard = self._shards[place]
-        weights: list[NDArray[Any]] | None = None
         try:
             opened = self._open(shard)
             pieces = opened.row(local_row)
             if not len(pieces) or pieces["length"].min() < 1 or pieces["length"].sum() > self.sequence_length:
                 raise ValueError("these pieces are no row")
-            stops = pieces["offset"] + pieces["length"]
-            spans = list(zip(pieces["offset"].tolist(), stops.tolist(), strict=True))
-            bodies = [opened.tokens.read(start, stop) for start, stop in spans]
-            if max(body.max() for body in bodies) >= self.cache.vocab_size:
-                raise ValueError("there is no such token")
-            if opened.hundredths is not None:
-                weights = [opened.hundredths.read(start, stop) / np.float32(100) for start, stop in spans]
+            (bodies, *hundredths), checksum = _read_row(opened.tokens, opened.hundredths, pieces)
+            if checksum != opened.checksums.read(local_row, local_row + 1)[0]:
+                raise ValueError("this is not what was written")
         except OSError as error:
             raise cache_error(shard.path(self._stored, "ids"), error) from error
         except ValueError as error:
             raise _damaged(shard) from error
+        weights = [each / np.float32(100) for each in hundredths[0]] if hundredths else None
         packing.fill_row(batch, slot, bodies, bos_id, weights)
 
     def origin(self, row: int) -> list[Origin]:
@@ -158,7 +172,11 @@ class PackedRows:
                 opened = self._open(shard)
                 end = opened.starts.read(len(opened.starts) - 1, len(opened.starts)).tolist()
                 kinds_fit = opened.pieces.dtype == packing.PIECE and opened.starts.dtype == np.int64
-                if kinds_fit and end == [len(opened.pieces)]:
+                if (
+                    kinds_fit
+                    and end == [len(opened.pieces)]
+                    and len(opened.checksums) == len(opened.starts) - 1
+                ):
                     return len(opened.starts) - 1
             group_size = self.cache.source.group_size
             pieces = self._pieces(shard)
@@ -168,6 +186,9 @@ class PackedRows:
             built = packing.build_row_index(pieces, self.sequence_length, group_size)
             save_array(shard.path(self.split, f"{self._index}.pieces.npy"), built.pieces)
             save_array(shard.path(self.split, f"{self._index}.starts.npy"), built.starts)
+            tokens, hundredths = shard.tokens(self._stored), shard.weights(self._stored)
+            checksums = [_read_row(tokens, hundredths, built.row(i))[1] for i in range(len(built))]
+            save_array(shard.path(self.split, f"{self._index}.checksums.npy"), np.array(checksums, np.uint32))
             _open_shard.cache_clear()
             return len(built)
         except OSError as error:
@@ -176,9 +197,9 @@ class PackedRows:
     def _pieces(self, shard: CachedShard) -> NDArray[Any]:
         """PIECE: all pieces of a shard, of both splits where pieces are held out."""
         source = self.cache.source
-        lengths = shard.lengths(self._stored)
-        if lengths.sum() != shard.sizes[self._stored].tokens or np.min(lengths) < 1:
+        if not shard.is_as_written(self._stored):
             raise _damaged(shard)
+        lengths = shard.lengths(self._stored)
         if source.long_examples == "cut":
             return packing.cut_documents(lengths, self.sequence_length)
         return packing.keep_examples(lengths, self.sequence_length, source.group_size)
@@ -212,6 +233,8 @@ class PackedRows:
             if self.cache.source.long_examples != "cut":
                 lengths = shard.lengths(self._stored)
                 examples = np.searchsorted(np.cumsum(lengths), pieces["offset"], side="right")
+                if max(examples) >= len(lengths):
+                    raise _damaged(self._shards[place])
                 shortened = examples[pieces["length"] < lengths[examples]]
                 self.truncated += len(shortened)
                 if len(shortened) and self.cache.source.long_examples == "refuse":

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from gemma_jax.data.source import (
     Split,
     Text,
     TokenIds,
+    hash_of,
     split_documents,
 )
 from gemma_jax.data.storage import replacing, save_array
@@ -71,7 +73,9 @@ class ShardWriter:
             for writer in writers.values():
                 writer.write_texts()
         for split, writer in writers.items():
-            save_array(shard.path(split, "lengths.npy"), np.array(writer.lengths, np.int64))
+            lengths = np.array(writer.lengths, np.int64)
+            save_array(shard.path(split, "lengths.npy"), lengths)
+            writer.checksums.append(zlib.crc32(lengths.tobytes()))
         metadata: dict[str, Any] = {
             **{split: dataclasses.asdict(writer.size()) for split, writer in writers.items()},
             "skipped": len(skipped),
@@ -80,9 +84,10 @@ class ShardWriter:
             "shard": dataclasses.asdict(part),
             "digests": [digest.hexdigest() for digest in digests],
             "weighted": source.weighted,
+            "checksums": {split: writer.checksums for split, writer in writers.items()},
         }
         with replacing(self.directory / f"{number:05d}.json") as stream:
-            stream.write(json.dumps(metadata, indent=1).encode())
+            stream.write(json.dumps(metadata | {"digest": hash_of(metadata)}, indent=1).encode())
 
     def _checked_ids(self, document: TokenIds | Example, part: Shard) -> NDArray[np.int64]:
         """The ids, those of a document without a bos in front and an eos behind.
@@ -125,6 +130,8 @@ class _SplitWriter:
         """Tokens written of the document that goes on."""
         self._num_bytes = 0
         self.lengths: list[int] = []
+        self.checksums = [0, 0]
+        """CRC-32 of the ids and of the weights that were written; at the end also of the lengths."""
 
     def size(self) -> SplitSize:
         return SplitSize(len(self.lengths), sum(self.lengths), self._num_bytes)
@@ -154,13 +161,17 @@ class _SplitWriter:
         """Takes the ids of a document, to which eos is added, or those of an example with its weights."""
         self._append(ids)
         if isinstance(document, Example):
-            self._weights.write(document.weights.tobytes())
+            weights = document.weights.tobytes()
+            self._weights.write(weights)
+            self.checksums[1] = zlib.crc32(weights, self.checksums[1])
         else:
             self._append([self._tokenizer.eos_id])
         self._end()
 
     def _append(self, ids: Sequence[int] | NDArray[np.int64]) -> None:
-        self._ids.write(np.asarray(ids, self._dtype).tobytes())
+        written = np.asarray(ids, self._dtype).tobytes()
+        self._ids.write(written)
+        self.checksums[0] = zlib.crc32(written, self.checksums[0])
         self._length += len(ids)
 
     def _end(self) -> None:

@@ -91,6 +91,10 @@ class ArrayFile:
           OSError: The file cannot be read.
           ValueError: It ends before.
         """
+        if (
+            not 0 <= start <= stop < 2**48
+        ):  # as from a damaged index; what the system cannot count raises otherwise
+            raise ValueError(f"{self._path} has no values {start} to {stop}")
         size = self.dtype.itemsize
         begin, length = self._start + start * size, (stop - start) * size
         if self._whole is not None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 MOST_PROCESSES = 8
 """Each takes up to 0.2 GB."""
 
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclasses.dataclass(frozen=True)
