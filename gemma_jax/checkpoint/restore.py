@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 from etils import epath
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
@@ -18,6 +19,7 @@ from gemma_jax.checkpoint.record import (
     check_files,
     fingerprints,
     first_line,
+    run_record,
 )
 from gemma_jax.checkpoint.s3 import orbax_context
 from gemma_jax.errors import UserError
@@ -101,6 +103,23 @@ def load_arrays(step_folder: epath.PathLike, abstract: dict[str, Any], record: R
                 raise DamagedCheckpoint(step_folder, f"{part}.{name} has changed")
             loaded[part][name] = loaded[part][name].astype(x.dtype)
     return {part: with_arrays(tree, loaded[part]) for part, tree in abstract.items()}
+
+
+def check_readable(step_folder: epath.Path) -> None:
+    """Read back what can be read quickly of a checkpoint that was just written: all but the arrays' numbers.
+
+    Raises:
+      DamagedCheckpoint: a file is missing, or orbax finds other arrays there than the record says.
+    """
+    record = run_record(step_folder)
+    check_files(step_folder, record, record.arrays)
+    for part, arrays in record.arrays.items():
+        with orbax_context(step_folder):
+            # None where orbax cannot read one of the arrays' headers, which it logs.
+            found: dict[str, Any] = ocp.metadata(absolute(step_folder), part).metadata or {}
+        read = {name: (tuple(array.shape), str(np.dtype(array.dtype))) for name, array in found.items()}
+        if read != {name: (array.shape, array.dtype) for name, array in arrays.items()}:
+            raise DamagedCheckpoint(step_folder, f"its {part} cannot be read back")
 
 
 def in_all_processes(step_folder: epath.PathLike, read: Callable[[], Result]) -> Result:

@@ -35,7 +35,7 @@ from gemma_jax.checkpoint.record import (
     run_record,
     write_record,
 )
-from gemma_jax.checkpoint.restore import absolute, in_all_processes, load_arrays
+from gemma_jax.checkpoint.restore import absolute, check_readable, in_all_processes, load_arrays
 from gemma_jax.checkpoint.s3 import orbax_context
 from gemma_jax.config import CheckpointConfig
 from gemma_jax.errors import UserError
@@ -159,6 +159,7 @@ class CheckpointStore:
             if self._first:
                 saved = array_records(shapes, jax.device_get(prints))
                 write_record(unfinished, dataclasses.replace(record, arrays=saved))
+                check_readable(unfinished)
                 folders.finish(folder)
             self._losses[record.step] = self._best_by(record)
             self._remove_old()
@@ -252,7 +253,7 @@ class CheckpointStore:
             return
         try:
             writing.result()
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, DamagedCheckpoint) as error:
             # tensorstore's errors are ValueError, and their message begins with a status.
             if isinstance(error, ValueError) and not re.match("[A-Z_]+: ", str(error)):
                 raise
@@ -263,7 +264,8 @@ class CheckpointStore:
 
     def _not_written(self, error: Exception) -> UserError:
         full = os.strerror(errno.ENOSPC)  # tensorstore's own message names a temporary file, twice
-        reason = full if full in str(error) else first_line(error)
+        told = error.reason if isinstance(error, DamagedCheckpoint) else first_line(error)
+        reason = full if full in str(error) else told
         return UserError(
             f"cannot write a checkpoint into {self.folder} ({reason}); free some space or "
             "check the disk, then give the same command again."

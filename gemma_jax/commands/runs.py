@@ -1,7 +1,6 @@
 """`gemma runs DIRECTORY`: the runs under a directory as a table, and their curves in one picture."""
 
 import dataclasses
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -10,11 +9,13 @@ from typing import TYPE_CHECKING
 from gemma_jax.config import TrainingConfig, from_record, read_command
 from gemma_jax.config.sections import setting
 from gemma_jax.errors import UserError
-from gemma_jax.paths import user_path
+from gemma_jax.paths import children, read_json, user_path
 from gemma_jax.training.run_directory import CONFIG_FILE
 
 if TYPE_CHECKING:
     from etils import epath
+
+    from gemma_jax.training.sinks import Entry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,14 +32,14 @@ def run(arguments: Sequence[str], prog: str) -> int:
         raise UserError(f"plot is {options.plot}, but pictures are PNG; give it a name that ends in .png.")
 
     from gemma_jax.commands.tables import report_console, table
-    from gemma_jax.training.metrics import duration, plot_losses, read_metrics
+    from gemma_jax.training.metrics import duration, plot_losses
 
     folder = user_path(name)
     if not folder.is_dir():
         raise UserError(f"there is no directory {name}; name one that holds runs.")
     runs = {
-        str(path.relative_to(folder)) if path != folder else folder.name: (config, read_metrics(path))
-        for path, config in _find(folder, set())
+        str(path.relative_to(folder)) if path != folder else folder.name: (config, entries)
+        for path, config, entries in _find(folder, set())
     }
     if not runs:
         raise UserError(f"there are no runs under {name}; train one there with --run_dir.")
@@ -46,16 +47,15 @@ def run(arguments: Sequence[str], prog: str) -> int:
     rows = table(titles, right=titles[1:])
     for label, (config, entries) in runs.items():
         # The newest line that has it: training and held-out numbers are on lines of their own.
-        last = {key: value for entry in entries for key, value in entry.items()}
+        last = {key: (value, entry["step"]) for entry in entries for key, value in entry.items()}
+        step = last["step"][0] if last else 0
+        losses = [last.get(key) for key in ("loss", "held_out_loss", "held_out_bits_per_byte")]
         rows.add_row(
             label,
-            f"{last.get('step', 0):,}/{config.steps:,}",
-            *(
-                f"{last[key]:.3f}" if key in last else "-"
-                for key in ("loss", "held_out_loss", "held_out_bits_per_byte")
-            ),
-            f"{last['tokens']:,}" if "tokens" in last else "-",
-            duration(last["seconds"]) if "seconds" in last else "-",
+            f"{step:,}/{config.steps:,}",
+            *(f"{x[0]:.3f}" + f" (step {x[1]:,})" * (x[1] < step) if x else "-" for x in losses),
+            f"{last['tokens'][0]:,}" if "tokens" in last else "-",
+            duration(last["seconds"][0]) if "seconds" in last else "-",
         )
     report_console().print(rows)
     if options.plot:
@@ -68,8 +68,13 @@ def run(arguments: Sequence[str], prog: str) -> int:
     return 0
 
 
-def _find(folder: "epath.Path", seen: set[str]) -> "Iterator[tuple[epath.Path, TrainingConfig]]":
-    """The runs at and below a directory, by name. Nothing is looked for inside a run."""
+def _find(folder: "epath.Path", seen: set[str]) -> "Iterator[tuple[epath.Path, TrainingConfig, list[Entry]]]":
+    """The runs at and below a directory, by name. Nothing is looked for inside a run.
+
+    What cannot be read is reported on standard error, and the others are found all the same.
+    """
+    from gemma_jax.training.metrics import read_metrics
+
     place = os.path.realpath(folder)
     if place in seen:  # a link that leads back
         return
@@ -77,16 +82,17 @@ def _find(folder: "epath.Path", seen: set[str]) -> "Iterator[tuple[epath.Path, T
     path = folder / CONFIG_FILE
     if path.exists():
         try:
-            record = json.loads(path.read_text())
-        except ValueError:
-            record = None
-        # Another program's config.json may lie there, such as that of a published model.
-        if isinstance(record, dict) and record.get("experiment") == "pretrain":
-            try:
-                yield folder, from_record(record, str(path))
-            except UserError as error:
-                print(f"left out: {error}", file=sys.stderr)
-            return
-    for child in sorted(folder.iterdir()):
-        if child.is_dir():
-            yield from _find(child, seen)
+            record = read_json(path)
+            # Another program's config.json may lie there, such as that of a published model.
+            if isinstance(record, dict) and "experiment" in record:
+                yield folder, from_record(record, str(path)), read_metrics(folder)
+                return
+        except UserError as error:
+            print(f"left out: {error}", file=sys.stderr)
+    try:
+        inside = [child for child in children(folder) if child.is_dir()]
+    except UserError as error:
+        print(f"left out: {error}", file=sys.stderr)
+        return
+    for child in inside:
+        yield from _find(child, seen)

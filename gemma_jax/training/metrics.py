@@ -207,7 +207,7 @@ def plot_losses(runs: Mapping[str, Sequence[Entry]], path: epath.PathLike) -> No
     for (name, entries), color in zip(runs.items(), colors, strict=True):
         training = _curve(entries, "loss")
         held_out = _curve(entries, "held_out_loss")
-        axes.plot(training[:, 0], _smoothed(training[:, 1]), color=color, label=name)
+        axes.plot(training[:, 0], _smoothed(training[:, 1]), color=color, label=_label(name))
         axes.plot(*held_out.T, color=color, linestyle="--", linewidth=1, marker="o", markersize=4)
         shown += [_after_the_drop(curve) for curve in (training, held_out)]
     values = np.concatenate([*shown, []])
@@ -221,10 +221,18 @@ def plot_losses(runs: Mapping[str, Sequence[Entry]], path: epath.PathLike) -> No
     axes.set_ylabel("cross entropy, nats a token")
     axes.set_title("training loss (lines) and held-out loss (points)")
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize="small", frameon=False)
+    legend = figure.legend(loc="outside right upper", fontsize="small", frameon=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a $ in a name is none of TeX's
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)
     epath.Path(path).write_bytes(picture.getvalue())
+
+
+def _label(name: str) -> str:
+    """A name that matplotlib shows: UTF-8, and not hidden for its underscore in front."""
+    shown = name.encode(errors="replace").decode()
+    return f" {shown}" if shown.startswith("_") else shown
 
 
 def _curve(entries: Sequence[Entry], name: str) -> NDArray[np.float64]:

@@ -17,6 +17,7 @@ from gemma_jax.checkpoint.store import CheckpointStore
 from gemma_jax.config import (
     HostsConfig,
     TrainingConfig,
+    from_record,
     mesh_text,
     replace,
     to_dict,
@@ -222,6 +223,8 @@ class _Run:
         if restored is None:
             return create_train_state(recipe, self.task.initial()), Stability(stability), {}
         parts, record = restored
+        # config.json may have been changed or damaged since; the record cannot be without its being seen.
+        run_directory.check_same(from_record(record.config, "the record"), self.config, str(self.run_dir))
         frozen = self.abstract.frozen
         if jax.tree.leaves(frozen):
             params = self.task.initial()

@@ -183,17 +183,31 @@ def as_existing(config: Config) -> Config:
         named = os.path.expanduser(config.fork_from).rstrip("/")
         if not named or before.fork_from.startswith(f"{named}/"):
             config = replace(config, {"fork_from": before.fork_from})
-        for name, then, now in differences(before, config):
-            if not within(name, MAY_CHANGE):
-                raise UserError(
-                    f"the run in {run_dir} has {name} {then!r}, not {now!r}; "
-                    "give another --run_dir, or --existing_run overwrite to delete that run."
-                )
+        check_same(before, config, os.fspath(run_dir))
     if config.fork_from and not (resuming and saved_steps(run_dir)):
         config = resolve_fork(config, run_dir)
     if config.existing_run == "overwrite":
         check_overwritable(run_dir)
     return config
+
+
+def check_same(before: TrainingConfig, config: TrainingConfig, run: str) -> None:
+    """Make sure that a config computes what a run has computed so far.
+
+    Args:
+      before: of the run.
+      config: with which it is to go on.
+      run: what it is called in messages.
+
+    Raises:
+      UserError: a setting that may not change differs; it is named.
+    """
+    for name, then, now in differences(before, config):
+        if not within(name, MAY_CHANGE):
+            raise UserError(
+                f"the run in {run} has {name} {then!r}, not {now!r}; "
+                "give another --run_dir, or --existing_run overwrite to delete that run."
+            )
 
 
 def resolve_fork(config: Config, run_dir: "epath.Path") -> Config:
