@@ -1,6 +1,9 @@
 """Every path that a user writes may be the address of a bucket."""
 
 import json
+import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
@@ -10,7 +13,7 @@ from etils import epath
 from gemma_jax.cli import main
 from gemma_jax.config import replace, to_json
 from gemma_jax.errors import UserError
-from gemma_jax.paths import user_path
+from gemma_jax.paths import SMALL_FILE, children, read_json, user_path
 from gemma_jax.tokenizer import Tokenizer
 from tests.tiny_run import config, write_corpus
 
@@ -113,3 +116,33 @@ def test_a_run_in_a_bucket_is_trained_listed_drawn_inspected_and_replayed(
     assert not Path("gs:").exists()
     assert main(["sample", str(run), "--prompt", "alpha"]) == 2
     assert "holds no checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "kind", ["pipe", "device", "folder", "dead link", "missing", "large", "no UTF-8", "deep", "twice"]
+)
+def test_what_is_no_small_text_file_is_refused_at_once(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "file"
+    make: dict[str, Callable[[], object]] = {
+        "pipe": lambda: os.mkfifo(path),
+        "device": lambda: path.symlink_to("/dev/zero"),
+        "folder": path.mkdir,
+        "dead link": lambda: path.symlink_to("nowhere"),
+        "missing": lambda: None,
+        "large": lambda: path.write_bytes(b"1" * (SMALL_FILE + 1)),
+        "no UTF-8": lambda: path.write_bytes(b'"\xff"'),
+        "deep": lambda: path.write_text("[" * 100_000),
+        "twice": lambda: path.write_text('{"a": 1, "a": 2}'),
+    }
+    make[kind]()
+    with pytest.raises(UserError, match=f"^{re.escape(str(path))} "):
+        read_json(path)
+
+
+def test_a_folder_that_cannot_be_read_is_named_and_no_name_is_left_out(tmp_path: Path) -> None:
+    for name in ("b", "a~", ".c"):
+        (tmp_path / name).touch()
+    assert [child.name for child in children(epath.Path(tmp_path))] == [".c", "a~", "b"]
+    assert children(epath.Path(tmp_path / "nothing")) == []
+    with pytest.raises(UserError, match="b cannot be read"):
+        children(epath.Path(tmp_path / "b"))

@@ -33,7 +33,7 @@ class SourceStatistics:
     by_pieces: bool
     """Whether pieces of documents are held out, because there are too few documents."""
     digest: str
-    """Of the contents, in order: the same wherever the files are, and whatever their names and times are."""
+    """Of the contents, in order: the same wherever the files are, and whatever their times are."""
     files: Mapping[str, str]
     """A digest of each file (of neighbouring ones where there are many), by its name below their folder."""
 
@@ -60,7 +60,7 @@ class SourceStatistics:
           ValueError, KeyError, TypeError: `then` is something else.
         """
         now = dataclasses.asdict(self)
-        deciding = ("digest", "train", "held_out", "train_rows", "held_out_rows")
+        deciding = ("digest", "files", "train", "held_out", "train_rows", "held_out_rows")
         if all(then[name] == now[name] for name in deciding):
             return ""
         before, after = dict(then["files"]), self.files
@@ -103,7 +103,7 @@ def _file_digests(cache: TokenCache) -> dict[str, str]:
     for start in range(0, len(files), step):
         some = files[start : start + step]
         name = " to ".join(file.removeprefix(f"{folder}/") for file in dict.fromkeys([some[0], some[-1]]))
-        found[name] = hash_of([digests[file] for file in some])[:16]
+        found[name] = hash_of([[file.removeprefix(f"{folder}/"), digests[file]] for file in some])[:16]
     return found
 
 

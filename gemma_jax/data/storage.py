@@ -4,6 +4,7 @@ import contextlib
 import errno
 import io
 import os
+import tokenize
 import uuid
 from collections.abc import Iterator
 from typing import Any, BinaryIO
@@ -71,8 +72,11 @@ class ArrayFile:
             if self._file is None:  # one request, instead of one for each row
                 self._whole = path.read_bytes()
             stream = self._file or io.BytesIO(self._whole or b"")
-            np.lib.format.read_magic(stream)
-            shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+            try:
+                np.lib.format.read_magic(stream)
+                shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+            except tokenize.TokenError as error:  # numpy takes a damaged header for one of Python 2
+                raise ValueError(f"{path} has no whole header") from error
             self._start = stream.tell()
             size = stream.seek(0, os.SEEK_END)
             if len(shape) != 1 or dtype.hasobject or size != self._start + shape[0] * dtype.itemsize:

@@ -145,7 +145,7 @@ def _recorded(run_dir: "epath.Path", name: str, otherwise: Any) -> Any:
 def check_data(run_dir: "epath.Path", dataset: "Dataset") -> None:
     """Make sure that row i of the data is still the row that the run has seen.
 
-    By the contents of each corpus in their order, not by the names and times of its files: a copy will do.
+    By the contents and names of its files in their order, not by parent folders and times: a copy will do.
 
     Raises:
       UserError: a corpus has changed since the run began.

@@ -9,6 +9,7 @@ import pytest
 
 from gemma_jax.cli import main
 from gemma_jax.errors import RESTART_STATUS
+from gemma_jax.tokenizer import Tokenizer
 from gemma_jax.training import interruption
 from gemma_jax.training.metrics import read_metrics
 from tests.tiny_run import config_file
@@ -144,6 +145,26 @@ def test_a_run_does_not_go_on_with_other_data(
     assert main(["pretrain", config, "--steps", "6"]) == 2
     assert "*.txt has changed since" in capsys.readouterr().err.strip().splitlines()[-1]
     assert main(["pretrain", config, "--steps", "4", "--existing_run", "overwrite"]) == 0
+
+
+def test_a_run_does_not_go_on_or_fork_with_another_tokenizer(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = [path.read_text() for path in sorted(corpus.glob("*.txt"))]
+    given, run = tmp_path / "given.model", tmp_path / "run"
+    Tokenizer.train(texts, 430, given)
+    command = ["pretrain", config_file(tmp_path, corpus), "--tokenizer.path", str(given)]
+    assert main([*command, "--steps", "4"]) == 0
+    own = (run / "tokenizer.model").read_bytes()
+    Tokenizer.train([text.upper() for text in texts] + texts[:9], 430, given)
+    fork = ["--run_dir", str(tmp_path / "fork"), "--fork_from", str(run)]
+    for more in ([], fork):
+        assert main([*command, "--steps", "5", *more]) == 2
+        last = capsys.readouterr().err.strip().splitlines()[-1]
+        assert "the tokenizer is not the one" in last and str(run) in last
+    assert (run / "tokenizer.model").read_bytes() == own
+    given.write_bytes(own)
+    assert main([*command, "--steps", "5"]) == 0
 
 
 # Any loss above the median of the four before it is a spike, so there are some.

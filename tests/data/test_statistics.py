@@ -47,6 +47,18 @@ def edit(folder: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b"03", b"33").replace(b"09", b"99"))
 
 
+def swap(folder: Path) -> None:
+    first, second = sorted(folder.iterdir())[3:5]
+    contents = first.read_bytes(), second.read_bytes()
+    second.write_bytes(contents[0])
+    first.write_bytes(contents[1])
+
+
+def rename(folder: Path) -> None:
+    path = sorted(folder.iterdir())[5]
+    path.rename(folder / f"05b{path.suffix}")  # in the same place of the order
+
+
 def add(folder: Path) -> None:
     path = sorted(folder.iterdir())[5]
     shutil.copy(path, folder / f"zz{path.suffix}")
@@ -54,6 +66,8 @@ def add(folder: Path) -> None:
 
 CHANGES: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "reversed": (reverse, ["changed: 00.", "and 9 more"]),
+    "swapped": (swap, ["changed: 03.", "04."]),
+    "renamed": (rename, ["missing: 05.", "new: 05b."]),
     "edited": (edit, ["changed: 03."]),
     "removed": (lambda folder: sorted(folder.iterdir())[5].unlink(), ["missing: 05."]),
     "added": (add, ["new: zz."]),
