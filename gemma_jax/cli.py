@@ -1,15 +1,15 @@
 """The `gemma` command."""
 
+# Little is imported here: Ctrl-C during an import at the head of this file would be a traceback.
 import importlib
 import os
-import select
 import signal
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
-from gemma_jax.config import suggestion
 from gemma_jax.errors import UserError
+from gemma_jax.streams import OutputLost, guard_streams
 
 COMMANDS = {
     "pretrain": ("train a model from random weights", "CONFIG [--FIELD VALUE ...]"),
@@ -40,8 +40,14 @@ def main(arguments: Sequence[str] | None = None, prog: str = "gemma", commands: 
     if name == "--version":
         return _status(lambda: print(_version()))
     if name not in known:
-        return _tell(f"{prog} has no command {name!r}{suggestion(name, known)}; see `{prog} --help`.")
+        return _status(lambda: _refuse(name, prog, known))
     return run_command(name, rest, f"{prog} {name}")
+
+
+def _refuse(name: str, prog: str, known: Sequence[str]) -> NoReturn:
+    from gemma_jax.config import suggestion
+
+    raise UserError(f"{prog} has no command {name!r}{suggestion(name, known)}; see `{prog} --help`.")
 
 
 def _usage(prog: str, commands: Sequence[str]) -> str:
@@ -54,6 +60,8 @@ def _usage(prog: str, commands: Sequence[str]) -> str:
 
 def _version() -> str:
     """Versions of this package and of jax, and the devices that jax finds."""
+    from collections import Counter
+
     import jax
 
     from gemma_jax import __version__
@@ -74,6 +82,9 @@ def run_command(name: str, arguments: Sequence[str], prog: str) -> int:
       arguments: its own.
       prog: what it is called in messages.
     """
+    # Our numbers are added as by jax's defaults; what the environment says there is for other programs.
+    for variable in ("JAX_NUMPY_DTYPE_PROMOTION", "JAX_NUMPY_RANK_PROMOTION"):
+        os.environ.pop(variable, None)
     # A command imports what it needs only after its config has been read: mistakes are reported at once.
     return _status(lambda: importlib.import_module(f"gemma_jax.commands.{name}").run(arguments, prog))
 
@@ -81,30 +92,22 @@ def run_command(name: str, arguments: Sequence[str], prog: str) -> int:
 def _status(work: Callable[[], int | None]) -> int:
     """The exit status of some work: its own or 0; 2 after a mistake of the user; 130 after Ctrl-C; 141 when
     nobody reads its output any longer, as in `| head`."""
+    guard_streams()
     try:
         try:
             status = work() or 0
         except SystemExit as end:  # after --help
             status = int(end.code or 0)
+        except UserError as error:
+            status = _tell(str(error))
+        except KeyboardInterrupt:
+            status = 128 + signal.SIGINT
         sys.stdout.flush()
         return status
-    except BrokenPipeError:
-        if not _nobody_reads():
-            raise
-        # Python would write what is left of the output when it ends, and complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
-    except UserError as error:
-        return _tell(str(error))
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-
-
-def _nobody_reads() -> bool:
-    """Whether the reader of the standard output is gone, which a pipe tells as an error."""
-    poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)
-    return bool(poll.poll(0))
+    except OutputLost as lost:
+        if isinstance(lost.__cause__, BrokenPipeError):
+            return 128 + signal.SIGPIPE
+        return _tell(f"standard output cannot be written ({lost.__cause__}); send it to another place.")
 
 
 def _tell(mistake: str) -> int:

@@ -10,6 +10,7 @@ import contextlib
 import os
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
@@ -30,6 +31,8 @@ _OWN_FAULT = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
 # Most mistakes are found by all processes at once. When the first one ends, jax aborts the others: each is
 # given the time to tell its mistake.
 _PARTING_SECONDS = 2
+
+_JOIN_SECONDS = 300  # that the other processes of a job have for their start
 
 
 @contextlib.contextmanager
@@ -54,7 +57,13 @@ def joined(config: HostsConfig, *, on_cpu: bool) -> Iterator[None]:
         yield
         return
     try:
-        jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=config.heartbeat_seconds)
+        with _patience(arguments):
+            jax.distributed.initialize(
+                **arguments,
+                heartbeat_timeout_seconds=config.heartbeat_seconds,
+                # When this has passed, jax aborts the process with a page of C++; `_patience` ends before it.
+                initialization_timeout=_JOIN_SECONDS + 60,
+            )
     except jax.errors.JaxRuntimeError as error:
         _end(error)
     except RuntimeError as error:
@@ -68,6 +77,32 @@ def joined(config: HostsConfig, *, on_cpu: bool) -> Iterator[None]:
         jax.distributed.shutdown()
     except BaseException as error:
         _end(error)
+
+
+@contextlib.contextmanager
+def _patience(arguments: Mapping[str, Any]) -> Iterator[None]:
+    """Within this context the other processes are waited for, which is said, but not for ever."""
+    index, count = (arguments.get(name, "?") for name in ("process_id", "num_processes"))
+    address = arguments.get("coordinator_address", "found by " + arguments["cluster_detection_method"])
+
+    def give_up() -> None:
+        who = "all others have not come" if index == 0 else "nobody answers"
+        print(
+            f"error: process {index} of {count} has waited {_JOIN_SECONDS} s for the job at {address}, and "
+            f"{who}; check the address, that every process was started with its own index, and the network.",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(2)
+
+    print(f"process {index} of {count} waits for the others at {address}", file=sys.stderr, flush=True)
+    timer = threading.Timer(_JOIN_SECONDS, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def join_arguments(

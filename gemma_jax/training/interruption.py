@@ -8,13 +8,16 @@ from types import FrameType
 from typing import Self
 
 from gemma_jax.errors import RESTART_STATUS
+from gemma_jax.streams import write_now
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the last when a terminal is closed
 SHOW_CURSOR = "\x1b[?25h"  # a progress bar hides it
 
 
 class StopSignals:
-    """Within this context SIGTERM and Ctrl-C ask for a stop after the step; a second Ctrl-C ends at once.
+    """Within this context SIGNALS ask for a stop after the step; a second Ctrl-C ends at once.
+
+    A signal that this process was started to ignore, as by nohup, it ignores.
 
     Python calls a signal's handler only when the main thread is between two calls into XLA, which can be a
     whole step or compilation away. So a thread reads the numbers of the signals from a pipe
@@ -37,7 +40,8 @@ class StopSignals:
         self._pipe, write = os.pipe()
         self._write = write
         os.set_blocking(write, False)
-        self._before = {number: signal.signal(number, self._handle) for number in self.signals}
+        heard = [number for number in self.signals if signal.getsignal(number) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._handle) for number in heard}
         self._wakeup_before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
         self._thread.start()
@@ -55,7 +59,7 @@ class StopSignals:
     def _listen(self) -> None:
         heard = False
         while number := os.read(self._pipe, 1)[0]:
-            if number in self.signals:
+            if number in self._before:
                 if heard and number == signal.SIGINT:
                     os._exit(128 + number)
                 heard = True
@@ -66,8 +70,8 @@ class StopSignals:
             before, self._requested = self._requested, True
             if not before:
                 # Not print: the signal may have come in the middle of one.
-                cursor = SHOW_CURSOR if sys.__stderr__ is not None and sys.__stderr__.isatty() else ""
-                os.write(2, f"{cursor}\n{signal.Signals(number).name}: {self.told}\n".encode())
+                cursor = SHOW_CURSOR if os.isatty(2) else ""
+                write_now(f"{cursor}\n{signal.Signals(number).name}: {self.told}\n")
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         # The same signal as in `_listen`, or the only notice of it while orbax's event loop has the pipe.
@@ -76,19 +80,25 @@ class StopSignals:
 
 
 class EndSignals(StopSignals):
-    """For the time before training: SIGTERM and Ctrl-C end the program with RESTART_STATUS.
+    """For the time before and after training: SIGNALS end the program with RESTART_STATUS.
 
     Without unwinding, for an exception from a signal can come in a callback that swallows it. Nothing is
     lost: all that is written meanwhile is written whole or not at all, so that a run can be killed.
     """
 
-    told = "ending before the first step; the same command begins again"
+    told = "ending; the same command goes on from what is saved"
 
     def __init__(self) -> None:
         super().__init__()
         # A notebook must outlive an interrupted cell, and Python's own handler sees to that.
         if hasattr(sys, "ps1") or "ipykernel" in sys.modules:
-            self.signals = (signal.SIGTERM,)
+            self.signals = (signal.SIGTERM, signal.SIGHUP)
+
+    def __exit__(self, *exception: object) -> None:
+        super().__exit__(*exception)
+        # Python and jax take a while to end: a stopped run must not look like one that was killed meanwhile.
+        if self._before.get(signal.SIGTERM) == signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, lambda number, frame: os._exit(RESTART_STATUS))
 
     def _hear(self, number: int) -> None:
         super()._hear(number)
@@ -100,7 +110,7 @@ class JobStopSignals:
 
     jax's preemption service hears SIGTERM from `jax.distributed.initialize` on, tells the others, and finds
     the step that none of them has passed. A handler of Python for SIGTERM would take its place, so there is
-    none here, and Ctrl-C is handed on as SIGTERM.
+    none here, and Ctrl-C and SIGHUP are handed on as SIGTERM.
     """
 
     def __init__(self) -> None:
@@ -116,13 +126,17 @@ class JobStopSignals:
         return self._requested
 
     def __enter__(self) -> Self:
-        self._before = signal.signal(signal.SIGINT, self._handle)
+        handed_on = (signal.SIGINT, signal.SIGHUP)
+        heard = [number for number in handed_on if signal.getsignal(number) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._handle) for number in heard}
         return self
 
     def __exit__(self, *exception: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        os.write(2, b"\nSIGINT: all processes save after one of the next steps; Ctrl-C again ends at once\n")
+        name = signal.Signals(number).name
+        write_now(f"\n{name}: all processes save after one of the next steps; Ctrl-C again ends at once\n")
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)
