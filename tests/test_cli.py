@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -49,3 +50,49 @@ def test_a_reader_that_has_gone_ends_the_command_quietly() -> None:
     run = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False, timeout=120)
     os.close(writer)
     assert (run.returncode, run.stderr) == (128 + signal.SIGPIPE, "")
+
+
+def shell(command: str, **environment: str) -> tuple[int, str]:
+    """Exit status and standard error of a line of bash in which `gemma` is this one."""
+    line = f"gemma() {{ '{sys.executable}' -m gemma_jax.cli \"$@\"; }}; set -o pipefail; {command}"
+    run = subprocess.run(
+        ["bash", "-c", line],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    return run.returncode, run.stderr
+
+
+@pytest.mark.parametrize("command", ["--help", "pretrain --help", "runs {runs}"])
+@pytest.mark.parametrize(
+    ("to", "status", "told"),
+    [
+        ("| true", 128 + signal.SIGPIPE, None),
+        (">/dev/full", 2, "standard output cannot be written"),
+        (">&-", 0, None),
+        ("2>&- >/dev/null", 0, None),
+        (">&- 2>&- <&-", 0, None),
+    ],
+)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_standard_streams_that_cannot_be_written(
+    tiny_run: Path, command: str, to: str, status: int, told: str | None, unbuffered: str
+) -> None:
+    line = f"gemma {command.format(runs=tiny_run)} {to}"
+    found, errors = shell(line, PYTHONUNBUFFERED=unbuffered)
+    assert found == status, errors
+    assert told in errors and len(errors.splitlines()) == 1 if told else errors == ""
+
+
+def test_a_mistake_keeps_its_status_where_standard_error_is_full_or_closed() -> None:
+    assert shell("gemma nonsense 2>/dev/full")[0] == shell("gemma nonsense 2>&-")[0] == 2
+
+
+def test_what_an_encoding_does_not_have_is_escaped(tiny_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "é日").symlink_to(tiny_run)
+    for encoding in ("ascii", "latin-1"):
+        status, errors = shell(f"gemma runs {tmp_path} | grep -a u65e5", PYTHONIOENCODING=encoding)
+        assert (status, errors) == (0, "")

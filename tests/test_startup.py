@@ -1,5 +1,6 @@
 """How a process finds the others of its job, and how it leaves them."""
 
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -97,3 +98,35 @@ def test_a_process_without_others_just_raises() -> None:
         raise ValueError("a bug")
     startup.wait_for_all("nothing")
     assert startup.any_process(True) and not startup.any_process(False)
+
+
+WAITS = """
+from gemma_jax import startup
+from gemma_jax.config import HostsConfig
+
+startup._JOIN_SECONDS = 3
+with startup.joined(HostsConfig("localhost:1", 2, {index}), on_cpu=True):
+    pass
+"""
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_others_that_do_not_come_are_not_waited_for_for_ever(index: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WAITS.format(index=index).replace("localhost:1", f"localhost:{_free_port()}")],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2, done.stderr
+    first, last = done.stderr.strip().splitlines()
+    assert first.startswith(f"process {index} of 2 waits") and "localhost" in first
+    assert last.startswith("error: ") and "localhost" in last
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port: int = found.getsockname()[1]
+        return port

@@ -1,5 +1,6 @@
 """Ending a run well when somebody asks for it."""
 
+import atexit
 import os
 import signal
 import sys
@@ -99,6 +100,8 @@ class EndSignals(StopSignals):
         # Python and jax take a while to end: a stopped run must not look like one that was killed meanwhile.
         if self._before.get(signal.SIGTERM) == signal.SIG_DFL:
             signal.signal(signal.SIGTERM, lambda number, frame: os._exit(RESTART_STATUS))
+            # Near its end Python would give the signal its default back, but not one that is ignored.
+            atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)
 
     def _hear(self, number: int) -> None:
         super()._hear(number)
