@@ -60,10 +60,11 @@ class Gemma:
         terms_source: where the weights come from, if they are under the Gemma terms of use.
 
         Raises:
-          UserError: the tokenizer has another vocabulary than the model.
+          UserError: the tokenizer has a larger vocabulary than the model. A smaller one is common, where
+            fine-tuning has added rows to the embedding: their ids have no text here.
         """
         config = spec.config
-        if tokenizer is not None and tokenizer.vocab_size != config.vocab_size:
+        if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
             raise UserError(
                 f"the tokenizer has {tokenizer.vocab_size} pieces, but the model a vocabulary of "
                 f"{config.vocab_size}; they belong to different models."

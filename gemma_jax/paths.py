@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from etils import epath
 
 SMALL_FILE = 2**20  # bytes: what a description of a model or of a few settings has at most
+LFS_POINTER = b"version https://git-lfs"  # what stands in a repository in the place of a large file
 LARGE_FILE = 2**30  # bytes: what a log or a record has at most
 
 # Below a folder whose name has one of these, orbax finds nothing of what it has written: it takes the path

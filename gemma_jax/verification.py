@@ -47,6 +47,7 @@ class Difference:
     parameter: str
     layer: int | None
     equal: bool  # bit for bit, once the wider is rounded to the dtype of the other
+    rounded: bool  # equal in that way alone
     largest: float  # of the absolute differences
     relative: float  # L2 norm of the difference by that of the second
 
@@ -104,7 +105,7 @@ def differences(a: Weights, b: Weights, config: TransformerConfig) -> Iterator[D
             squares += float(np.square(gap).sum())
             norm += float(np.square(np.asarray(y, np.float64)).sum())
         relative = math.sqrt(squares / norm) if norm else math.sqrt(squares)
-        yield Difference(parameter, layer, equal, largest, relative)
+        yield Difference(parameter, layer, equal, equal and first.dtype != second.dtype, largest, relative)
 
 
 def layer_outputs(

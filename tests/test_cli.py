@@ -94,5 +94,5 @@ def test_a_mistake_keeps_its_status_where_standard_error_is_full_or_closed() -> 
 def test_what_an_encoding_does_not_have_is_escaped(tiny_run: Path, tmp_path: Path) -> None:
     (tmp_path / "é日").symlink_to(tiny_run)
     for encoding in ("ascii", "latin-1"):
-        status, errors = shell(f"gemma runs {tmp_path} | grep -a u65e5", PYTHONIOENCODING=encoding)
+        status, errors = shell(f"gemma runs {tmp_path} | grep -aq u65e5", PYTHONIOENCODING=encoding)
         assert (status, errors) == (0, "")

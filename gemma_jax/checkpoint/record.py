@@ -5,11 +5,14 @@ beginnings, before orbax reads them, because it answers damage in its small file
 the values, once they are on the devices, fingerprints.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import re
+import sys
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import jax
@@ -177,6 +180,28 @@ def check_files(folder: epath.Path, record: RunRecord, parts: Collection[str]) -
             raise DamagedCheckpoint(folder, f"{name} {what}")
 
 
+def is_of_storage(error: Exception) -> bool:
+    """Whether an exception says that a disk or bucket failed."""
+    # tensorstore raises ValueErrors that begin with a status.
+    return isinstance(error, OSError) or re.match("[A-Z_]+: ", str(error)) is not None
+
+
 def first_line(error: Exception) -> str:
     """The beginning of a message, for a sentence: orbax's go on for pages."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+@contextlib.contextmanager
+def without_echo() -> Iterator[None]:
+    """Leave out what tensorstore prints after an error of orbax's: its other answers find nobody waiting."""
+    shown = sys.unraisablehook
+
+    def show(unraisable: "sys.UnraisableHookArgs") -> None:
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            shown(unraisable)
+
+    sys.unraisablehook = show
+    try:
+        yield
+    finally:
+        sys.unraisablehook = shown

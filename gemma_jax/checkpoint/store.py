@@ -12,7 +12,6 @@ import errno
 import functools
 import logging
 import os
-import re
 import sys
 from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,6 +31,7 @@ from gemma_jax.checkpoint.record import (
     array_records,
     fingerprints,
     first_line,
+    is_of_storage,
     run_record,
     write_record,
 )
@@ -254,8 +254,7 @@ class CheckpointStore:
         try:
             writing.result()
         except (OSError, ValueError, DamagedCheckpoint) as error:
-            # tensorstore's errors are ValueError, and their message begins with a status.
-            if isinstance(error, ValueError) and not re.match("[A-Z_]+: ", str(error)):
+            if not isinstance(error, DamagedCheckpoint) and not is_of_storage(error):
                 raise
             if self._first and not in_bucket(self.folder):  # on a disk it takes room that is short
                 with contextlib.suppress(OSError):  # another thread may still be writing there

@@ -15,16 +15,17 @@ def run(arguments: Sequence[str], prog: str) -> int:
     from gemma_jax.sharding import make_mesh
 
     found = open_checkpoint(source)
-    dtype = found.dtype if config.dtype == "auto" else config.dtype
-    if config.format == "run" and config.dtype == "auto" and dtype == "float16":
-        dtype = "float32"  # a run does not keep float16; every number of it is one of float32
+    dtype: str = "" if config.dtype == "auto" else config.dtype
+    if config.format == "run" and not dtype:
+        # A run has one dtype, so the widest. It does not keep float16, all of whose numbers are in float32.
+        dtype = "float32" if found.dtype == "float16" else found.dtype
     weights = found.weights
     if weights is None:  # a run: its arrays are read to a device, as they were saved
         compute = ComputeConfig(param_dtype="bfloat16" if found.dtype == "bfloat16" else "float32")
         spec = ModelSpec(found.config, compute, make_mesh(MeshConfig(cpu_devices=1)))
         weights = PlacedWeights(found.params(spec), spec)
     terms_source = {"auto": found.terms_source, "yes": source, "no": ""}[config.gemma_terms]
-    export(
+    written = export(
         destination,
         config.format,
         weights,
@@ -35,5 +36,5 @@ def run(arguments: Sequence[str], prog: str) -> int:
         terms_source=terms_source,
     )
     notice = ", with a NOTICE on the Gemma terms of use" if terms_source else ""
-    print(f"{destination}: {config.format}, {dtype}{notice}")
+    print(f"{destination}: {config.format}, {written}{notice}")
     return 0

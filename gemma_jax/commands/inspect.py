@@ -49,7 +49,10 @@ def run(arguments: Sequence[str], prog: str) -> int:
         rows.add_row(parameter_name(path), *map(str, row), f"{held:,}")
     report_console().print(rows)
     shape = mesh_text(mesh.shape)
-    print(f"{count:,} parameters; {bytes_a_device:,} bytes a device on {mesh.size} devices ({shape})")
+    print(
+        f"{count:,} parameters in {len(leaves)} arrays, those of blocks with all layers in one; "
+        f"{bytes_a_device:,} bytes a device on {mesh.size} devices ({shape})"
+    )
     return 0
 
 

@@ -107,10 +107,13 @@ def _show_shape(report: Report, name: str, found: "Checkpoint") -> None:
         report.line("tokenizer", "none beside it; calls with text will not work, those with token ids will")
     else:
         report.line("tokenizer", f"{tokenizer.vocab_size:,} pieces")
-        if tokenizer.vocab_size != found.config.vocab_size:
+        rows = found.config.vocab_size
+        if tokenizer.vocab_size < rows:
+            count = rows - tokenizer.vocab_size
+            report.line("", f"{count:,} ids of the model have no text, as where fine-tuning has added rows")
+        elif tokenizer.vocab_size > rows:
             report.faults.append(
-                f"the tokenizer has {tokenizer.vocab_size:,} pieces, the model a vocabulary of "
-                f"{found.config.vocab_size:,}"
+                f"the tokenizer has {tokenizer.vocab_size:,} pieces, the model a vocabulary of {rows:,}"
             )
     ends = found.end_tokens()
     kind = "instruction-tuned" if END_OF_TURN in ends else "not known to be instruction-tuned"
@@ -149,7 +152,12 @@ def _show_statistics(report: Report, weights: "Weights", config: TransformerConf
             report.faults.append(f"{where} has {one.not_finite:,} numbers that are not finite")
         elif one.smallest == one.largest and one.size > 1 and not one.parameter.endswith("norm"):
             report.faults.append(f"{where} holds nothing but {one.largest:g}")
-    report.line("weights", f"{arrays} arrays, {size:,} numbers, {', '.join(sorted(dtypes))}")
+    a_layer, count = len(layers[0]), config.num_layers
+    report.line(
+        "weights",
+        f"{arrays} arrays ({a_layer} in each of {count} layers, {arrays - a_layer * count} besides), "
+        f"{size:,} numbers, {', '.join(sorted(dtypes))}",
+    )
 
     def norm(one: "Statistics") -> str:
         return f"{1 + one.mean:.2f} ({1 + one.smallest:.2f} to {1 + one.largest:.2f})"
@@ -233,7 +241,8 @@ def _show_differences(report: Report, found: "Checkpoint", other: "Checkpoint", 
     weights = [_weights(checkpoint, config) for checkpoint in (found, other)]
     all_of_them = list(differences(weights[0], weights[1], found.config))
     differing = [one for one in all_of_them if not one.equal]
-    how = "bit for bit" if found.dtype == other.dtype else f"rounded from {found.dtype} and {other.dtype}"
+    rounded = sum(one.rounded for one in all_of_them)
+    how = f"{rounded} of them only once the wider is rounded to the other" if rounded else "bit for bit"
     equal = len(all_of_them) - len(differing)
     report.line("against", f"{config.against}: {equal} of {len(all_of_them)} arrays are equal, {how}")
     if not differing:

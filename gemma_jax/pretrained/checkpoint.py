@@ -11,16 +11,18 @@ from pathlib import Path
 
 from flax import nnx
 
+from gemma_jax.checkpoint.folders import STEPS_FOLDER
 from gemma_jax.checkpoint.record import run_record
 from gemma_jax.config import TransformerConfig, from_record, preset, validate_model
 from gemma_jax.errors import UserError
 from gemma_jax.model import ModelSpec
+from gemma_jax.paths import SMALL_FILE
 from gemma_jax.pretrained.end_tokens import end_tokens
 from gemma_jax.pretrained.hub import download, is_hub_name
 from gemma_jax.pretrained.huggingface import INDEX_FILE, HuggingFaceDirectory
 from gemma_jax.pretrained.layout import Weights
 from gemma_jax.pretrained.placement import place
-from gemma_jax.pretrained.published_config import CONFIG_FILE, LARGEST_FILE, read_config
+from gemma_jax.pretrained.published_config import CONFIG_FILE, read_config, read_object
 from gemma_jax.pretrained.terms import PUBLISHED_SHAPES, has_notice
 from gemma_jax.tokenizer import Tokenizer
 
@@ -37,7 +39,7 @@ class Checkpoint:
     name: str  # as the user gave it
     folder: str  # where it is, which may have more files beside the weights; empty: nowhere
     config: TransformerConfig
-    dtype: str  # of the numbers on disk
+    dtype: str  # of the numbers on disk; the widest, where there are several
     tokenizer_path: str  # empty where there is none
     terms_source: (
         str  # what a NOTICE says of where weights under Google's terms are from; empty: not under them
@@ -54,8 +56,18 @@ class Checkpoint:
         return Tokenizer.load(self.tokenizer_path) if self.tokenizer_path else None
 
     def end_tokens(self, instruction_tuned: bool | None = None) -> tuple[int, ...]:
-        """The ids that end an answer; see `pretrained.end_tokens`."""
-        return end_tokens(self.name, self.folder, instruction_tuned=instruction_tuned)
+        """The ids that end an answer; see `pretrained.end_tokens`.
+
+        Raises:
+          UserError: one of them is outside the vocabulary, or as `pretrained.end_tokens`.
+        """
+        ids = end_tokens(self.name, self.folder, instruction_tuned=instruction_tuned)
+        if max(ids) >= self.config.vocab_size:
+            raise UserError(
+                f"{self.folder} has {max(ids)} as eos_token_id, but its vocabulary ends at "
+                f"{self.config.vocab_size - 1}; correct its generation_config.json or config.json."
+            )
+        return ids
 
 
 def open_checkpoint(name: str | os.PathLike[str]) -> Checkpoint:
@@ -74,11 +86,29 @@ def open_checkpoint(name: str | os.PathLike[str]) -> Checkpoint:
     if name.startswith(RANDOM):
         return _random(name)
     folder = Path(os.path.expanduser(name))
+    _refuse_others(name, folder)
     if is_published(folder):
         return _published(name, folder)
     if not os.path.exists(folder) and is_hub_name(name):
         return _published(name, download(name))
     return _run(name)
+
+
+def _refuse_others(name: str, path: Path) -> None:
+    """Raises:
+    UserError: something is there that cannot be a checkpoint, such as the file of weights or an adapter.
+    """
+    if os.path.isfile(path) and path.suffix in (".safetensors", ".json", ".model"):
+        raise UserError(f"{name} is a file of a checkpoint; give the directory that holds it, {path.parent}.")
+    if os.path.lexists(path) and not os.path.isdir(path):
+        raise UserError(f"{name} is no directory, so it holds no checkpoint; give one that does.")
+    adapter = path / "adapter_config.json"
+    if os.path.isfile(adapter) and not os.path.exists(path / CONFIG_FILE):
+        base = str(read_object(adapter).get("base_model_name_or_path"))[:100]
+        raise UserError(
+            f"{name} holds an adapter (LoRA) and no model; adapters are not read yet: merge it into its base "
+            f"model, {base}, with peft's merge_and_unload, and give that directory."
+        )
 
 
 def require_tokenizer(name: str | os.PathLike[str]) -> None:
@@ -110,9 +140,16 @@ def is_published(folder: str | os.PathLike[str]) -> bool:
     # A run has a config.json too, of another kind. What is no text at all is for others to tell.
     if os.path.isfile(config):
         with open(config, "rb") as file:
-            if b'"model_type"' in file.read(LARGEST_FILE):
+            if b'"model_type"' in file.read(SMALL_FILE):
                 return True
     return flax_folder(folder) is not None
+
+
+def holds_checkpoint(folder: Path) -> bool:
+    """Whether a run, one of its steps or published weights lie right in a folder."""
+    is_run = os.path.isdir(folder / STEPS_FOLDER) and os.path.exists(folder / CONFIG_FILE)
+    marks = (RUN_RECORD, FLAX_METADATA)
+    return is_run or _has_safetensors(folder) or any(os.path.exists(folder / mark) for mark in marks)
 
 
 def _has_safetensors(folder: Path) -> bool:

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from gemma_jax.errors import UserError
-from gemma_jax.pretrained.published_config import GENERATION_FILE, read_json
+from gemma_jax.pretrained.published_config import CONFIG_FILE, GENERATION_FILE, read_object
 from gemma_jax.tokenizer import Tokenizer
 
 EOS = Tokenizer.eos_id
@@ -22,26 +22,28 @@ def end_tokens(name: str, folder: str = "", *, instruction_tuned: bool | None = 
 
     Args:
       name: what the checkpoint is called. Names of instruction-tuned weights end in `-it`, as Google's do.
-      folder: that may hold a generation_config.json, whose `eos_token_id` is one id or a list; its name
-        counts too. Empty: nowhere.
+      folder: that may hold a generation_config.json or else a config.json, whose `eos_token_id` is one id or
+        a list; its name counts too. Empty: nowhere.
       instruction_tuned: what the caller knows; None goes by the file and the names.
 
     Raises:
-      UserError: generation_config.json cannot be read, or its eos_token_id is no token id or list of them.
+      UserError: the file cannot be read, or its eos_token_id is no token id or list of them.
     """
     ids = {EOS}
     # Only published weights come with the file, and those are never read from a bucket in place.
-    path = Path(folder) / GENERATION_FILE
-    if folder and path.exists():
+    files = [Path(folder) / file for file in (GENERATION_FILE, CONFIG_FILE) if folder]
+    for path in [file for file in files if file.exists()][:1]:  # transformers has this order too
         ids |= set(_listed(path))
     if instruction_tuned is None:
-        named = any(_NAMED_SO.search(place) for place in (name, folder))
+        # The Hub's cache has OWNER/NAME as models--OWNER--NAME/snapshots/REVISION.
+        places = (name, folder, *(part for part in Path(folder).parts if part.startswith("models--")))
+        named = any(_NAMED_SO.search(place) for place in places)
         instruction_tuned = END_OF_TURN in ids or named
     return tuple(sorted(ids | {END_OF_TURN} if instruction_tuned else ids - {END_OF_TURN}))
 
 
 def _listed(path: Path) -> list[int]:
-    listed = read_json(path).get("eos_token_id")
+    listed = read_object(path).get("eos_token_id")
     ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
     wrong = [value for value in ids if type(value) is not int or not 0 <= value < 2**31]
     if wrong:

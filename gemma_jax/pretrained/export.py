@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from gemma_jax.checkpoint.lock import LOCK_FILE
-from gemma_jax.checkpoint.record import RunRecord
+from gemma_jax.checkpoint.record import RunRecord, first_line, is_of_storage, without_echo
 from gemma_jax.checkpoint.store import CheckpointStore
 from gemma_jax.config import (
     ComputeConfig,
@@ -32,7 +32,8 @@ from gemma_jax.config import (
 )
 from gemma_jax.errors import UserError
 from gemma_jax.model import ModelSpec
-from gemma_jax.pretrained.checkpoint import TOKENIZER_FILE
+from gemma_jax.paths import check_writable_path
+from gemma_jax.pretrained.checkpoint import TOKENIZER_FILE, holds_checkpoint
 from gemma_jax.pretrained.flax import write_flax
 from gemma_jax.pretrained.huggingface import write_huggingface
 from gemma_jax.pretrained.layout import DTYPES, Weights, parameter_shapes
@@ -84,10 +85,10 @@ class PlacedWeights:
 
 
 class CastWeights:
-    """Weights cast to a dtype, each checked to be finite there."""
+    """Weights cast to a dtype, or as they are where it is empty, each checked to be finite there."""
 
     def __init__(self, weights: Weights, dtype: str) -> None:
-        self._weights, self._dtype = weights, np.dtype(jnp.dtype(dtype))
+        self._weights, self._dtype = weights, np.dtype(jnp.dtype(dtype)) if dtype else None
 
     def get(self, parameter: str, layer: int | None) -> np.ndarray:
         """As `gemma_jax.pretrained.layout.Weights`.
@@ -97,7 +98,7 @@ class CastWeights:
         """
         array = self._weights.get(parameter, layer)
         with np.errstate(all="ignore"):  # what it would warn of is looked for here
-            cast = array.astype(self._dtype, copy=False)
+            cast = array if self._dtype is None else array.astype(self._dtype, copy=False)
             finite, was_finite = np.isfinite(cast).all(), np.isfinite(array).all()
         if not finite:
             where = self._weights.where(parameter, layer)
@@ -121,7 +122,7 @@ def export(
     end_tokens: Sequence[int],
     tokenizer: Tokenizer | None,
     terms_source: str,
-) -> None:
+) -> str:
     """Write a directory: all of it or, where anything fails, nothing.
 
     Args:
@@ -129,34 +130,46 @@ def export(
       form: huggingface, flax, or run: a directory as of training, at step 0 and without optimizer state.
       weights: what to write.
       config: their shape.
-      dtype: float32, bfloat16 or float16.
+      dtype: float32, bfloat16 or float16; empty: each array keeps its own, which a run cannot.
       end_tokens: ids that end a generation.
       tokenizer: None writes none.
       terms_source: where weights under the Gemma terms of use come from, for the NOTICE; empty: no NOTICE.
 
+    Returns:
+      The dtype that was written; the widest, where there are several.
+
     Raises:
-      UserError: something is there, the disk is full, or the weights are not finite in this dtype.
+      UserError: something is there, it lies in another checkpoint, the disk is full, or the weights are not
+        finite in this dtype.
     """
-    for name, value, known in (("format", form, typing.get_args(Form)), ("dtype", dtype, DTYPES)):
+    own = ("",) if form != "run" else ()
+    for name, value, known in (("format", form, typing.get_args(Form)), ("dtype", dtype, DTYPES + own)):
         if value not in known:
-            raise UserError(f"{name} is {value!r}, but must be one of {', '.join(known)}.")
+            raise UserError(f"{name} is {value!r}, but must be one of {', '.join(filter(None, known))}.")
     if "://" in os.fspath(destination):
         raise UserError(f"{destination} is no directory of this machine; give one, and copy it from there.")
     if form == "run" and dtype == "float16":
         raise UserError("a run keeps float32 or bfloat16; give one of these as dtype.")
+    target = Path(os.path.expanduser(destination))
+    if form != "huggingface":
+        check_writable_path(target)
+    if inside := next(filter(holds_checkpoint, target.absolute().parents), None):
+        raise UserError(
+            f"{destination} lies in {inside}, which holds a checkpoint; give a place outside of it."
+        )
     size = sum(
         math.prod(shape) * (config.num_layers if name.startswith("blocks.") else 1)
         for name, shape in parameter_shapes(config).items()
     )
     cast = CastWeights(weights, dtype)
-    with new_directory(Path(os.path.expanduser(destination)), size * jnp.dtype(dtype).itemsize) as folder:
+    with new_directory(target, size * jnp.dtype(dtype or "bfloat16").itemsize) as folder:
         if form == "run":
             _write_run(folder, cast, config, dtype)
         else:
             if form == "huggingface":
-                write_huggingface(folder, cast, config, np.dtype(jnp.dtype(dtype)))
+                dtype = write_huggingface(folder, cast, config)
             else:
-                write_flax(folder / FLAX_FOLDER, cast, config)
+                dtype = write_flax(folder / FLAX_FOLDER, cast, config)
             write_config(folder, config, dtype)
         write_generation_config(folder, tuple(end_tokens))
         if tokenizer is not None:
@@ -165,6 +178,7 @@ def export(
                 _write_tokenizer_config(folder, config, tokenizer.end_of_turn_id in end_tokens)
         if terms_source:
             write_notice(folder, terms_source, dtype)
+    return dtype
 
 
 def _write_run(folder: Path, weights: Weights, config: TransformerConfig, dtype: str) -> None:
@@ -213,17 +227,17 @@ def new_directory(destination: Path, size: int) -> Iterator[Path]:
         free = shutil.disk_usage(unfinished).free
         if free < size:
             raise UserError(
-                f"{destination} needs {size / 1e9:.1f} GB, but its disk has {free / 1e9:.1f} GB free; "
+                f"{destination} needs {size / 1e6:,.1f} MB, but its disk has {free / 1e6:,.1f} MB free; "
                 "make room, or give another destination."
             )
-        yield unfinished
+        with without_echo():
+            yield unfinished
         unfinished.rename(destination)
     except (OSError, ValueError) as error:
-        # tensorstore's errors are ValueError, and name what the system said.
-        full = os.strerror(errno.ENOSPC)
-        if isinstance(error, ValueError) and full not in str(error):
+        if not is_of_storage(error):
             raise
-        reason = full if full in str(error) else str(error)
+        full = os.strerror(errno.ENOSPC)  # tensorstore's own message names a temporary file, twice
+        reason = full if full in str(error) else first_line(error)[:200]
         raise UserError(
             f"cannot write {destination} ({reason}); nothing is left of it: make room or check the disk, "
             "and give the same command again."

@@ -5,22 +5,23 @@ dictionaries. Multi-query models have `q_einsum` and `kv_einsum`; where every qu
 head of its own, `qkv_einsum` holds all three. Shape legend as in layout.py; R embedding rows.
 """
 
-import contextlib
+import math
 import re
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from orbax import checkpoint as orbax
 from orbax.checkpoint import v1 as ocp
 
-from gemma_jax.checkpoint.record import first_line
+from gemma_jax.checkpoint.record import first_line, without_echo
 from gemma_jax.config import TransformerConfig, validate_model
 from gemma_jax.errors import UserError
-from gemma_jax.pretrained.layout import Weights, check_tensors, parameter_shapes
+from gemma_jax.paths import LARGE_FILE, children, open_regular
+from gemma_jax.pretrained.layout import Weights, check_tensors, parameter_shapes, widest
 from gemma_jax.weights import EMBEDDING, FINAL_NORM
 
 PUBLISHED_ROWS = 256_128  # of which 128 pad a vocabulary of 256,000
@@ -82,7 +83,7 @@ class FlaxDirectory:
         found = {name: (shapes[name], str(np.dtype(leaf.dtype))) for name, (_, leaf) in self._leaves.items()}
         rows = max(self.config.vocab_size, *shapes.get(_TABLE, ())[:1])  # rows beyond the vocabulary pad it
         check_tensors(found, tensor_shapes(self.config, rows), str(folder), described_by)
-        self.dtype = found[_TABLE][1]
+        self.dtype = widest(dtype for _, dtype in found.values())
         self._holder = {
             parameter: (name, index if len(parts) > 1 else None)
             for name, parts in tensors_of(self.config).items()
@@ -92,8 +93,9 @@ class FlaxDirectory:
 
     def _read_metadata(self) -> dict[str, tuple[tuple[str, ...], Any]]:
         """Path in the tree and metadata of each array, by its name."""
+        _check_files(self.folder)
         try:
-            with _without_echo():
+            with without_echo():
                 tree = ocp.metadata(self.folder.absolute()).metadata
             flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: not isinstance(x, dict))
             leaves: dict[str, tuple[tuple[str, ...], Any]] = {}
@@ -154,7 +156,7 @@ class FlaxDirectory:
             context = ocp.Context()
             context.pytree.loading.partial_load = True
             try:
-                with context, _without_echo():
+                with context, without_echo():
                     (array,) = jax.tree.leaves(ocp.load(self.folder.absolute(), tree))
             except (OSError, ValueError, KeyError) as error:
                 raise self._broken(f"{name} cannot be read ({first_line(error)})") from error
@@ -178,31 +180,31 @@ class FlaxDirectory:
         return f"{name} in {self.folder}"
 
 
-@contextlib.contextmanager
-def _without_echo() -> Iterator[None]:
-    """Leave out what tensorstore prints after an error of orbax's: its other answers find nobody waiting."""
-    shown = sys.unraisablehook
+def _check_files(folder: Path) -> None:
+    """Make sure that orbax will meet nothing but files and folders: it would wait for a pipe for ever.
 
-    def show(unraisable: "sys.UnraisableHookArgs") -> None:
-        if "Event loop is closed" not in str(unraisable.exc_value):
-            shown(unraisable)
-
-    sys.unraisablehook = show
-    try:
-        yield
-    finally:
-        sys.unraisablehook = shown
+    Raises:
+      UserError: there is something else, or a description of the arrays that is too large to be one.
+    """
+    for path in children(epath.Path(folder)):
+        if path.is_dir():
+            _check_files(Path(path))
+        else:
+            open_regular(path, LARGE_FILE if path.name.startswith("_") else math.inf).close()
 
 
-def write_flax(folder: Path, weights: Weights, config: TransformerConfig) -> None:
+def write_flax(folder: Path, weights: Weights, config: TransformerConfig) -> str:
     """Write weights as published: the flat form, the embedding with its padding rows.
 
     All of them are in memory at once: orbax saves whole trees.
 
     Args:
       folder: made here; its parent is there.
-      weights: already of the dtype that is to be written.
+      weights: of the dtypes that are to be written.
       config: their shape.
+
+    Returns:
+      The widest of the dtypes.
     """
     rows = PUBLISHED_ROWS if config.vocab_size == 256_000 else config.vocab_rows
     embedding = weights.get(EMBEDDING, None)
@@ -218,5 +220,6 @@ def write_flax(folder: Path, weights: Weights, config: TransformerConfig) -> Non
             path, leaf = name.split("/scale")[0], "scale" if name.endswith("/scale") else "w"
             tree[f"transformer/layer_{layer}/{path}"] = {leaf: array}
     # The older interface: the newer one writes another layout than the published one.
-    with _without_echo(), orbax.PyTreeCheckpointer() as checkpointer:
+    with without_echo(), orbax.PyTreeCheckpointer() as checkpointer:
         checkpointer.save(folder.absolute(), tree)
+    return widest(str(array.dtype) for array in jax.tree.leaves(tree))

@@ -4,14 +4,14 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from gemma_jax.config import TransformerConfig
 from gemma_jax.errors import UserError
-from gemma_jax.pretrained.layout import Weights, check_tensors, in_order, parameter_shapes
-from gemma_jax.pretrained.published_config import CONFIG_FILE, read_config, read_json
+from gemma_jax.pretrained.layout import Weights, check_tensors, in_order, parameter_shapes, widest
+from gemma_jax.pretrained.published_config import CONFIG_FILE, read_config, read_object
 from gemma_jax.pretrained.safetensors import SafetensorsFile, write_safetensors
 from gemma_jax.weights import EMBEDDING, FINAL_NORM, parameter_table
 
@@ -19,6 +19,7 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000  # a file has at most so many, if no tensor is larger
 _TIED = "lm_head.weight"
+_PREFIX = "model."
 _IGNORED = ".rotary_emb.inv_freq"  # a buffer that old versions of transformers saved
 _BLOCK_NAMES = {
     "attention_norm": "input_layernorm",
@@ -77,10 +78,15 @@ class HuggingFaceDirectory:
         """
         self.folder = folder
         self.config: TransformerConfig = read_config(folder / CONFIG_FILE)
-        self._files = self._open()
+        files = self._open()
+        # transformers saves a model without its head under the same names, without this in front.
+        self._prefix = _PREFIX if any(name.startswith(_PREFIX) for name in files) else ""
+        self._files = {f"{_PREFIX[len(self._prefix) :]}{name}": file for name, file in files.items()}
         self._shapes = parameter_shapes(self.config)
         self._check_tensors()
-        self.dtype = str(self._files["model.embed_tokens.weight"].tensors["model.embed_tokens.weight"].dtype)
+        self.dtype = widest(
+            str(file.tensors[self._in_file(name)].dtype) for name, file in self._files.items()
+        )
 
     def _open(self) -> dict[str, SafetensorsFile]:
         """The file of each tensor."""
@@ -93,7 +99,7 @@ class HuggingFaceDirectory:
                 "give a directory with the weights as safetensors (pickled .bin files are not read)."
             )
         index = self.folder / INDEX_FILE
-        names = read_json(index).get("weight_map")
+        names = read_object(index).get("weight_map")
         if not isinstance(names, dict) or not names:
             raise UserError(f"{index} has no weight_map that names a file for each tensor; copy it again.")
         for name in names.values():
@@ -115,7 +121,7 @@ class HuggingFaceDirectory:
 
     def _check_tensors(self) -> None:
         found = {
-            name: (file.tensors[name].shape, str(file.tensors[name].dtype))
+            name: (file.tensors[self._in_file(name)].shape, str(file.tensors[self._in_file(name)].dtype))
             for name, file in self._files.items()
             if name != _TIED and not name.endswith(_IGNORED)
         }
@@ -138,12 +144,15 @@ class HuggingFaceDirectory:
             )
 
     def _tensor(self, name: str) -> np.ndarray:
-        return self._files[name][name]
+        return self._files[name][self._in_file(name)]
+
+    def _in_file(self, name: str) -> str:
+        return name if self._prefix else name.removeprefix(_PREFIX)
 
     def get(self, parameter: str, layer: int | None) -> np.ndarray:
         """See `gemma_jax.pretrained.layout.Weights`."""
         name = tensor_name(parameter, layer)
-        self._files[name].check(name)
+        self._files[name].check(self._in_file(name))
         return from_stored(parameter, self._tensor(name), self._shapes[parameter])
 
     def where(self, parameter: str, layer: int | None) -> str:
@@ -152,31 +161,31 @@ class HuggingFaceDirectory:
         return f"{name} in {self._files[name].path}"
 
 
-def write_huggingface(
-    folder: Path, weights: Weights, config: TransformerConfig, dtype: np.dtype[Any]
-) -> None:
+def write_huggingface(folder: Path, weights: Weights, config: TransformerConfig) -> str:
     """Write weights as safetensors: one file, or shards with an index where they are large.
 
     One tensor at a time is in memory.
 
     Args:
       folder: that is there.
-      weights: already of this dtype.
+      weights: of the dtypes that are to be written.
       config: their shape.
-      dtype: float32, bfloat16 or float16.
+
+    Returns:
+      The widest of the dtypes.
     """
     places = {tensor_name(parameter, layer): (parameter, layer) for parameter, layer in in_order(config)}
     ours = parameter_shapes(config)
     shapes = {name: stored_shape(parameter, ours[parameter]) for name, (parameter, _) in places.items()}
     shards: list[dict[str, tuple[int, ...]]] = [{}]
-    held = total = 0
+    held = 0
     for name, shape in shapes.items():
-        size = math.prod(shape) * dtype.itemsize
+        size = math.prod(shape) * 4  # bytes at most: the dtype is known when the tensor is read
         if held and held + size > SHARD_BYTES:
             shards.append({})
             held = 0
         shards[-1][name] = shape
-        held, total = held + size, total + size
+        held += size
 
     def tensor(name: str) -> np.ndarray:
         return to_stored(places[name][0], weights.get(*places[name]))
@@ -184,9 +193,12 @@ def write_huggingface(
     files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     if len(shards) == 1:
         files = [WEIGHTS_FILE]
+    dtypes: dict[str, str] = {}
     for file, shard in zip(files, shards, strict=True):
-        write_safetensors(folder / file, shard, dtype, tensor)
+        dtypes |= write_safetensors(folder / file, shard, tensor)
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        total = sum(math.prod(shape) * jnp.dtype(dtypes[name]).itemsize for name, shape in shapes.items())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+    return widest(dtypes.values())

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol
 
+import jax.numpy as jnp
 import numpy as np
 
 from gemma_jax.config import TransformerConfig
@@ -41,6 +42,11 @@ def in_order(config: TransformerConfig) -> Iterator[tuple[str, int | None]]:
     yield EMBEDDING, None
     yield from ((name, layer) for layer in range(config.num_layers) for name in in_blocks)
     yield FINAL_NORM, None
+
+
+def widest(dtypes: Iterable[str]) -> str:
+    """The dtype of these that holds the numbers of all: float32 where bfloat16 and float16 meet."""
+    return str(jnp.result_type(*dtypes))
 
 
 def check_tensors(

@@ -11,10 +11,10 @@ from typing import Any
 
 from gemma_jax.config import TransformerConfig, validate_model
 from gemma_jax.errors import UserError
+from gemma_jax.paths import read_json
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
-LARGEST_FILE = 2**20
 TANH = "gelu_pytorch_tanh"
 
 _KEYS = {
@@ -43,27 +43,13 @@ _shown = reprlib.Repr()
 _shown.maxstring = _shown.maxother = 100
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """The object in a small JSON file.
 
     Raises:
-      UserError: no such file, too large, not JSON, or not an object.
+      UserError: as `read_json` does, or it is not an object.
     """
-    try:
-        with open(path, "rb") as file:
-            raw = file.read(LARGEST_FILE + 1)
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror}); check the path and your access."
-        ) from error
-    if len(raw) > LARGEST_FILE:
-        raise UserError(f"{path} is larger than {LARGEST_FILE:,} bytes, so it is not what it should be.")
-    try:
-        data = json.loads(raw.decode())
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path} is not valid JSON ({str(error)[:100]}); copy or download it again."
-        ) from error
+    data = read_json(path)
     if not isinstance(data, dict):
         raise UserError(f"{path} must hold a JSON object, not {_shown.repr(data)}.")
     return data
@@ -75,7 +61,7 @@ def read_config(path: Path) -> TransformerConfig:
     Raises:
       UserError: no Gemma of the first generation, or a key that contradicts one; it is named.
     """
-    data = read_json(path)
+    data = read_object(path)
     if data.get("model_type") != "gemma":
         raise UserError(
             f"{path} has model_type {_shown.repr(data.get('model_type'))}, but only 'gemma' (Gemma 1, 1.1 "

@@ -21,6 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from gemma_jax.errors import UserError
+from gemma_jax.paths import LFS_POINTER, open_regular, parse_json
 
 DTYPES = {
     "F32": np.dtype(np.float32),
@@ -54,15 +55,13 @@ class SafetensorsFile:
           UserError: no such file, cut short, or a header that does not describe it.
         """
         self.path = path
-        try:
-            with open(path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size < 8:
-                    raise self._broken(f"it has {size} bytes")
-                self._bytes = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:  # mmap refuses what is no plain file with a ValueError
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"{path} cannot be read ({reason}); check the path and your access.") from error
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size < 8:
+                raise self._broken(f"it has {size} bytes")
+            self._bytes = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+        if self._bytes[: len(LFS_POINTER)] == LFS_POINTER:
+            raise UserError(f"{path} is a pointer of Git LFS, not the file; get that by `git lfs pull`.")
         length = int.from_bytes(self._bytes[:8], "little")
         if length > min(LONGEST_HEADER, size - 8):
             raise self._broken(f"its header claims {length:,} bytes, and {size - 8:,} follow")
@@ -81,16 +80,10 @@ class SafetensorsFile:
         return UserError(f"{self.path} is not a whole safetensors file: {reason}; copy or download it again.")
 
     def _header(self, raw: bytes) -> dict[str, Any]:
-        def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-            unique = dict(pairs)
-            if len(unique) != len(pairs):
-                raise ValueError("a name stands there twice")
-            return unique
-
         try:
-            header = json.loads(raw.decode(), object_pairs_hook=once)
-        except (ValueError, RecursionError) as error:
-            raise self._broken(f"its header is not JSON ({str(error)[:100]})") from error
+            header = parse_json(raw.decode(), "its header")
+        except (UnicodeDecodeError, UserError) as error:
+            raise self._broken(f"its header is not JSON ({str(error)[:150]})") from error
         if not isinstance(header, dict):
             raise self._broken("its header is not a JSON object")
         return header
@@ -167,43 +160,48 @@ def _raw_bytes(array: np.ndarray) -> memoryview:
 def write_safetensors(
     path: Path,
     shapes: Mapping[str, tuple[int, ...]],
-    dtype: np.dtype[Any],
     tensor: Callable[[str], np.ndarray],
-) -> None:
+) -> dict[str, str]:
     """Write a file, one tensor in memory at a time, with a checksum of each.
 
     Args:
       path: of the file.
       shapes: of its tensors by name, in their order.
-      dtype: of all of them.
-      tensor: gives the tensor of a name.
+      tensor: gives the tensor of a name, of any of `DTYPES`.
+
+    Returns:
+      The dtype of each tensor.
 
     Raises:
       OSError: the disk is full, or cannot be written.
     """
-    header: dict[str, Any] = {}
-    place = 0
-    for name, shape in shapes.items():
-        size = math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [place, place + size]}
-        place += size
 
-    def encoded(checksums: dict[str, int]) -> bytes:
+    def encoded(dtypes: dict[str, np.dtype[Any]], checksums: dict[str, int]) -> bytes:
+        header: dict[str, Any] = {}
+        place = 0
+        for name, shape in shapes.items():
+            end = place + math.prod(shape) * dtypes[name].itemsize
+            header[name] = {"dtype": NAMES[dtypes[name]], "shape": list(shape), "data_offsets": [place, end]}
+            place = end
         # transformers refuses a file that does not say which framework's conventions it follows.
         metadata = {"format": "pt", CHECKSUMS: json.dumps(checksums)}
         return json.dumps({METADATA: metadata, **header}, separators=(",", ":")).encode()
 
-    # As long as it can become, rounded up so that the tensors are aligned. JSON may end in spaces.
-    length = -(-len(encoded(dict.fromkeys(shapes, 2**32 - 1))) // 8) * 8
+    # As long as it can become (BF16 is a letter longer than F32), rounded up so that the tensors are aligned.
+    # JSON may end in spaces.
+    widest = encoded(dict.fromkeys(shapes, np.dtype(np.float32)), dict.fromkeys(shapes, 2**32 - 1))
+    length = -(-(len(widest) + len(shapes)) // 8) * 8
+    dtypes: dict[str, np.dtype[Any]] = {}
     checksums: dict[str, int] = {}
     with open(path, "wb") as file:
         file.seek(8 + length)
         for name, shape in shapes.items():
             array = np.asarray(tensor(name), order="C")
-            assert array.shape == shape and array.dtype == dtype, (name, array.shape, array.dtype)
+            assert array.shape == shape, (name, array.shape)
             file.write(_raw_bytes(array))
-            checksums[name] = zlib.crc32(_raw_bytes(array))
+            dtypes[name], checksums[name] = array.dtype, zlib.crc32(_raw_bytes(array))
         file.seek(0)
-        file.write(length.to_bytes(8, "little") + encoded(checksums).ljust(length))
+        file.write(length.to_bytes(8, "little") + encoded(dtypes, checksums).ljust(length))
         file.flush()
         os.fsync(file.fileno())
+    return {name: str(dtype) for name, dtype in dtypes.items()}

@@ -21,6 +21,8 @@ class Detokenizer:
 
     def add(self, id: int) -> str:
         """The text that is certain now and was not before."""
+        if id >= self._tokenizer.vocab_size:  # of a row that fine-tuning has added: it has no text
+            return self.flush()
         ids = [*self._held, id]
         certain = len(ids) - self._incomplete(ids)
         self._held = ids[certain:]

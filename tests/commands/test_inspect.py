@@ -38,7 +38,8 @@ def test_gemma_2b_on_eight_devices(capsys: pytest.CaptureFixture[str]) -> None:
     }
     assert held(rows) == expected
     assert summary == (
-        f"2,506,172,416 parameters; {sum(expected.values()):,} bytes a device on 8 devices "
+        "2,506,172,416 parameters in 11 arrays, those of blocks with all layers in one; "
+        f"{sum(expected.values()):,} bytes a device on 8 devices "
         "(data 1 x fsdp 4 x tensor 2)"
     )
     assert rows["embedding"].startswith("(256000, 2048) float32 vocab embed tensor fsdp ")

@@ -3,6 +3,8 @@
 import errno
 import json
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -145,7 +147,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with monkeypatch.context() as patch:
         usage = namedtuple("usage", "total used free")
         patch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6, 1000))
-        with pytest.raises(UserError, match="needs 0.0 GB, but its disk has 0.0 GB free"):
+        with pytest.raises(UserError, match=r"needs 0\.\d MB, but its disk has 0\.0 MB free"):
             gemma.save_pretrained(tmp_path / "out", format=format)
 
     def full(*_: object) -> None:
@@ -181,3 +183,46 @@ def test_an_interruption_leaves_nothing_and_what_is_there_is_never_overwritten(
         gemma.save_pretrained(tmp_path / "new")
     assert left(tmp_path) == {"mine", "empty"}
     assert (tmp_path / "mine").read_text() == "precious"
+
+
+def test_arrays_of_several_dtypes_keep_theirs_or_take_the_widest(tmp_path: Path) -> None:
+    tensors = random_tensors(MULTI_QUERY, "bfloat16")
+    norms = random_tensors(MULTI_QUERY, "float32", seed=1)
+    tensors |= {name: x for name, x in norms.items() if "norm" in name}
+    source = write_huggingface(tmp_path / "source", MULTI_QUERY, tensors)
+    convert(source, tmp_path / "flax", "--format", "flax")
+    convert(tmp_path / "flax", tmp_path / "again")
+    assert numbers(tmp_path / "flax") == numbers(tmp_path / "again") == numbers(source)
+    # transformers takes everything in this dtype.
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["torch_dtype"] == "float32"
+    convert(source, tmp_path / "run", "--format", "run")
+    convert(source, tmp_path / "wide", "--dtype", "float32")
+    assert numbers(tmp_path / "run") == numbers(tmp_path / "wide")
+
+
+@pytest.mark.parametrize("form", ["huggingface", "flax", "run"])
+def test_a_checkpoint_is_written_into_no_other_and_no_path_that_orbax_cannot_write(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str
+) -> None:
+    source = write_huggingface(tmp_path / "source", MULTI_QUERY, random_tensors(MULTI_QUERY))
+    convert(source, tmp_path / "run", "--format", "run")
+    convert(source, tmp_path / "flax", "--format", "flax")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    inside = ["run/checkpoints/421", "run/x", "run/checkpoints/0/y/z", "source/x", "flax/params/x"]
+    for name in inside + ["a[b]c/d"] * (form != "huggingface"):
+        assert main(["convert", str(source), str(tmp_path / name), "--format", form]) == 2, name
+        assert len(capsys.readouterr().err.splitlines()) == 1
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    convert(source, tmp_path / "a[b]c" / "d") if form == "huggingface" else None
+
+
+@pytest.mark.parametrize("form", ["huggingface", "flax", "run"])
+def test_a_limit_on_what_is_written_is_told(tmp_path: Path, form: str) -> None:
+    """As `ulimit -f` sets it: the error is another than that of a full disk."""
+    source = write_huggingface(tmp_path / "source", MULTI_QUERY, random_tensors(MULTI_QUERY))
+    words = [sys.executable, "-m", "gemma_jax.cli", "convert", source, tmp_path / "out", "--format", form]
+    line = "ulimit -f 1; exec " + " ".join(map(str, words))
+    ended = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False, timeout=120)
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stderr.splitlines()[-1].startswith("error: cannot write ")
+    assert "Traceback" not in ended.stderr and left(tmp_path) == {"source"}

@@ -32,18 +32,20 @@ def entry(dtype: Any = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> Heade
 
 def test_what_was_written_is_read(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    for dtype in (np.float32, np.float16, ml_dtypes.bfloat16):
+    f32, f16, bf16 = (np.dtype(dtype) for dtype in (np.float32, np.float16, ml_dtypes.bfloat16))
+    for dtypes in ([f32] * 4, [f16] * 4, [bf16] * 4, [bf16, f32, f16, bf16]):
         arrays = {
-            f"x{i}": rng.normal(size=shape).astype(dtype)
+            f"x{i}": rng.normal(size=shape).astype(dtypes[i])
             for i, shape in enumerate([(3, 5), (7,), (), (0, 4)])
         }
         shapes = {name: x.shape for name, x in arrays.items()}
-        write_safetensors(tmp_path / "f", shapes, np.dtype(dtype), arrays.__getitem__)
+        written = write_safetensors(tmp_path / "f", shapes, arrays.__getitem__)
+        assert list(written.values()) == list(map(str, dtypes))
         file = SafetensorsFile(tmp_path / "f")
         assert list(file.tensors) == list(arrays)
         for name, x in arrays.items():
             file.check(name)
-            assert file[name].dtype == dtype and file[name].shape == x.shape
+            assert file[name].dtype == x.dtype and file[name].shape == x.shape
             assert file[name].tobytes() == x.tobytes()
             assert not file[name].flags.writeable
 
@@ -97,9 +99,7 @@ def test_a_file_that_is_too_short_or_claims_too_much_is_refused(tmp_path: Path) 
 
 def test_a_flipped_bit_in_numbers_that_we_wrote_is_told(tmp_path: Path) -> None:
     x = np.arange(100, dtype=np.float32)
-    write_safetensors(
-        tmp_path / "f", {"x": (50,), "y": (50,)}, np.dtype(np.float32), lambda n: x[:50] + (n == "y")
-    )
+    write_safetensors(tmp_path / "f", {"x": (50,), "y": (50,)}, lambda n: x[:50] + (n == "y"))
     raw = bytearray((tmp_path / "f").read_bytes())
     raw[-30] ^= 4
     (tmp_path / "f").write_bytes(raw)
