@@ -102,7 +102,7 @@ def in_turn(programs: dict[str, Callable[[], float]], rounds: int) -> dict[str, 
     """Seconds of each round of each program: of the second of two calls.
 
     A program that frees its memory after each call finds it again at once when it is called again, and at the
-    cost of seconds when another has run meanwhile (docs/log.md): nobody trains like that.
+    cost of seconds when another has run meanwhile (benchmarks/LOG.md): nobody trains like that.
     """
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     for _ in range(rounds):

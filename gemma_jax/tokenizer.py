@@ -105,7 +105,7 @@ class Tokenizer:
         The same texts and size give the same file on any machine. Ids 0..110 are those of Gemma's own file,
         digits are single pieces, bytes stand in for rare characters, and nothing is normalised. A newline run
         is a piece of its own; other pieces may cross spaces (`▁for▁i▁in▁range(`), which on Python source
-        gives more bytes a token than Gemma's own rule (docs/log.md, 2026-11-23). All of `texts` is held in
+        gives more bytes a token than Gemma's own rule (benchmarks/LOG.md, 2026-11-23). All of `texts` is held in
         memory: pass a sample of a large corpus.
 
         Raises:

@@ -16,7 +16,8 @@ from gemma_jax.errors import RESTART_STATUS
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "pretraining.md", LAUNCH / "README.md")
+DOCS = ROOT / "docs"
+PAGES = (ROOT / "README.md", DOCS / "training.md", DOCS / "pretraining.md", LAUNCH / "README.md")
 
 
 def check_command(arguments: Sequence[str]) -> None:
@@ -27,7 +28,7 @@ def check_command(arguments: Sequence[str]) -> None:
         validate(parse(config, options, name))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: f"{page.parent.name}-{page.stem}")
 def test_every_command_of_the_pages_is_accepted(page: Path) -> None:
     blocks = page.read_text(encoding="utf-8").replace("\\\n", " ").split("```")[1::2]
     lines = [line.replace('"', "") for block in blocks for line in block.splitlines()]

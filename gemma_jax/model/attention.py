@@ -54,7 +54,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
     S, K = k.shape[1:3]
     G = N // K
     # The queries that share a key head form one matrix: on CPU the products and their gradients then run
-    # 1.2 times as fast as einsums over all axes (docs/log.md).
+    # 1.2 times as fast as einsums over all axes (benchmarks/LOG.md).
     q = q.reshape(B, L, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * L, H)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     wide = jnp.promote_types(q.dtype, jnp.float32)

@@ -27,7 +27,7 @@ MakeScale = Callable[[str], nnx.Param[jax.Array]]
 RESIDUAL = ("batch", "length", "residual")
 
 # Up to this width the TPU compiler loses nothing by computing a norm or the gelu within the product after it.
-# At 3072 such products take a third longer; kept apart, the 2B would lose up to a hundredth (docs/log.md).
+# At 3072 such products take a third longer; kept apart, the 2B would lose up to a hundredth (benchmarks/LOG.md).
 FUSED_WIDTH = 2048
 
 

@@ -75,7 +75,7 @@ def gated_gelu(gate: jax.Array, up: jax.Array) -> jax.Array:
     (huggingface/transformers #29729), computed in at least float32.
 
     (1 + tanh(u)) / 2 is sigmoid(2 u). With the gradient written out the TPU compiler needs a tenth less time
-    for a whole feed-forward layer (docs/log.md).
+    for a whole feed-forward layer (benchmarks/LOG.md).
 
     Args:
       gate, up: [..., F].

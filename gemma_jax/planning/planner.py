@@ -77,7 +77,7 @@ class Planner:
             self._cache.put(key, entry)
         available = self.topology.generation.hbm_gib * 2**30 * self.topology.chips // len(self.devices)
         needed = sum(entry.analysis.memory.values()) if entry.analysis else 0
-        if needed > available:  # the compiler does not refuse every such program (docs/log.md)
+        if needed > available:  # the compiler does not refuse every such program (benchmarks/LOG.md)
             entry = Entry(None, needed, available)
         figures, fsdp = None, None
         if entry.analysis:

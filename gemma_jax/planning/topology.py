@@ -29,7 +29,7 @@ class Generation:
 # GHz (Jouppi et al., 2023, table 4). The documents name both 2 and 4 matrix units for v6e, and none for
 # tpu7x. Theirs is the clock at which the compiler's cycles (libtpu 0.0.42.1) for one large product, [8192,
 # 2048] by [2048, 16384] in bfloat16, are the published peak: for the other generations that is 2% too high
-# (docs/log.md).
+# (benchmarks/LOG.md).
 _FLOPS_A_CYCLE = 4 * 128 * 128 * 2  # of a TensorCore
 GENERATIONS = {
     "v4": Generation("v4", 3, 2, True, 32, 4096, 275e12 / (2 * _FLOPS_A_CYCLE), True, None, None),

@@ -2,7 +2,7 @@
 
 Left to itself XLA sums a gradient over a whole slice of TPUs as an all-reduce, of which each device then
 throws most away: twice the traffic. The TPU compiler scatters a sum along one dimension of the torus, and not
-into narrow parts of the last dimension of an array (docs/log.md). So what is here goes over one dimension of
+into narrow parts of the last dimension of an array (benchmarks/LOG.md). So what is here goes over one dimension of
 the torus after the other, with the parts first; after the first stage there is little left to send.
 """
 

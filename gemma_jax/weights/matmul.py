@@ -28,7 +28,7 @@ def matmul(
     """The last `contract` axes of `x` against the first `contract` axes of `weight`.
 
     Computed as one product of two matrices. With more axes XLA's CPU compiler folds transposes into the
-    gradients of its neighbours, and a gradient of the feed-forward takes twice as long (docs/log.md).
+    gradients of its neighbours, and a gradient of the feed-forward takes twice as long (benchmarks/LOG.md).
 
     Args:
       x: [..., *C] activations; the weight is cast to their dtype.
