@@ -289,8 +289,8 @@ class Gemma:
           config, **settings: those of `generate`, but for samples.
 
         Yields:
-          Texts that joined are the text that `generate` gives. A character whose bytes are not all there,
-          and what may become a stop text, are held back until it is known.
+          Pieces whose concatenation is the text that `generate` returns. A character whose bytes are not all
+          there, and what may become a stop text, are held back until it is known.
 
         Raises:
           UserError: as `generate`, and for a model without a tokenizer.

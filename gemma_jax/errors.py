@@ -1,6 +1,6 @@
 """The one exception that stands for a mistake of the user rather than a bug, and the status of a stop."""
 
-# sysexits.h EX_TEMPFAIL: "try again later". Launchers restart on it: the same command goes on.
+# sysexits.h EX_TEMPFAIL: "try again later". Launchers restart on it: the same command resumes.
 RESTART_STATUS = 75
 
 

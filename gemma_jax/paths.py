@@ -31,7 +31,7 @@ def user_path(name: str | os.PathLike[str]) -> "epath.Path":
     Raises:
       UserError: an address of another kind, or one that needs a package which is not installed.
     """
-    from etils import epath  # late: help and mistakes are told without it
+    from etils import epath  # late: help and error messages do not need it
 
     scheme, separator, _ = os.fspath(name).partition("://")
     if not separator:

@@ -29,7 +29,7 @@ from gemma_jax.paths import user_path
 _OWN_FAULT = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
 
 # Most mistakes are found by all processes at once. When the first one ends, jax aborts the others: each is
-# given the time to tell its mistake.
+# given the time to report its mistake.
 _PARTING_SECONDS = 2
 
 _JOIN_SECONDS = 300  # that the other processes of a job have for their start
@@ -167,7 +167,7 @@ def _end(error: BaseException) -> NoReturn:
         if temporary:
             reason = (
                 f"{reason} (as when another process of the job has ended: if so, its own log says why, and "
-                "the same command goes on from the last checkpoint)"
+                "the same command resumes from the last checkpoint)"
             )
     print(f"error: {who} ends, and the job with it: {reason}", file=sys.stderr, flush=True)
     sys.stdout.flush()

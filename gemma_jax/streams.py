@@ -20,7 +20,7 @@ class OutputLost(Exception):
 
 
 class _Stream(io.FileIO):
-    """Standard output or error, to which everything is written or a failure is told, once."""
+    """Standard output or error, to which everything is written, or one failure is raised."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number, "w", closefd=False)

@@ -60,7 +60,7 @@ def relative_difference(a: Any, b: Any) -> float:
 
 
 def assert_same(actual: Any, expected: Any, tolerance: float) -> None:
-    """Every array of two trees is equal in relative L2 norm; the names of those that are not are told.
+    """Every array of two trees is equal in relative L2 norm; the error names those that are not.
 
     Raises:
       AssertionError: the trees differ in structure or in value.
@@ -79,7 +79,7 @@ def assert_same(actual: Any, expected: Any, tolerance: float) -> None:
 def assert_same_on_meshes(
     function: Callable[[Mesh], Any], meshes: Sequence[Mesh], tolerance: float = 1e-5
 ) -> None:
-    """`function` gives the same tree of arrays on every mesh, by relative L2 norm.
+    """`function` returns the same tree of arrays on every mesh, by relative L2 norm.
 
     Raises:
       AssertionError: naming the mesh and the arrays that differ.

@@ -34,7 +34,7 @@ _HTML_TAG = re.compile(
 # bytes, without a word, and a cut this rare does not change which pieces are learnt.
 _TRAINING_PART = 4096
 _LARGEST_FILE = 2**26  # bytes; Gemma's own has 4 million
-# Text that a model with a normaliser, a dummy prefix or no byte fallback does not give back exactly.
+# Text that a model with a normaliser, a dummy prefix or no byte fallback does not reproduce exactly.
 _PROBE = "  a\tﬁ\r\n\n b\x00é𐍈  "
 
 
@@ -102,11 +102,11 @@ class Tokenizer:
     def train(cls, texts: Iterable[str], vocab_size: int, path: str | os.PathLike[str]) -> "Tokenizer":
         """Trains a byte-pair model on `texts`, writes it to `path` and returns it.
 
-        The same texts and size give the same file on any machine. Ids 0..110 are those of Gemma's own file,
+        The same texts and size make the same file on any machine. Ids 0..110 are those of Gemma's own file,
         digits are single pieces, bytes stand in for rare characters, and nothing is normalised. A newline run
         is a piece of its own; other pieces may cross spaces (`▁for▁i▁in▁range(`), which on Python source
-        gives more bytes a token than Gemma's own rule (benchmarks/LOG.md, 2026-11-23). All of `texts` is held in
-        memory: pass a sample of a large corpus.
+        results in more bytes per token than Gemma's own rule (benchmarks/LOG.md, 2026-11-23). All of `texts`
+        is held in memory: pass a sample of a large corpus.
 
         Raises:
             UserError: no text, lone surrogates, a size too small for the fixed pieces, bytes and characters
@@ -180,7 +180,7 @@ class Tokenizer:
             ) from error
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, exactly as SentencePiece gives them, without bos or eos.
+        """Ids of `text`, exactly as SentencePiece returns them, without bos or eos.
 
         A turn marker in `text` becomes its one id; use encode_typed() for what somebody typed. U+2581 is
         SentencePiece's sign for a space and is encoded as one. UserError for lone surrogates.
@@ -200,7 +200,7 @@ class Tokenizer:
         """Ids of a text that somebody typed: no text becomes a control token.
 
         As encode(), but turn markers and every other user-defined piece that is not white space or an HTML
-        tag (`<mask>`, `<unused7>`, `[@BOS@]` ...) come out as ordinary pieces; decode() gives the same text.
+        tag (`<mask>`, `<unused7>`, `[@BOS@]` ...) come out as ordinary pieces; decode() restores the text.
         """
         _check_surrogates(text)
         # Each occurrence, overlapping ones too, is cut behind its first character. No part then holds a
@@ -212,7 +212,7 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`, as SentencePiece gives it.
+        """Text of `ids`, as SentencePiece returns it.
 
         pad, bos and eos decode to nothing, unk to " ⁇ ", and bytes that are not UTF-8 to U+FFFD each.
         UserError names an id that is not in the vocabulary.

@@ -146,7 +146,7 @@ def layer_outputs(
 
 
 def transformers_outputs(folder: Path, dtype: str, tokens: np.ndarray) -> dict[str, np.ndarray]:
-    """What `layer_outputs` gives, of a Hugging Face directory by transformers.
+    """What `layer_outputs` returns, for a Hugging Face directory, computed by transformers.
 
     Args:
       folder: with the weights.

@@ -1,1 +1,1 @@
-"""The checkpoints of runs: written while training goes on, whole or absent, checked when they are read."""
+"""The checkpoints of runs: written while training continues, whole or absent, checked when they are read."""

@@ -1,4 +1,4 @@
-"""The folders of a run's checkpoints: which are whole, how one becomes whole, and how one goes.
+"""The folders of a run's checkpoints: which are whole, how one becomes whole, and how one is deleted.
 
 RUN/checkpoints has a folder for each step, and what is not whole is named STEP.unfinished. On a disk that is
 the folder itself, which is renamed at last. A bucket has no rename, only copies of every object, one after

@@ -80,7 +80,7 @@ def _fingerprint(x: jax.Array) -> jax.Array:
 
 @jax.jit
 def fingerprints(arrays: Any) -> Any:
-    """A 32-bit checksum of every array of a tree, computed where the array lies: a tree of uint32 scalars.
+    """A 32-bit checksum of every array of a tree, computed on its own devices: a tree of uint32 scalars.
 
     orbax writes zarr3 with a checksum of each index but none of the values, so that a flipped bit on
     disk would be loaded without a word.

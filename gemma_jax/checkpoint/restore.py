@@ -123,7 +123,7 @@ def check_readable(step_folder: epath.Path) -> None:
 
 
 def in_all_processes(step_folder: epath.PathLike, read: Callable[[], Result]) -> Result:
-    """What `read` gives, or an error in all processes if it fails in one: none waits for another in vain.
+    """Run `read` in every process; if it fails in any, raise in all, so that none hangs in a collective.
 
     Raises:
       DamagedCheckpoint: it failed.

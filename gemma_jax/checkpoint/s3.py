@@ -28,7 +28,7 @@ def orbax_context(path: epath.PathLike) -> ocp.Context:
 
     Several processes need nothing more on S3 than on gs://. Each writes objects of its own, whose names hold
     its number; the first joins them by one more object, after a barrier, and neither S3 nor we (see
-    `user_path`) give it a list of objects from before. What orbax makes sure of by a rename on a disk, it
+    `user_path`) give it an outdated list of objects. What orbax makes sure of by a rename on a disk, it
     does by an object that it writes last, as on gs://.
 
     Raises:
@@ -68,7 +68,7 @@ def _with_s3(build: Callable[..., Spec]) -> Callable[..., Spec]:
 
 
 def _in_s3(spec: Any) -> Any:
-    """`spec` with S3 in the place of Google's storage, however deep: stores lie in stores."""
+    """`spec` with S3 in the place of Google's storage, however deep: stores contain stores."""
     if isinstance(spec, list):
         return [_in_s3(part) for part in spec]
     if not isinstance(spec, dict):

@@ -239,8 +239,8 @@ class CheckpointStore:
         while (name := f"{step}.damaged" + (f"-{number}" if number > 1 else "")) in names:
             number += 1
         folders.rename(self.folder / str(step), self.folder / name)
-        told = f"the checkpoint of step {step} is damaged ({reason}): it is kept as {self.folder / name}"
-        print(f"{told}, and the run goes on from step {instead}", file=sys.stderr, flush=True)
+        told = f"the checkpoint of step {step} is damaged ({reason}): it was renamed to {self.folder / name}"
+        print(f"{told}, and the run resumes from step {instead}", file=sys.stderr, flush=True)
 
     def wait(self) -> None:
         """Return when everything that was saved is on disk.

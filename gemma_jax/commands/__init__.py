@@ -1,1 +1,1 @@
-"""Commands: each assembles parts and runs them. `run(arguments, prog)` gives the exit status."""
+"""Commands: each assembles parts and runs them. `run(arguments, prog)` returns the exit status."""

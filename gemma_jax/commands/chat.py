@@ -22,7 +22,7 @@ HELP = {
 
 
 def run(arguments: Sequence[str], prog: str) -> int:
-    """Answer each line. In a terminal a mistake is told and the dialogue goes on; in a pipe it ends it."""
+    """Answer each line. In a terminal a mistake is reported and the dialogue continues; in a pipe it ends."""
     (checkpoint,), config = read_command(arguments, prog, "CHECKPOINT", ChatConfig(), validate=validate_chat)
 
     gemma = load_gemma(checkpoint, config)
@@ -106,7 +106,7 @@ class Conversation:
 def _typed_lines() -> Iterator[str]:
     """Lines typed at a prompt. Ctrl-C there empties the line."""
     with contextlib.suppress(ImportError):  # Python may be built without it
-        import readline  # noqa: F401  # gives input() the arrow keys
+        import readline  # noqa: F401  # input() then knows the arrow keys
     while True:
         try:
             yield input("> ")

@@ -1,4 +1,4 @@
-"""`gemma inspect CONFIG_OR_CHECKPOINT`: how each parameter lies on the mesh, by shapes alone."""
+"""`gemma inspect CONFIG_OR_CHECKPOINT`: how each parameter is split over the mesh, from shapes alone."""
 
 import math
 import os

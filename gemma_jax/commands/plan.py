@@ -31,7 +31,7 @@ REMAT_POLICIES: tuple[str, ...] = get_args(get_type_hints(ComputeConfig)["remat"
 
 @dataclasses.dataclass(frozen=True)
 class PlanOptions(PretrainConfig):
-    """Compile a config's program for TPUs that are not here, and tell what it would need."""
+    """Compile a config's program for TPUs that are not here, and print what it would need."""
 
     topology: str = setting(
         "",

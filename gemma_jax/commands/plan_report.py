@@ -146,7 +146,7 @@ def _collectives(plan: Plan, explain: bool) -> Table:
 
 
 def _costs(plan: Plan) -> Table:
-    """Where the time goes: the places in the code that have 1% of it or more."""
+    """What takes the time: the places in the code that have 1% of it or more."""
     assert plan.analysis and plan.estimate
     shown = table(["time", "share", "in", "operation", "asked for by"], right=("time", "share"))
     total = plan.analysis.cycles

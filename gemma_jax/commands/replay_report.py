@@ -103,7 +103,7 @@ def print_report(replay: Replay, loader: Loader, tokenizer: Tokenizer, limit: in
 
 
 def parameters_used(replay: Replay) -> str:
-    """Which parameters a replay was computed with, as half a sentence."""
+    """Which parameters a replay was computed with, in words."""
     if replay.params_step == replay.step - 1:
         return f"with the very parameters that the step began with (step {replay.params_step})"
     return (

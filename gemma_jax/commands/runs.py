@@ -83,7 +83,7 @@ def _find(folder: "epath.Path", seen: set[str]) -> "Iterator[tuple[epath.Path, T
     if path.exists():
         try:
             record = read_json(path)
-            # Another program's config.json may lie there, such as that of a published model.
+            # Another program's config.json may be there, such as that of a published model.
             if isinstance(record, dict) and "experiment" in record:
                 yield folder, from_record(record, str(path)), read_metrics(folder)
                 return

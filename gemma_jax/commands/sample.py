@@ -51,8 +51,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
             for prompt in config.prompt
         ]
         print(
-            f"{checkpoint} is instruction-tuned: the prompt is given to it as a turn of the user "
-            "(--raw gives it as it is)",
+            f"{checkpoint} is instruction-tuned, so its chat template is applied (--raw disables it)",
             file=sys.stderr,
         )
     if config.stream:
@@ -66,6 +65,9 @@ def run(arguments: Sequence[str], prog: str) -> int:
     for index, (prompt, generation) in enumerate(zip(repeated, generations, strict=True)):
         if config.json:
             print(json.dumps({"prompt": prompt, "turn": as_turn, **dataclasses.asdict(generation)}))
-        else:
-            print(("\n" if index else "") + prompt + ("\n" if as_turn else "") + generation.text)
+            continue
+        if len(repeated) > 1:  # a text may hold empty lines, so it needs more than one to end it
+            number, sample = divmod(index, config.samples)
+            print(f"--- prompt {number + 1}, sample {sample + 1} ---")
+        print(prompt + ("\n" if as_turn else "") + generation.text)
     return 0

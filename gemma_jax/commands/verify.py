@@ -42,7 +42,7 @@ class Report:
         self._console.print()
 
     def verdict(self, checked: Sequence[str]) -> int:
-        """Print it and give the exit status: 1 where there is a fault."""
+        """Print it and return the exit status: 1 where there is a fault."""
         for fault in self.faults:
             self.line("fault", fault)
         text = "not to be trusted" if self.faults else f"sound, as far as this looked: {', '.join(checked)}"
@@ -81,7 +81,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
 
 
 def _weights(found: "Checkpoint", config: VerifyConfig) -> "Weights":
-    """As they lie on disk; those of a run are read to the mesh."""
+    """As they are on disk; those of a run are read to the mesh."""
     if found.weights is not None:
         return found.weights
     from gemma_jax.model import ModelSpec

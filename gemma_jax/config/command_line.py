@@ -255,7 +255,7 @@ def _run_config_file(path: Path) -> Any:
     """The `config` that a file of the user defines.
 
     Raises:
-      UserError: the file raises an exception, which is told with its line, or defines no `config`.
+      UserError: the file raises an exception, which is reported with its line, or defines no `config`.
     """
     path = path.absolute()  # as trace-backs name it
     try:

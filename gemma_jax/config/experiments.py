@@ -67,7 +67,7 @@ class LoadConfig:
 
     instruction_tuned: Literal["auto", "yes", "no"] = setting(
         "auto",
-        "Whether the model was trained on dialogues; auto goes by generation_config.json and its name.",
+        "Whether the model was trained on dialogues; auto decides by generation_config.json and the name.",
     )
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -111,7 +111,7 @@ class ConvertConfig:
     )
     gemma_terms: Literal["auto", "yes", "no"] = setting(
         "auto",
-        "Whether the weights derive from Google's, so that a NOTICE on its terms of use goes with them; "
+        "Whether the weights derive from Google's, so that a NOTICE on its terms of use is written; "
         "auto: where the source has one, comes from Google, or is a published form of a published size.",
     )
 

@@ -186,7 +186,7 @@ class ComputeConfig:
     loss_vocab_block: int = setting(
         0,
         "Or logits of all positions and at most this many vocabulary rows at one time: less memory for "
-        "a large vocabulary, a quarter more products in the loss; 0 goes by positions.",
+        "a large vocabulary, a quarter more products in the loss; 0 takes blocks of positions.",
         0,
     )
     compilation_cache: str = setting(
@@ -197,7 +197,7 @@ class ComputeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class HostsConfig:
-    """The processes of a job: found by themselves on TPU pods, GKE's TPUs and Slurm, named here elsewhere."""
+    """The processes of a job: found automatically on TPU pods, GKE's TPUs and Slurm, named here elsewhere."""
 
     coordinator: str = setting("", "HOST:PORT where the process of index 0 is reached by the others.")
     count: int = setting(0, "Processes in all; 0 finds out, 1 looks for no others.", 0)
@@ -234,7 +234,7 @@ class CheckpointConfig:
     keep_last: int = setting(2, "Newest checkpoints that are kept.", 1)
     keep_every: int = setting(0, "Checkpoints at multiples of this step are kept for good; 0 keeps none.", 0)
     keep_best: int = setting(0, "Checkpoints with the lowest keep_best_by that are kept besides.", 0)
-    keep_best_by: str = setting("held_out_loss", "Number of an evaluation that keep_best goes by.")
+    keep_best_by: str = setting("held_out_loss", "Number of an evaluation that keep_best compares.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,7 +249,7 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoggingConfig:
-    """What a run tells."""
+    """What a run logs."""
 
     every: int = setting(10, "Steps between lines of the log.", 1)
     tensorboard: Literal["on", "off"] = setting("off", "Write TensorBoard event files into the run.")

@@ -121,7 +121,7 @@ def differences(before: Any, now: Any) -> list[tuple[str, Any, Any]]:
 
 
 def within(name: str, sections: typing.Iterable[str]) -> bool:
-    """Whether a dotted name is one of these fields or lies in one of these sections."""
+    """Whether a dotted name is one of these fields or is in one of these sections."""
     return any(f"{name}.".startswith(f"{section}.") for section in sections)
 
 

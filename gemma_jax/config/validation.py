@@ -210,7 +210,7 @@ def _validate_hosts(hosts: HostsConfig) -> None:
         _require(
             hosts.count <= 1 and hosts.index == 0,
             f"hosts.count is {hosts.count} and hosts.index {hosts.index}, but no hosts.coordinator is named; "
-            "name it, or leave all three out where they are found by themselves.",
+            "name it, or leave all three out where they are found automatically.",
         )
 
 
@@ -245,7 +245,7 @@ def validate_mesh(mesh: MeshConfig) -> None:
 
 
 def mesh_text(shape: Mapping[str, int]) -> str:
-    """`data 1 x fsdp 8 x tensor 1`; the slices are told where there are several."""
+    """`data 1 x fsdp 8 x tensor 1`; the slices are included where there are several."""
     return " x ".join(f"{axis} {size}" for axis, size in shape.items() if axis != "slice" or size != 1)
 
 

@@ -85,7 +85,7 @@ class CachedShard:
 
 
 def open_shard(directory: epath.Path, number: int, dtype: np.dtype[Any]) -> CachedShard | None:
-    """A shard whose files have the sizes that its metadata gives, or None."""
+    """A shard whose files have the sizes in its metadata, or None."""
     try:
         metadata = json.loads((directory / f"{number:05d}.json").read_text())
         if metadata.pop("digest") != hash_of(metadata):

@@ -60,7 +60,7 @@ class RowIndex:
 
 
 def cut_documents(document_lengths: NDArray[np.int64], sequence_length: int) -> NDArray[Any]:
-    """PIECE [number of pieces]: documents that lie one after the other, cut into pieces, in stream order.
+    """PIECE [number of pieces]: consecutive documents cut into pieces, in stream order.
 
     document_lengths: int64 [documents], tokens of each body, at least 1 (eos counts).
     """
@@ -91,7 +91,7 @@ def keep_examples(example_lengths: NDArray[np.int64], sequence_length: int, grou
 def best_fit_decreasing(lengths: NDArray[np.integer[Any]], capacity: int) -> NDArray[np.int64]:
     """int64 [pieces]: the bin of each piece, by best-fit decreasing bin packing (Johnson, 1973).
 
-    From the longest piece to the shortest, each goes into the fullest bin that still has room for it. Pieces
+    From the longest piece to the shortest, each is put into the fullest bin that has room for it. Pieces
     of one length and bins of one free space are alike, so each step moves all that it can at once: the number
     of steps depends on the capacity (a few times 1 to capacity), not on the number of pieces.
     """
@@ -133,7 +133,7 @@ def best_fit_decreasing(lengths: NDArray[np.integer[Any]], capacity: int) -> NDA
 
 
 def build_row_index(pieces: NDArray[Any], sequence_length: int, group_size: int = 1) -> RowIndex:
-    """Packs a shard's pieces (PIECE, in stream order) into rows; the same pieces give the same rows.
+    """Packs a shard's pieces (PIECE, in stream order) into rows; the same pieces make the same rows.
 
     `group_size` pieces that follow each other stay together. Rows are numbered by their first piece, so that
     neighbouring rows come from neighbouring documents.

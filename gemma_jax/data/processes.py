@@ -66,7 +66,7 @@ def _start(function: Callable[[int], None]) -> subprocess.Popen[bytes]:
 
 def _ask(process: subprocess.Popen[bytes], number: int) -> None:
     assert process.stdin and process.stdout
-    with contextlib.suppress(BrokenPipeError):  # told below
+    with contextlib.suppress(BrokenPipeError):  # reported below
         process.stdin.write(b"%d\n" % number)
         process.stdin.flush()
     answer = process.stdout.readline()

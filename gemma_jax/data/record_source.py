@@ -164,7 +164,7 @@ def _text_of_example(record: bytes, text_field: str, number: int) -> Text:
 
 
 def parse_example(record: bytes) -> dict[str, list[bytes]]:
-    """The features of a serialised tf.train.Example, as lists of byte strings (numbers give an empty list).
+    """The features of a serialised tf.train.Example, as lists of byte strings (numbers become an empty list).
 
     Written against the format's definition (tensorflow/core/example/feature.proto): Example.features = 1,
     Features.feature = 1, map entries key = 1 and value = 2, Feature.bytes_list = 1, BytesList.value = 1.

@@ -127,7 +127,7 @@ class _SplitWriter:
         """Blocks of texts to be tokenised together; None where a document ends."""
         self._characters = 0
         self._length = 0
-        """Tokens written of the document that goes on."""
+        """Tokens written of the document that is not finished."""
         self._num_bytes = 0
         self.lengths: list[int] = []
         self.checksums = [0, 0]

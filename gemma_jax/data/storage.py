@@ -58,7 +58,7 @@ class ArrayFile:
     """
 
     def __init__(self, path: epath.Path, dtype: np.dtype[Any] | None = None):
-        """Opens a flat file of values of `dtype`, or a .npy file, whose header tells.
+        """Opens a flat file of values of `dtype`, or a .npy file, whose header has the dtype.
 
         Raises:
           OSError: The file is not there or cannot be read.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from gemma_jax.config import TransformerConfig
-from gemma_jax.model.ops import Integers
+from gemma_jax.model.ops import IntArray
 from gemma_jax.sharding import constrain, partition_spec
 
 KEYS_AXES = ("layers", "batch", "length", "kv_heads", "head_dim")
@@ -54,7 +54,7 @@ class KVCache:
         """Where the next `new` tokens of each row go: [B, new]. Out-of-range writes are dropped."""
         return self.lengths[:, None] + jnp.arange(new, dtype=jnp.int32)
 
-    def extended(self, positions: Integers, segments: Integers) -> "KVCache":
+    def extended(self, positions: IntArray, segments: IntArray) -> "KVCache":
         """The cache with the positions and segments of new tokens; their keys and values follow.
 
         Args:

@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from gemma_jax.config import TransformerConfig
-from gemma_jax.model.ops import Integers, gated_gelu, rms_norm, rope, unfused
+from gemma_jax.model.ops import IntArray, gated_gelu, rms_norm, rope, unfused
 from gemma_jax.sharding import constrain, platform
 from gemma_jax.weights import NO_CONTEXT, Context, Weight
 
@@ -27,7 +27,7 @@ MakeScale = Callable[[str], nnx.Param[jax.Array]]
 RESIDUAL = ("batch", "length", "residual")
 
 # Up to this width the TPU compiler loses nothing by computing a norm or the gelu within the product after it.
-# At 3072 such products take a third longer; kept apart, the 2B would lose up to a hundredth (benchmarks/LOG.md).
+# At 3072 such products take a third longer; kept apart, the 2B would lose up to 1% (benchmarks/LOG.md).
 FUSED_WIDTH = 2048
 
 
@@ -42,7 +42,7 @@ class Attention(nnx.Module):
         self.config = config
 
     def __call__(
-        self, x: jax.Array, positions: Integers, attend: Attend, context: Context = NO_CONTEXT
+        self, x: jax.Array, positions: IntArray, attend: Attend, context: Context = NO_CONTEXT
     ) -> jax.Array:
         """[B, L, D], [B, L] -> [B, L, D]."""
         config = self.config
@@ -84,7 +84,7 @@ class Block(nnx.Module):
         self.mesh = mesh
 
     def __call__(
-        self, x: jax.Array, positions: Integers, attend: Attend, context: Context = NO_CONTEXT
+        self, x: jax.Array, positions: IntArray, attend: Attend, context: Context = NO_CONTEXT
     ) -> jax.Array:
         """[B, L, D], [B, L] -> [B, L, D]."""
         x = constrain(x, RESIDUAL, self.mesh)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Integers = jax.Array | np.ndarray
+IntArray = jax.Array | np.ndarray
 
 
 def _at_least_float32(dtype: jax.typing.DTypeLike) -> jnp.dtype:
@@ -30,9 +30,9 @@ def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
     Returns:
       [..., D] in x's dtype.
     """
-    wide = x.astype(_at_least_float32(x.dtype))
-    mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-    return (wide * jax.lax.rsqrt(mean_square + epsilon) * (1 + scale.astype(wide.dtype))).astype(x.dtype)
+    x_wide = x.astype(_at_least_float32(x.dtype))
+    mean_square = jnp.mean(jnp.square(x_wide), axis=-1, keepdims=True)
+    return (x_wide * jax.lax.rsqrt(mean_square + epsilon) * (1 + scale.astype(x_wide.dtype))).astype(x.dtype)
 
 
 @jax.custom_vjp
@@ -45,10 +45,10 @@ def unfused(x: jax.Array) -> jax.Array:
 unfused.defvjp(lambda x: (unfused(x), None), lambda _, d_out: (d_out,))
 
 
-def rope(x: jax.Array, positions: Integers, base: float) -> jax.Array:
+def rope(x: jax.Array, positions: IntArray, base: float) -> jax.Array:
     """Rotary position embedding in the split-halves convention (Su et al., 2021).
 
-    Angles and rotation are float32 whatever the activations are: bfloat16 cannot tell position 4095
+    Angles and rotation are float32 whatever the activations are: bfloat16 does not distinguish position 4095
     from 4096 (huggingface/transformers #29285).
 
     Args:
@@ -59,12 +59,12 @@ def rope(x: jax.Array, positions: Integers, base: float) -> jax.Array:
     Returns:
       [B, L, N, H] in x's dtype.
     """
-    wide = _at_least_float32(x.dtype)
+    wide_dtype = _at_least_float32(x.dtype)
     half = x.shape[-1] // 2
-    frequencies = base ** -(jnp.arange(half, dtype=wide) / half)
-    angles = positions[..., None, None].astype(wide) * frequencies
+    frequencies = base ** -(jnp.arange(half, dtype=wide_dtype) / half)
+    angles = positions[..., None, None].astype(wide_dtype) * frequencies
     sin, cos = jnp.sin(angles), jnp.cos(angles)
-    first, second = jnp.split(x.astype(wide), 2, axis=-1)
+    first, second = jnp.split(x.astype(wide_dtype), 2, axis=-1)
     rotated = [first * cos - second * sin, second * cos + first * sin]
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
@@ -83,8 +83,8 @@ def gated_gelu(gate: jax.Array, up: jax.Array) -> jax.Array:
     Returns:
       [..., F] in their dtype.
     """
-    wide = gate.astype(_at_least_float32(gate.dtype))
-    return (wide * _sigmoid_and_slope(wide)[0] * up.astype(wide.dtype)).astype(gate.dtype)
+    gate_wide = gate.astype(_at_least_float32(gate.dtype))
+    return (gate_wide * _sigmoid_and_slope(gate_wide)[0] * up.astype(gate_wide.dtype)).astype(gate.dtype)
 
 
 def _sigmoid_and_slope(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -100,11 +100,11 @@ def _gated_gelu_forward(gate: jax.Array, up: jax.Array) -> tuple[jax.Array, tupl
 
 def _gated_gelu_backward(saved: tuple[jax.Array, jax.Array], d_out: jax.Array) -> tuple[jax.Array, jax.Array]:
     gate, up = saved
-    wide = gate.astype(_at_least_float32(gate.dtype))
-    d_wide = d_out.astype(wide.dtype)
-    sigmoid, slope = _sigmoid_and_slope(wide)
-    d_up = d_wide * (wide * sigmoid)
-    d_gate = d_wide * up.astype(wide.dtype) * (sigmoid + sigmoid * (1 - sigmoid) * (wide * slope))
+    gate_wide = gate.astype(_at_least_float32(gate.dtype))
+    d_wide = d_out.astype(gate_wide.dtype)
+    sigmoid, slope = _sigmoid_and_slope(gate_wide)
+    d_up = d_wide * (gate_wide * sigmoid)
+    d_gate = d_wide * up.astype(gate_wide.dtype) * (sigmoid + sigmoid * (1 - sigmoid) * (gate_wide * slope))
     # Both at once, in the product before: else each of the four products after computes them again.
     return jax.lax.optimization_barrier((d_gate.astype(gate.dtype), d_up.astype(up.dtype)))
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from gemma_jax.model.ops import Integers
+from gemma_jax.model.ops import IntArray
 from gemma_jax.model.transformer import Transformer
 from gemma_jax.sharding import partition_spec
 from gemma_jax.weights import Weight, fsdp, matmul
@@ -38,9 +38,9 @@ class Logits(NamedTuple):
     @classmethod
     def of(cls, h: jax.Array, table: jax.Array, first: jax.Array | int, vocab_size: int) -> "Logits":
         """Of hidden states [n, D] and the embedding's rows [v, D] from number `first` on."""
-        wide = jnp.promote_types(h.dtype, jnp.float32)
+        wide_dtype = jnp.promote_types(h.dtype, jnp.float32)
         rows = first + jnp.arange(table.shape[0])
-        return cls(jnp.where(rows < vocab_size, matmul(h, table.T, dtype=wide), -jnp.inf), rows)
+        return cls(jnp.where(rows < vocab_size, matmul(h, table.T, dtype=wide_dtype), -jnp.inf), rows)
 
     def of_targets(self, targets: jax.Array) -> jax.Array:
         """[n]: the logit of each target, 0 where it is not in this block."""
@@ -94,7 +94,7 @@ def partition_and_targets(
     Returns:
       [n] each, in at least float32, over the rows of all devices.
     """
-    wide = jnp.promote_types(h.dtype, jnp.float32)
+    wide_dtype = jnp.promote_types(h.dtype, jnp.float32)
     mesh = table.structure.mesh
     Partition = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -111,7 +111,7 @@ def partition_and_targets(
             summed += jnp.sum(jnp.exp(logits.logits - shift[:, None]), axis=-1)
             return (largest, summed, of_targets + logits.of_targets(targets)), None
 
-        zeros = jnp.zeros(len(h), wide)
+        zeros = jnp.zeros(len(h), wide_dtype)
         (largest, summed, of_targets), _ = lax.scan(body, (zeros - jnp.inf, zeros, zeros), blocks)
         return lax.pmax(largest, "tensor"), *lax.psum((summed, of_targets), "tensor")
 
@@ -135,7 +135,7 @@ def partition_and_targets(
 
 
 def log_partition_and_targets(
-    hidden: jax.Array, embedding: Weight, targets: Integers, vocab_size: int
+    hidden: jax.Array, embedding: Weight, targets: IntArray, vocab_size: int
 ) -> tuple[jax.Array, jax.Array]:
     """The log-partition of each position, and the logit of its target.
 
@@ -170,11 +170,11 @@ def log_partition_and_targets(
     return mapped(hidden, arrays, jnp.asarray(targets))
 
 
-def token_log_probs(model: Transformer, hidden: jax.Array, targets: Integers) -> jax.Array:
+def token_log_probs(model: Transformer, hidden: jax.Array, targets: IntArray) -> jax.Array:
     """Log-probability of each target, in nats.
 
     Args:
-      model: whose embedding gives the logits.
+      model: whose embedding computes the logits.
       hidden: [B, L, D] after the final norm; the rows that a batch is split into must divide B, or B is 1.
       targets: [B, L] integers below vocab_size.
 

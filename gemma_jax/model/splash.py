@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from gemma_jax.model.ops import Integers
+from gemma_jax.model.ops import IntArray
 from gemma_jax.sharding import partition_spec
 
 LANES = 128  # of a TPU's vector unit; the kernel's blocks are multiples of it
@@ -30,7 +30,7 @@ def splash_attend(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    segments: Integers,
+    segments: IntArray,
     mesh: Mesh,
     *,
     residuals: str,

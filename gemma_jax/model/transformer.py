@@ -19,7 +19,7 @@ from gemma_jax.errors import UserError
 from gemma_jax.model.attention import cache_attend, self_attend
 from gemma_jax.model.cache import KVCache
 from gemma_jax.model.layers import RESIDUAL, Block
-from gemma_jax.model.ops import Integers, rms_norm
+from gemma_jax.model.ops import IntArray, rms_norm
 from gemma_jax.model.remat import rematerialized
 from gemma_jax.sharding import constrain, platform
 from gemma_jax.weights import EMBEDDING, FINAL_NORM, NO_CONTEXT, Context, Kind, Weight, parameter_table
@@ -62,7 +62,7 @@ class Transformer(nnx.Module):
         self.mesh = mesh
 
     def __call__(
-        self, tokens: Integers, positions: Integers, segments: Integers, context: Context = NO_CONTEXT
+        self, tokens: IntArray, positions: IntArray, segments: IntArray, context: Context = NO_CONTEXT
     ) -> jax.Array:
         """Hidden states of whole sequences, each token seeing the earlier ones of its segment.
 
@@ -94,9 +94,9 @@ class Transformer(nnx.Module):
     def extend(
         self,
         cache: KVCache,
-        tokens: Integers,
-        positions: Integers,
-        segments: Integers,
+        tokens: IntArray,
+        positions: IntArray,
+        segments: IntArray,
         layers: Sequence[nnx.State] | None = None,
         context: Context = NO_CONTEXT,
         *,
@@ -108,7 +108,7 @@ class Transformer(nnx.Module):
           cache: what came before.
           tokens, positions, segments: [B, L] as in `__call__`; padding stands at the end of a row.
           layers: the blocks' parameters layer by layer (see `layer_views`), to be used instead of the stacked
-            ones, in a program that has each layer by itself.
+            ones, in a program that has each layer separately.
           context: what every multiplication receives; a random key is the same in all layers.
           empty: the cache holds nothing yet, so the tokens see only each other.
 
@@ -148,13 +148,13 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden: jax.Array, context: Context = NO_CONTEXT) -> jax.Array:
         """[..., D] -> [..., V] float32; rows that only pad the vocabulary are -inf."""
-        wide = jnp.promote_types(hidden.dtype, jnp.float32)
-        logits = self.embedding.unembed(hidden, wide, context)
+        wide_dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+        logits = self.embedding.unembed(hidden, wide_dtype, context)
         if logits.shape[-1] == self.config.vocab_size:
             return logits
         return jnp.where(jnp.arange(logits.shape[-1]) < self.config.vocab_size, logits, -jnp.inf)
 
-    def embed(self, tokens: Integers, context: Context = NO_CONTEXT) -> jax.Array:
+    def embed(self, tokens: IntArray, context: Context = NO_CONTEXT) -> jax.Array:
         """[B, L] -> [B, L, D]: rows of the table times sqrt(D), which is rounded to their dtype."""
         rows = self.embedding.embedding_lookup(tokens, self.dtype, context)
         return constrain(rows * jnp.asarray(self.config.embed_dim**0.5, self.dtype), RESIDUAL, self.mesh)
@@ -171,7 +171,7 @@ def layer_views(params: nnx.State, mesh: Mesh) -> list[nnx.State] | None:
 
     Args:
       params: of a Transformer; must outlive what is returned, and must not be donated.
-      mesh: that they lie on.
+      mesh: that they are placed on.
     """
     if platform(mesh) != "cpu" or mesh.size > 1:
         return None

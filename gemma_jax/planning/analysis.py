@@ -10,7 +10,7 @@ from gemma_jax.planning.collectives import Collective, collectives
 from gemma_jax.planning.compiler import Compiled
 from gemma_jax.planning.hlo import ITEM_BYTES, Array, Execution, Module, executions, parse
 
-# Products of two matrices that each of splash attention's kernels has, by the part of its name that tells it:
+# Products of two matrices that each of splash attention's kernels has, by the identifying part of its name:
 # scores and values; scores, gradient of the weights, queries; those and gradients of keys and values. The
 # last kernel does the work of the second too where the backward pass is fused into one.
 SPLASH_PRODUCTS = {"_fwd": 2, "_dq": 3, "_dkv": 4}
@@ -19,7 +19,7 @@ FUSED_BACKWARD_PRODUCTS = 5
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A Pallas kernel with all its executions in a step. The compiler gives no cycles for it."""
+    """A Pallas kernel with all its executions in a step. The compiler has no cycles for it."""
 
     name: str
     attention: bool
@@ -42,7 +42,7 @@ class Analysis:
 
     memory: dict[str, int]  # bytes by what they are; their sum is what the program needs
     cycles: int  # the compiler's estimates, loops counted, kernels not
-    uncounted_loops: int  # loops whose number of rounds the program does not tell: counted once
+    uncounted_loops: int  # loops whose number of rounds is not in the program: counted once
     kernels: tuple[Kernel, ...]
     collectives: tuple[Collective, ...]
     costs: tuple[Cost, ...]  # most cycles first

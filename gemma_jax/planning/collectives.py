@@ -49,7 +49,7 @@ def collectives(module: Module, mesh_shape: Mapping[str, int]) -> list[Collectiv
     for executed in executions(module):
         for instruction, kind in _inside(module, executed.instruction):
             # The compiler lays a collective over several fusions, a chain with a copy of it in each: they are
-            # one. (channel_id does not tell: all collectives of a shard_map can have the same.)
+            # one. (channel_id does not show it: all collectives of a shard_map can have the same.)
             chain = re.search(r'chain_id="(\d+)"', instruction.attributes)
             key = (executed.computation.name, chain[0] if chain else instruction.name)
             if key in seen:

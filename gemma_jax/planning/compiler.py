@@ -91,7 +91,7 @@ class OutOfMemory(Exception):
 
     def __init__(self, needed: int | None, available: int | None, message: str) -> None:
         super().__init__(message)
-        self.needed = needed  # bytes a device; None where the compiler does not tell
+        self.needed = needed  # bytes per device; None where the compiler does not say
         self.available = available
 
 
@@ -132,7 +132,7 @@ def compile_lowered(lowered: "jax.stages.Lowered", options: Mapping[str, str]) -
     finally:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", keeps)
     text, memory = compiled.as_text(), compiled.memory_analysis()
-    assert text is not None and memory is not None  # the TPU compiler gives both
+    assert text is not None and memory is not None  # the TPU compiler returns both
     return Compiled(
         text,
         memory.argument_size_in_bytes,
@@ -147,7 +147,7 @@ _SIZE = r"([\d.]+)([KMGT]?)"
 
 
 def memory_told(message: str) -> tuple[int | None, int | None]:
-    """Bytes that a program needs and that there are, by the compiler's refusal; None where it tells none."""
+    """Bytes that a program needs and that there are, from the compiler's refusal; None where it has none."""
     for form in (rf"Used {_SIZE} of {_SIZE} hbm", rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)"):
         if found := re.search(form, message):
             used, used_unit, of, of_unit = found.groups()

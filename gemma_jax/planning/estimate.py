@@ -19,7 +19,7 @@ ASSUMPTIONS = (
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """What a step takes. None where it cannot be told."""
+    """Estimated time and memory of a step. None where unknown."""
 
     calibrated: bool  # False where the clock is not published
     compiled_seconds: float  # without Pallas kernels

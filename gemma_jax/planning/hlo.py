@@ -61,13 +61,13 @@ class Instruction:
 
     @property
     def cycles(self) -> int:
-        """The compiler's estimate for one execution; 0 where it gives none."""
+        """The compiler's estimate for one execution; 0 where it has none."""
         found = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
         return int(found[1]) if found else 0
 
     @property
     def is_kernel(self) -> bool:
-        """Whether it is a Pallas kernel, which the compiler gives no cycles for."""
+        """Whether it is a Pallas kernel, for which the compiler has no cycles."""
         return self.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in self.attributes
 
     def called(self, attribute: str) -> list[str]:
@@ -202,7 +202,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def trip_count(module: Module, computation: Computation, loop: Instruction) -> int | None:
-    """How often a while loop's body runs; None where the text does not tell.
+    """How often a while loop's body runs; None where the text does not say.
 
     The compiler writes it down (`known_trip_count`) for some loops. Else it is read from a condition that
     does nothing but compare the counter with a constant, if the counter starts from a constant; it is taken

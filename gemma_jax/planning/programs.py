@@ -31,7 +31,7 @@ class Program:
     argument_bytes: dict[str, int]  # of one device, by what they are
     parameters: list[Parameter]
     tokens: int  # that one run of it processes or makes
-    model_flops: float | None  # that the model asks for in one run, of all devices; None where not told
+    model_flops: float | None  # that the model asks for in one run, of all devices; None where unknown
 
 
 def lower(mode: Mode, config: TrainingConfig, mesh: Mesh, new_tokens: int) -> Program:

@@ -54,7 +54,7 @@ def fsdp_minimum(params: Sequence[Parameter], parts: int, passes: int) -> float:
 
     Each parameter is gathered once a pass and its gradient is scattered once. A step has two passes over the
     layers, forward and backward, and one over the embedding: the loss forms its gradients in the forward
-    pass, and a token's row is looked up where it lies.
+    pass, and a token's row is looked up on the device that has it.
 
     Args:
       params: of the model.

@@ -47,7 +47,7 @@ class Checkpoint:
     params: Callable[[ModelSpec], nnx.State]
     """Reads the parameters to their place on the mesh; UserError where they are damaged or do not fit."""
 
-    weights: Weights | None = None  # of the published forms: the arrays as they lie on disk
+    weights: Weights | None = None  # of the published forms: the arrays as they are on disk
 
     def tokenizer(self) -> Tokenizer | None:
         """Raises:
@@ -137,7 +137,7 @@ def is_published(folder: str | os.PathLike[str]) -> bool:
     if _has_safetensors(folder):
         return True
     config = folder / CONFIG_FILE
-    # A run has a config.json too, of another kind. What is no text at all is for others to tell.
+    # A run has a config.json too, of another kind. A file that is no text is reported elsewhere.
     if os.path.isfile(config):
         with open(config, "rb") as file:
             if b'"model_type"' in file.read(SMALL_FILE):
@@ -146,7 +146,7 @@ def is_published(folder: str | os.PathLike[str]) -> bool:
 
 
 def holds_checkpoint(folder: Path) -> bool:
-    """Whether a run, one of its steps or published weights lie right in a folder."""
+    """Whether a run, one of its steps or published weights are directly in a folder."""
     is_run = os.path.isdir(folder / STEPS_FOLDER) and os.path.exists(folder / CONFIG_FILE)
     marks = (RUN_RECORD, FLAX_METADATA)
     return is_run or _has_safetensors(folder) or any(os.path.exists(folder / mark) for mark in marks)

@@ -24,7 +24,7 @@ def end_tokens(name: str, folder: str = "", *, instruction_tuned: bool | None = 
       name: what the checkpoint is called. Names of instruction-tuned weights end in `-it`, as Google's do.
       folder: that may hold a generation_config.json or else a config.json, whose `eos_token_id` is one id or
         a list; its name counts too. Empty: nowhere.
-      instruction_tuned: what the caller knows; None goes by the file and the names.
+      instruction_tuned: what the caller knows; None decides by the file and the names.
 
     Raises:
       UserError: the file cannot be read, or its eos_token_id is no token id or list of them.

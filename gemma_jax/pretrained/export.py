@@ -69,7 +69,9 @@ class PlacedWeights:
         """
         self._model, self._vocab_size = spec.merge(params), spec.config.vocab_size
         if not all(x.is_fully_addressable for x in jax.tree.leaves(params)):
-            raise UserError("the weights lie on several processes; load and write them in a single one.")
+            raise UserError(
+                "the weights are spread over several processes; load and write them in a single one."
+            )
 
     def get(self, parameter: str, layer: int | None) -> np.ndarray:
         """See `gemma_jax.pretrained.layout.Weights`."""
@@ -139,7 +141,7 @@ def export(
       The dtype that was written; the widest, where there are several.
 
     Raises:
-      UserError: something is there, it lies in another checkpoint, the disk is full, or the weights are not
+      UserError: something is there, it is inside another checkpoint, the disk is full, or the weights are not
         finite in this dtype.
     """
     own = ("",) if form != "run" else ()
@@ -155,7 +157,7 @@ def export(
         check_writable_path(target)
     if inside := next(filter(holds_checkpoint, target.absolute().parents), None):
         raise UserError(
-            f"{destination} lies in {inside}, which holds a checkpoint; give a place outside of it."
+            f"{destination} is inside {inside}, which holds a checkpoint; give a place outside of it."
         )
     size = sum(
         math.prod(shape) * (config.num_layers if name.startswith("blocks.") else 1)

@@ -149,7 +149,7 @@ class FlaxDirectory:
         if self._last is None or self._last[0] != name:
             self._last = None  # before the next one is read: both need not fit into memory
             keys, leaf = self._leaves[name]
-            # An array that takes no memory tells orbax what is wanted: numpy, of this shape and dtype.
+            # An array that takes no memory shows orbax what is wanted: numpy, of this shape and dtype.
             tree: Any = np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
             for key in reversed(keys):
                 tree = {key: tree}

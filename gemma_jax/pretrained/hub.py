@@ -111,6 +111,6 @@ def _from_kaggle(name: str) -> Path:
     except Exception as error:  # of many kinds, most of its own
         owner, model, *_ = name.split("/")
         raise UserError(
-            f"Kaggle does not give {name} ({first_line(error)[:200]}); accept its terms at "
+            f"Kaggle refuses {name} ({first_line(error)[:200]}); accept its terms at "
             f"https://www.kaggle.com/models/{owner}/{model}, and set KAGGLE_USERNAME and KAGGLE_KEY."
         ) from error

@@ -14,7 +14,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Weights(Protocol):
-    """The weights of a model wherever they lie, one array at a time."""
+    """The weights of a model wherever they are stored, one array at a time."""
 
     def get(self, parameter: str, layer: int | None) -> np.ndarray:
         """An array of the shape that `parameter_shapes` says; often a view, of any strides.

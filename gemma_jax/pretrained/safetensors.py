@@ -1,7 +1,7 @@
 """The safetensors file format: 8 bytes that say how long a JSON header is, the header, and raw numbers.
 
-Reading maps the file into memory and gives views of it, so that a slice of a tensor costs that slice;
-writing goes tensor by tensor. The safetensors package does neither from Python: it copies what it reads,
+Reading maps the file into memory and returns views of it, so that a slice of a tensor costs that slice;
+writing takes one tensor at a time. The safetensors package does neither from Python: it copies what it reads,
 and writes what is all in memory. Nothing of a file is believed before it was checked.
 
 Format: https://github.com/huggingface/safetensors#format
@@ -38,7 +38,7 @@ MOST_AXES = 8
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies in a file."""
+    """Where a tensor is in a file."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -167,7 +167,7 @@ def write_safetensors(
     Args:
       path: of the file.
       shapes: of its tensors by name, in their order.
-      tensor: gives the tensor of a name, of any of `DTYPES`.
+      tensor: returns the tensor of a name, of any of `DTYPES`.
 
     Returns:
       The dtype of each tensor.

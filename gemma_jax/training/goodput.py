@@ -1,4 +1,4 @@
-"""Where the time of a run goes, and how much of it trains."""
+"""What the time of a run is spent on, and how much of it trains."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -31,8 +31,8 @@ class Goodput:
         self._since = started
         self._compiled = False
 
-    def spent(self, kind: str) -> float:
-        """Count the time since the last call as one of KINDS; gives the seconds."""
+    def record(self, kind: str) -> float:
+        """Count the time since the last call as one of KINDS; returns the seconds."""
         now = time.monotonic()
         seconds, self._since = now - self._since, now
         self._seconds[kind] += seconds
@@ -41,11 +41,11 @@ class Goodput:
     def step_ended(self, waited: float, finite: bool) -> None:
         """Count the time since the last call as a step, of which it `waited` so many seconds for data."""
         if not self._compiled:
-            self.spent("starting")
+            self.record("starting")
             self._compiled = True
             return
         kind = "steps" if finite else "lost"
-        waited = min(waited, self.spent(kind))
+        waited = min(waited, self.record(kind))
         self._seconds[kind] -= waited
         self._seconds["waiting"] += waited
 
@@ -57,7 +57,7 @@ class Goodput:
 
 
 def seconds_before(entries: Sequence[Mapping[str, Any]], start: int) -> dict[str, float]:
-    """Seconds by kind of the processes that wrote a log, if the run goes on from step `start`.
+    """Seconds by kind of the processes that wrote a log, if the run resumes at step `start`.
 
     Args:
       entries: of the log, oldest first.

@@ -22,7 +22,7 @@ class StopSignals:
 
     Python calls a signal's handler only when the main thread is between two calls into XLA, which can be a
     whole step or compilation away. So a thread reads the numbers of the signals from a pipe
-    (`signal.set_wakeup_fd`), tells at once that one was heard, and ends the process at the second Ctrl-C.
+    (`signal.set_wakeup_fd`), reports at once that it received one, and ends the process on the second Ctrl-C.
     """
 
     told = "saving after this step; Ctrl-C again ends at once"
@@ -87,7 +87,7 @@ class EndSignals(StopSignals):
     lost: all that is written meanwhile is written whole or not at all, so that a run can be killed.
     """
 
-    told = "ending; the same command goes on from what is saved"
+    told = "ending; the same command resumes from what is saved"
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class EndSignals(StopSignals):
         # Python and jax take a while to end: a stopped run must not look like one that was killed meanwhile.
         if self._before.get(signal.SIGTERM) == signal.SIG_DFL:
             signal.signal(signal.SIGTERM, lambda number, frame: os._exit(RESTART_STATUS))
-            # Near its end Python would give the signal its default back, but not one that is ignored.
+            # Near its end Python restores default handlers, but not those of ignored signals.
             atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)
 
     def _hear(self, number: int) -> None:

@@ -25,8 +25,8 @@ from gemma_jax.training.state import TrainState
 from gemma_jax.training.step import Metrics, TrainStep
 
 # Shows a person the batch of a step, from its first row on, with the parameters that the step began with, and
-# returns half a sentence on what of it is not finite. The optimizer's state has been freed to make room.
-Replay = Callable[[int, int, Any], str]
+# returns which gradients are not finite, in words. The optimizer's state was freed first, to make room.
+ShowFailure = Callable[[int, int, Any], str]
 
 # Speed and time left are means over so many steps: not jumpy, and yet a slower machine shows.
 _LATEST_STEPS = 50
@@ -47,7 +47,7 @@ class RunServices:
     evaluators: Sequence[Evaluator] = ()
     evaluated: Mapping[str, Numbers] = dataclasses.field(default_factory=dict)
     """By evaluator: what was measured at the step where the loop begins."""
-    replay: Replay = lambda step, first_row, params: ""
+    show_failure: ShowFailure = lambda step, first_row, params: ""
     """Called before a step that is not finite ends the run."""
     stop_requested: StopRequested = lambda: False
     """Asked after every step."""
@@ -62,14 +62,14 @@ class Trainer:
     mesh: Mesh
     train_step: TrainStep
     batches: BatchIterator
-    """This process's rows of each global batch, from the step on where the run goes on."""
+    """This process's rows of each global batch, from the step on where the run resumes."""
     services: RunServices
 
     def train(self, state: TrainState) -> TrainState:
         """Train to the end, or until a stop is requested; save in either case.
 
         Args:
-          state: where the run goes on; its arrays are consumed.
+          state: from which the run resumes; its arrays are consumed.
 
         Returns:
           The state after the last step that was done.
@@ -103,7 +103,7 @@ class Trainer:
         done = self.services.evaluated
         left = [e for e in self.services.evaluators if self.due(e.every) and e.name not in done]
         if self.step and left:
-            self.services.goodput.spent("starting")
+            self.services.goodput.record("starting")
             self.evaluate(left, lambda: False)
 
     def do_step(self) -> None:
@@ -143,7 +143,7 @@ class Trainer:
         evaluated: dict[str, Numbers] = {}
         for evaluator in evaluators:
             numbers = evaluator.measure(self.state.params, stop_requested)
-            self.services.goodput.spent("evaluating")
+            self.services.goodput.record("evaluating")
             if numbers is None:
                 self.stopped = True
                 break
@@ -162,15 +162,15 @@ class Trainer:
             history=stability.record(),
         )
         self.services.store.save(record, self.state.parts)
-        self.services.goodput.spent("saving")
+        self.services.goodput.record("saving")
 
     def end(self) -> None:
-        """Finish what goes on beside the steps."""
+        """Finish what runs in the background."""
         self.reader.read()
         self.profiler.stop()
         self.services.store.wait()
         if self.stopped:
-            self.services.goodput.spent("saving")
+            self.services.goodput.record("saving")
             self.services.log.event({"step": self.step, **self.services.goodput.entry()})
 
     def end_not_finite(self, error: "_NotFinite") -> None:
@@ -179,7 +179,7 @@ class Trainer:
         self.services.store.wait()
         _free(self.state.opt_state)
         first_row = stability.first_row(error.step - 1, self.config.data.batch_size)
-        found = self.services.replay(error.step, first_row, self.state.params)
+        found = self.services.show_failure(error.step, first_row, self.state.params)
         count = stability.not_finite_in_a_row
         raise UserError(
             f"{error}{f', the last of {count} such steps in a row' if count > 1 else ''}{found}; lower "
@@ -233,7 +233,7 @@ class StepReader:
         services = self._services
         self.clock.step_ended(numbers["tokens"])
         last = services.stability.next_is_last
-        skipped = services.stability.see(numbers["loss"], numbers["grad_norm"])
+        skipped = services.stability.record_step(numbers["loss"], numbers["grad_norm"])
         services.goodput.step_ended(self._idle, finite=not skipped)
         self._waiting = self._idle = 0.0
         if not skipped:

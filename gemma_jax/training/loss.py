@@ -22,7 +22,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from gemma_jax.model.ops import Integers
+from gemma_jax.model.ops import IntArray
 from gemma_jax.model.scoring import Logits, Table, log_partition_and_targets, partition_and_targets
 from gemma_jax.sharding import RULES, partition_spec
 from gemma_jax.weights import Weight, matmul
@@ -35,7 +35,7 @@ class LossSettings(NamedTuple):
 
     vocab_size: int
     block: int  # positions of a row whose logits exist at one time
-    vocab_block: int  # or vocabulary rows, for all positions; 0 goes by positions
+    vocab_block: int  # or vocabulary rows, for all positions; 0 takes blocks of positions
     z_loss: float
 
 
@@ -55,7 +55,7 @@ def _whole(blocks: jax.Array, length: int) -> jax.Array:
 def next_token_loss(
     hidden: jax.Array,
     embedding: Weight,
-    targets: Integers,
+    targets: IntArray,
     weights: jax.Array | np.ndarray,
     settings: LossSettings,
 ) -> tuple[jax.Array, jax.Array]:
@@ -93,7 +93,7 @@ def _loss(
 def _sums(
     log_partition: jax.Array, target_logits: jax.Array, weights: jax.Array, z_loss: float
 ) -> tuple[jax.Array, jax.Array]:
-    """What `next_token_loss` gives, of some positions."""
+    """What `next_token_loss` returns, of some positions."""
     cross_entropy = jnp.sum(weights * (log_partition - target_logits))
     if not z_loss:
         return cross_entropy, cross_entropy
@@ -122,8 +122,8 @@ def _d_columns(d_logits: jax.Array, h: jax.Array, table: Table) -> jax.Array:
 
 def _d_table(d_logits: jax.Array, h: jax.Array) -> jax.Array:
     """[v, D], as one product of two matrices, for the reason that `weights.matmul` has."""
-    wide = jnp.promote_types(h.dtype, jnp.float32)
-    return lax.dot(d_logits.T, h, precision=precision(h.dtype), preferred_element_type=wide)
+    wide_dtype = jnp.promote_types(h.dtype, jnp.float32)
+    return lax.dot(d_logits.T, h, precision=precision(h.dtype), preferred_element_type=wide_dtype)
 
 
 # Of the hidden states [n, D], and of this device's part of the embedding; None where that is frozen.
@@ -144,7 +144,7 @@ def _by_positions(
     """Loss and gradients of this device's positions, `block` of them at a time."""
     dtype = positions.h.dtype
     whole, first = table.rows(table.parts, dtype), table.first
-    wide = jnp.promote_types(dtype, jnp.float32)
+    wide_dtype = jnp.promote_types(dtype, jnp.float32)
     Carry = tuple[jax.Array, jax.Array, jax.Array | None]
 
     def body(carry: Carry, positions: _Positions) -> tuple[Carry, jax.Array]:
@@ -161,9 +161,9 @@ def _by_positions(
             d_table += _d_table(d_logits, h)
         return (total + sums[0], reported + sums[1], d_table), d_h
 
-    zero = jnp.zeros((), wide)
+    zero = jnp.zeros((), wide_dtype)
     blocks = _Positions(*(_blocks(x[None], block)[:, 0] for x in positions))
-    d_table = jnp.zeros(whole.shape, wide) if trained else None
+    d_table = jnp.zeros(whole.shape, wide_dtype) if trained else None
     (total, reported, d_table), d_h = lax.scan(body, (zero, zero, d_table), blocks)
     if d_table is not None:
         d_table = table.scattered(d_table.astype(dtype), 1)
@@ -175,7 +175,7 @@ def _by_vocabulary(
 ) -> tuple[Sums, Gradients]:
     """The same, all positions against at most `block` rows of the vocabulary at a time."""
     h, targets, weights = positions
-    wide = jnp.promote_types(h.dtype, jnp.float32)
+    wide_dtype = jnp.promote_types(h.dtype, jnp.float32)
     blocks = table.blocks(block)
     log_partition, of_targets = partition_and_targets(h, table, blocks, targets)
     sums = _sums(log_partition, of_targets, weights, z_loss)
@@ -186,10 +186,10 @@ def _by_vocabulary(
         rows = table.rows(block[0], h.dtype)
         logits = Logits.of(h, rows, block[1], table.vocab_size)
         d_logits = _d_logits(logits, log_partition, targets, weights, z_loss).astype(h.dtype)
-        d_h += matmul(d_logits, rows, dtype=wide)
+        d_h += matmul(d_logits, rows, dtype=wide_dtype)
         return d_h, _d_columns(d_logits, h, table) if trained else None
 
-    d_h, d_blocks = lax.scan(gradients, jnp.zeros(h.shape, wide), blocks)
+    d_h, d_blocks = lax.scan(gradients, jnp.zeros(h.shape, wide_dtype), blocks)
     d_table = None if d_blocks is None else d_blocks.transpose(0, 2, 1).reshape(table.parts[0].shape)
     return sums, (lax.psum(d_h, "tensor").astype(h.dtype), d_table)
 
@@ -205,13 +205,13 @@ def _forward(
     values = [x.value for x in arrays]
     mesh, specs = structure.mesh, structure.specs(values)
     hidden, targets, weights = hidden.value, targets.value, weights.value
-    wide = jnp.promote_types(hidden.dtype, jnp.float32)
+    wide_dtype = jnp.promote_types(hidden.dtype, jnp.float32)
 
     def of_device(
         h: jax.Array, parts: list[jax.Array], t: jax.Array, w: jax.Array
     ) -> tuple[Sums, tuple[jax.Array, list[jax.Array] | None]]:
         rows, length, width = h.shape
-        positions = _Positions(h.reshape(-1, width), t.reshape(-1), w.reshape(-1).astype(wide))
+        positions = _Positions(h.reshape(-1, width), t.reshape(-1), w.reshape(-1).astype(wide_dtype))
         table = Table(structure, specs, parts, settings.vocab_size)
         if settings.vocab_block:
             sums, (d_h, d_table) = _by_vocabulary(

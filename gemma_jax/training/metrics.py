@@ -1,4 +1,4 @@
-"""What a run tells while it goes: JSON lines always, a progress bar in a terminal, plain lines elsewhere.
+"""What a run reports while it trains: JSON lines always, a progress bar in a terminal, plain lines elsewhere.
 
 Only the first process of a job writes.
 """
@@ -145,7 +145,7 @@ class RunLog:
         if self._progress:
             self._progress.update(self._task, completed=entry["step"], description="  ".join(shown))
         elif announce:
-            shown += [f"{entry['goodput']:.0%} goodput", quantity(entry["peak_memory_bytes"], "B")]
+            shown += [f"{entry['goodput']:.0%} productive", quantity(entry["peak_memory_bytes"], "B")]
             self.message(f"step {entry['step']}/{self._steps}  {'  '.join(shown)}")
         if announce:
             self.event(entry)
@@ -175,7 +175,7 @@ class RunLog:
                     self._write_bucket()
         except OSError as error:
             raise UserError(
-                f"cannot write {self._path} ({error}); free some space, and the same command goes on."
+                f"cannot write {self._path} ({error}); free some space; the same command then resumes."
             ) from error
         for sink in self._sinks:
             sink.write(entry)

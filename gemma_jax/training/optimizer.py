@@ -41,7 +41,7 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
 def decays(params: nnx.State) -> Any:
     """True for weight matrices and the embedding, False for norm scales: decay would pull the norm to 1.
 
-    A stacked norm scale has two dimensions like a matrix, so this goes by logical axes, not by rank.
+    A stacked norm scale has two dimensions like a matrix, so this decides by logical axes, not by rank.
     """
 
     def of_variable(variable: nnx.Variable[Any]) -> Any:
@@ -80,7 +80,7 @@ def _by_parameter(
     """The part of an update rule that makes (settings, update, parameter) another update."""
 
     def init(params: nnx.State) -> optax.EmptyState:
-        settings_of(params, config)  # a mistake is told before anything is made
+        settings_of(params, config)  # a mistake is reported before anything is made
         return optax.EmptyState()
 
     def update(

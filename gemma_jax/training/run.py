@@ -55,7 +55,7 @@ class Task:
     """Makes all parameters that a new run begins with; None stands for random ones. A resumed run takes from
     it what is frozen."""
     show_failure: Callable[["Task", RunLog, int, int, nnx.State], str] = lambda *failure: ""
-    """Shows a person the batch of a step that is not finite: `Replay` with the task and the log."""
+    """Shows a person the batch of a step that is not finite: `loop.ShowFailure` with the task and the log."""
 
 
 def run_training(config: Config, choose: Callable[[Config, Mesh], Task], started: float) -> int:
@@ -145,7 +145,7 @@ class _Run:
         if state is None:
             return 0
         if int(state.step) < self.config.steps:
-            say(f"stopped at step {int(state.step)}, which is saved; the same command goes on from there")
+            say(f"stopped at step {int(state.step)}, which is saved; the same command resumes from there")
             return RESTART_STATUS
         if jax.process_index() == 0:
             curve = self.run_dir / "loss.png"
@@ -210,7 +210,7 @@ class _Run:
             log.close()
 
     def _begin(self, store: CheckpointStore) -> tuple[TrainState, Stability, dict[str, Any]]:
-        """Where the run goes on: its state, what it remembers, and what was measured at that step."""
+        """From where the run resumes: its state, what it remembers, and what was measured at that step."""
         restored = store.restore(self.abstract.parts)
         if restored is None and (fork := self.config.fork_from):
             # With a copy as the new run's first checkpoint, so that it needs the old run no more.

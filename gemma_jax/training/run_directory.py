@@ -38,7 +38,7 @@ MAY_CHANGE = (
 )
 
 # What a fork keeps: the names and shapes of its arrays, what their numbers mean, and how many rows a step
-# takes, because the position in the data goes on.
+# takes, because the position in the data continues.
 KEPT = ("model", "tokenizer", "optimizer.name", "data.batch_size")
 # Of these, what changes no array: the way to a longer context.
 FREE = ("model.context_length", "model.rope_base")
@@ -126,7 +126,7 @@ def check_tokenizer(run_dir: "epath.Path", tokenizer: "Tokenizer") -> None:
     """
     if _recorded(run_dir, "tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
         raise UserError(
-            f"the tokenizer is not the one that the run in {run_dir} began with; give that one as "
+            f"the tokenizer is not the one that the run in {run_dir} began with; pass that one as "
             f"tokenizer.path, or restore {run_dir / TOKENIZER_FILE}."
         )
 
@@ -166,7 +166,7 @@ def check_data(run_dir: "epath.Path", dataset: "Dataset") -> None:
 
 
 def as_existing(config: Config) -> Config:
-    """`config` as the run that is there goes on with it, if there is one, and with its fork resolved.
+    """`config` for resuming the run that is there, if there is one, and with its fork resolved.
 
     Raises:
       UserError: the run that is there computes something else, what is to be overwritten is no run, or what
@@ -221,9 +221,11 @@ def resolve_fork(config: Config, run_dir: "epath.Path") -> Config:
     from gemma_jax.checkpoint.restore import step_folder
 
     folder, source = step_folder(config.fork_from)
-    # Also where it lies deeper: to overwrite the directory would delete it.
+    # Also if it is deeper inside: overwriting the directory would delete it.
     if f"{os.path.realpath(source)}/".startswith(f"{os.path.realpath(run_dir)}/"):
-        raise UserError(f"fork_from, {config.fork_from}, lies in run_dir, {run_dir}; give another --run_dir.")
+        raise UserError(
+            f"fork_from, {config.fork_from}, is inside run_dir, {run_dir}; give another --run_dir."
+        )
     step = run_record(folder).step
     if step >= config.steps:
         raise UserError(f"{folder} has done {step} of {config.steps} steps; raise --steps to go on from it.")

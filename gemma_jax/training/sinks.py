@@ -53,7 +53,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of a Weights & Biases project; a resumed run goes on there as the same one."""
+    """A run of a Weights & Biases project; a resumed run continues there as the same one."""
 
     def __init__(self, run_dir: epath.Path, config: TrainingConfig) -> None:
         wandb = _module("wandb", "logging.wandb_project")

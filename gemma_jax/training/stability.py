@@ -72,7 +72,7 @@ class Stability:
         """Whether the run ends if its next loss or gradient is not finite."""
         return self.not_finite_in_a_row >= self._config.skip_nonfinite
 
-    def see(self, loss: float, grad_norm: float) -> bool:
+    def record_step(self, loss: float, grad_norm: float) -> bool:
         """Take in the numbers of the next step; True if the step was not finite, and so changed nothing."""
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self.not_finite_in_a_row = 0
@@ -101,7 +101,7 @@ class Stability:
     def roll_back(self, step: int, checkpoints: Iterable[int], batch_size: int) -> RollBack | None:
         """What to do about a spike that ends at `step`; None if no checkpoint is old enough.
 
-        The data goes on after the batch of `step` and `stability.skip_batches` more.
+        The data continues after the batch of `step` and `stability.skip_batches` more.
 
         Args:
           step: with which the spike was seen.
@@ -120,7 +120,7 @@ class Stability:
         first = step - self._config.spike_steps + 1
         old_enough = [saved for saved in checkpoints if saved < first - self._config.rollback_margin]
         if not old_enough:
-            self._losses.clear()  # the run goes on, and a new level may be what it has now
+            self._losses.clear()  # the run continues, perhaps on a new level of the loss
             return None
         to = max(old_enough)
         position = self.first_row(step, batch_size) + self._config.skip_batches * batch_size

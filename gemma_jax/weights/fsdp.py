@@ -1,9 +1,10 @@
-"""Fully sharded data parallelism: a weight is gathered to be used, its gradient summed where its parts lie.
+"""Fully sharded data parallelism: weights are gathered for use, gradients summed into their parts.
 
 Left to itself XLA sums a gradient over a whole slice of TPUs as an all-reduce, of which each device then
 throws most away: twice the traffic. The TPU compiler scatters a sum along one dimension of the torus, and not
-into narrow parts of the last dimension of an array (benchmarks/LOG.md). So what is here goes over one dimension of
-the torus after the other, with the parts first; after the first stage there is little left to send.
+into narrow parts of the last dimension of an array (benchmarks/LOG.md). So the functions here run along one
+dimension of the torus after the other, with the parts first; after the first stage there is little left to
+send.
 """
 
 import math
@@ -22,7 +23,7 @@ AXIS = "fsdp"
 def stages(mesh: Mesh) -> tuple[int, ...]:
     """Sizes of the dimensions of the torus that the fsdp axis runs through, the outer one first.
 
-    One stage where the devices tell no coordinates, or do not fill a box in their order.
+    One stage where the devices have no coordinates, or do not fill a box in their order.
     """
     size = mesh.shape[AXIS]
     if platform(mesh) != "tpu":
@@ -54,7 +55,7 @@ def scatter_sum(whole: jax.Array, dimension: int, sizes: tuple[int, ...]) -> jax
     whole = jnp.moveaxis(whole, dimension, 0)
     rows, rest = whole.reshape(len(whole), -1), whole.shape[1:]
     for size, groups in zip(sizes, _groups(sizes), strict=True):
-        # A matrix that lies with its rows last, or whose parts are no whole tiles, would be summed whole.
+        # A matrix stored with its rows last, or whose parts are no whole tiles, would be summed whole.
         rows = rows.reshape(size, -1, rows.shape[-1])
         rows = lax.psum_scatter(rows, AXIS, axis_index_groups=groups)
     rows = lax.psum(rows, [axis for axis in RULES["batch"] if axis != AXIS])

@@ -13,7 +13,7 @@ FINAL_NORM = "final_norm"
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """A parameter by itself, whatever holds its numbers."""
+    """A parameter, whatever kind of weight holds its numbers."""
 
     name: str  # dotted, as the model's attributes are called
     axes: tuple[str, ...]  # logical axes of one layer's array

@@ -68,7 +68,7 @@ def test_a_fork_goes_its_own_way_and_is_resumed_without_its_source(
 
 REFUSED = {
     "nothing there": ("--fork_from /nowhere", "there is no checkpoint /nowhere"),
-    "itself": ("--run_dir {run} --existing_run overwrite", "lies in run_dir"),
+    "itself": ("--run_dir {run} --existing_run overwrite", "run_dir"),
     "another run": ("--run_dir {run}", "has fork_from ''"),
     "model": ("--model.num_layers 3", "model.num_layers 2, not 3"),
     "tokenizer": ("--tokenizer.path a", "tokenizer.path '', not 'a'"),

@@ -69,9 +69,7 @@ def test_a_run_on_s3_is_trained_resumed_forked_sampled_replayed_and_deleted(
     (steps / "7.unfinished").write_text("")
     assert train("a", 8) == 0
     said = capsys.readouterr().err
-    damage = (
-        r"step 8 is damaged \(params/manifest\.ocdbt is missing\): it is kept as s3://bucket/\S+/8\.damaged"
-    )
+    damage = r"step 8 is damaged \(params/manifest\.ocdbt is missing\): it was renamed to s3://bucket/\S+/8\.damaged"
     assert re.search(damage, said)
     assert "resuming s3://bucket/runs/a at step 6 of 8" in said
     assert {path.name for path in steps.iterdir()} == {"6", "8", "8.damaged"}

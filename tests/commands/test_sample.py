@@ -48,8 +48,12 @@ def test_json_is_one_object_a_prompt_and_nothing_else(run: Path, capsys: pytest.
 def test_text_is_each_prompt_with_what_follows(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = sample(capsys, run, *prompts(*PROMPTS), *FIVE, "--json").splitlines()
     wholes = [entry["prompt"] + entry["text"] for entry in map(json.loads, lines)]
-    assert sample(capsys, run, *prompts(*PROMPTS), *FIVE) == "\n\n".join(wholes) + "\n"
-    assert sample(capsys, run, "--prompt", *PROMPTS, *FIVE) == "\n\n".join(wholes) + "\n"
+    shown = sample(capsys, run, *prompts(*PROMPTS), *FIVE)
+    assert sample(capsys, run, "--prompt", *PROMPTS, *FIVE) == shown
+    for number, whole in enumerate(wholes, start=1):  # each under a line with its number
+        before, _, shown = shown.partition(f"{whole}\n")
+        assert len(before.splitlines()) == 1 and str(number) in before
+    assert shown == ""
 
 
 def test_a_step_is_a_checkpoint_too(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

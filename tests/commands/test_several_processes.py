@@ -109,7 +109,7 @@ def test_a_run_preempted_on_changing_meshes_ends_as_if_undisturbed(
             time.sleep(0.05)
         job.processes[told].send_signal(signal.SIGTERM)
         assert job.ended(60) == [75] * count, job.said()
-        assert "is saved; the same command goes on" in job.said_in[0].read_text()
+        assert "which is saved" in job.said_in[0].read_text()
         assert len(losses(runs, run)) < STEPS, f"leg {leg} was too fast: give the test more steps"
     assert_same_run(runs, run, undisturbed)
     # What the log says of the goodput goes on over all its processes.

@@ -21,9 +21,9 @@ def test_seconds_by_kind(clock: list[float]) -> None:
         clock[0] += 10
         account.step_ended(waited=2.0, finite=finite)
     clock[0] += 7
-    account.spent("evaluating")
+    account.record("evaluating")
     clock[0] += 3
-    account.spent("saving")
+    account.record("saving")
     assert account.entry() == {
         "goodput": 16 / 80,
         "seconds_steps": 16,

@@ -137,7 +137,7 @@ def test_the_replay_finds_the_memory_of_the_state_free(tmp_path: Path) -> None:
         tmp_path,
         step,
         config,
-        replay=lambda step, first_row, params: (
+        show_failure=lambda step, first_row, params: (
             freed.extend(x.is_deleted() for x in jax.tree.leaves(states[-1])) or ""
         ),
     )

@@ -21,7 +21,7 @@ def spikes_at(stability: Stability, losses: list[float]) -> list[int]:
     """The numbers, from 1, of the losses with which a spike is seen."""
     found = []
     for number, loss in enumerate(losses, start=1):
-        stability.see(loss, 1.0)
+        stability.record_step(loss, 1.0)
         if stability.spiking:
             found.append(number)
     return found

@@ -25,7 +25,7 @@ def dense_weight(array: Any, axes: Axes, mesh: Mesh, inputs: int = 0) -> Weight:
 
 
 class Int8(Weight):
-    """Integers with one scale for each output channel, or for each row of the embedding."""
+    """IntArray with one scale for each output channel, or for each row of the embedding."""
 
     def __init__(self, parameter: Parameter, mesh: Mesh, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
         super().__init__(parameter, mesh)
