@@ -3,7 +3,7 @@
 Each size is trained by `train.py pretrain demo` with another shape, all on the Python sources of this
 installation and in the same order. The held-out loss of each evaluation is drawn against the floating-point
 operations spent until then. Ends with status 1 unless every larger model ends below every smaller one.
-A run that was stopped goes on where it was; one that is complete is only read.
+A run that was stopped is resumed; one that is complete is only read.
 
     python benchmarks/scaling.py [--steps 400] [--runs runs/scaling] [--plot docs/scaling.png]
 """

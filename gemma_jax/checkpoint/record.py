@@ -193,7 +193,10 @@ def first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def without_echo() -> Iterator[None]:
-    """Leave out what tensorstore prints after an error of orbax's: its other answers find nobody waiting."""
+    """Leave out what tensorstore prints after an error of orbax's: its other answers find nobody waiting.
+
+    They come late, so after an error this stays so until the process ends.
+    """
     shown = sys.unraisablehook
 
     def show(unraisable: "sys.UnraisableHookArgs") -> None:
@@ -201,7 +204,5 @@ def without_echo() -> Iterator[None]:
             shown(unraisable)
 
     sys.unraisablehook = show
-    try:
-        yield
-    finally:
-        sys.unraisablehook = shown
+    yield
+    sys.unraisablehook = shown

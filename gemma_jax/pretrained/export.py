@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import time
 import typing
 import uuid
 from collections.abc import Iterator, Sequence
@@ -245,4 +246,7 @@ def new_directory(destination: Path, size: int) -> Iterator[Path]:
             "and give the same command again."
         ) from error
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        # After an error threads of orbax write on for a moment, and make the folder again.
+        for _ in range(5 if os.path.exists(unfinished) else 0):
+            shutil.rmtree(unfinished, ignore_errors=True)
+            time.sleep(0.2)

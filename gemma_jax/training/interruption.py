@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterable
 from types import FrameType
 from typing import Self
 
@@ -15,10 +16,13 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the last when a term
 SHOW_CURSOR = "\x1b[?25h"  # a progress bar hides it
 
 
+def _heard(signals: Iterable[signal.Signals]) -> list[signal.Signals]:
+    """These, but without SIGHUP where it is ignored already, as under nohup."""
+    return [n for n in signals if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+
+
 class StopSignals:
     """Within this context SIGNALS ask for a stop after the step; a second Ctrl-C ends at once.
-
-    A signal that this process was started to ignore, as by nohup, it ignores.
 
     Python calls a signal's handler only when the main thread is between two calls into XLA, which can be a
     whole step or compilation away. So a thread reads the numbers of the signals from a pipe
@@ -41,8 +45,7 @@ class StopSignals:
         self._pipe, write = os.pipe()
         self._write = write
         os.set_blocking(write, False)
-        heard = [number for number in self.signals if signal.getsignal(number) != signal.SIG_IGN]
-        self._before = {number: signal.signal(number, self._handle) for number in heard}
+        self._before = {number: signal.signal(number, self._handle) for number in _heard(self.signals)}
         self._wakeup_before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
         self._thread.start()
@@ -129,9 +132,8 @@ class JobStopSignals:
         return self._requested
 
     def __enter__(self) -> Self:
-        handed_on = (signal.SIGINT, signal.SIGHUP)
-        heard = [number for number in handed_on if signal.getsignal(number) != signal.SIG_IGN]
-        self._before = {number: signal.signal(number, self._handle) for number in heard}
+        handed_on = _heard((signal.SIGINT, signal.SIGHUP))
+        self._before = {number: signal.signal(number, self._handle) for number in handed_on}
         return self
 
     def __exit__(self, *exception: object) -> None:

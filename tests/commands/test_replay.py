@@ -173,7 +173,7 @@ def test_data_that_has_changed_is_not_taken_for_what_the_run_saw(
     config["data"]["sources"] = [f"{corpus}/*.txt"]
     (run / "config.json").write_text(json.dumps(config))
     statistics = json.loads((run / "data.json").read_text())
-    statistics[0]["name"] = f"{corpus}/*.txt"
+    statistics["corpora"][0]["name"] = f"{corpus}/*.txt"
     (run / "data.json").write_text(json.dumps(statistics))
     assert main(["replay", str(run), "5"]) == 0  # a copy of the corpus will do
     (corpus / "7.txt").write_text("something else")

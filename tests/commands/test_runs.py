@@ -47,11 +47,13 @@ def test_the_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, err = capsys.readouterr()
     assert [line.split() for line in out.splitlines()] == [
         ["run", "step", "loss", "held-out", "bits/byte", "tokens", "time"],
-        ["first", "20/1,000", "3.250", "4.000", "2.000", "20,000", "1h01m"],
+        ["first", "20/1,000", "3.250", "4.000", "(step", "10)", "2.000", "(step", "10)", "20,000", "1h01m"],
         ["sweep/deep/second", "40/40", "2.500", "2.250", "1.125", "40,000", "31s"],
         ["waiting", "0/7", "-", "-", "-", "-", "-"],
     ]
-    assert err.startswith("left out: ") and "stepz" in err and len(err.splitlines()) == 1
+    broken, mistyped = err.splitlines()
+    assert broken.startswith("left out: ") and "broken/config.json" in broken
+    assert mistyped.startswith("left out: ") and "stepz" in mistyped
 
 
 def test_the_picture(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

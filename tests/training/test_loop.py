@@ -94,7 +94,7 @@ def run(
     log = RunLog(run_dir, config.steps, start)
     rows = empty_rows(2, 8, 0)._replace(loss_weights=np.ones((2, 8), np.float32))
     services: dict[str, Any] = {
-        "replay": lambda step, first_row, params: replayed.append(step) or "",
+        "show_failure": lambda step, first_row, params: replayed.append(step) or "",
         "stability": Stability(config.stability),
         "goodput": Goodput(time.monotonic(), {}),
     } | more
