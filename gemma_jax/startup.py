@@ -93,7 +93,8 @@ def _patience(arguments: Mapping[str, Any]) -> Iterator[None]:
             file=sys.stderr,
             flush=True,
         )
-        os._exit(2)
+        # An address that was found is no mistake of the user: after a preemption others may start later.
+        os._exit(2 if "coordinator_address" in arguments else RESTART_STATUS)
 
     print(f"process {index} of {count} waits for the others at {address}", file=sys.stderr, flush=True)
     timer = threading.Timer(_JOIN_SECONDS, give_up)
@@ -170,8 +171,10 @@ def _end(error: BaseException) -> NoReturn:
                 "the same command resumes from the last checkpoint)"
             )
     print(f"error: {who} ends, and the job with it: {reason}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(status)
+    try:
+        sys.stdout.flush()
+    finally:  # also where standard output is full
+        os._exit(status)
 
 
 def wait_for_all(what: str) -> None:

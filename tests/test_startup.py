@@ -1,5 +1,6 @@
 """How a process finds the others of its job, and how it leaves them."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -123,6 +124,38 @@ def test_others_that_do_not_come_are_not_waited_for_for_ever(index: int) -> None
     first, last = done.stderr.strip().splitlines()
     assert first.startswith(f"process {index} of 2 waits") and "localhost" in first
     assert last.startswith("error: ") and "localhost" in last
+
+
+PATIENCE = """
+import time
+from gemma_jax import startup
+startup._JOIN_SECONDS = 0.1
+with startup._patience({"cluster_detection_method": "gcetpu"}):
+    time.sleep(60)
+"""
+FULL = """
+from gemma_jax import startup, streams
+streams.guard_streams()
+print("something")
+startup._end(ValueError("a bug"))
+"""
+
+
+@pytest.mark.parametrize(("program", "status"), [(PATIENCE, 75), (FULL, 1)])
+def test_a_pod_is_waited_for_again_and_a_full_output_does_not_keep_a_process(
+    program: str, status: int
+) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=Path(__file__).parents[1],
+            env={**os.environ, "PYTHONUNBUFFERED": ""},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+        )
+    assert done.returncode == status and done.stderr.splitlines()[-1].startswith("error: "), done.stderr
 
 
 def _free_port() -> int:
