@@ -93,7 +93,7 @@ def open_regular(path: str | os.PathLike[str], most: float = float("inf")) -> Bi
 
     Raises:
       UserError: there is none, it may not be read, it is no regular file (a pipe or a device would be waited
-        for without end), or it has more than `most` bytes.
+        for without end), it is a pointer of Git LFS, or it has more than `most` bytes.
     """
     try:
         # Without O_NONBLOCK, to open a pipe waits for somebody who writes into it.
@@ -102,10 +102,14 @@ def open_regular(path: str | os.PathLike[str], most: float = float("inf")) -> Bi
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path} cannot be read ({reason}); check the path and your access.") from error
-    if stat.S_ISREG(about.st_mode) and about.st_size <= most:
+    regular = stat.S_ISREG(about.st_mode)
+    pointer = regular and file.peek(len(LFS_POINTER)).startswith(LFS_POINTER)
+    if regular and about.st_size <= most and not pointer:
         return file
     file.close()
-    if stat.S_ISREG(about.st_mode):
+    if pointer:
+        raise UserError(f"{path} is a pointer of Git LFS, not the file; get that by `git lfs pull`.")
+    if regular:
         raise UserError(f"{path} has {about.st_size:,} bytes, but such a file has at most {int(most):,}.")
     raise UserError(f"{path} is not a regular file, so it is not read; put the file itself there.")
 

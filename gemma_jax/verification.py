@@ -99,7 +99,9 @@ def differences(a: Weights, b: Weights, config: TransformerConfig) -> Iterator[D
         narrow = min(first.dtype, second.dtype, key=lambda dtype: jnp.finfo(dtype).bits)
         equal, largest, squares, norm = True, 0.0, 0.0, 0.0
         for x, y in zip(_blocks(first), _blocks(second), strict=True):
-            equal &= np.array_equal(x.astype(narrow), y.astype(narrow), equal_nan=False)
+            # As integers, so that NaN is equal to itself, and 0 is not to -0.
+            bits = [part.astype(narrow).view(f"u{narrow.itemsize}") for part in (x, y)]
+            equal &= np.array_equal(bits[0], bits[1])
             gap = np.abs(np.asarray(x, np.float64) - np.asarray(y, np.float64))
             largest = max(largest, float(gap.max(initial=0)))
             squares += float(np.square(gap).sum())

@@ -7,8 +7,10 @@ the values, once they are on the devices, fingerprints.
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
+import os
 import re
 import sys
 import zlib
@@ -180,10 +182,14 @@ def check_files(folder: epath.Path, record: RunRecord, parts: Collection[str]) -
             raise DamagedCheckpoint(folder, f"{name} {what}")
 
 
-def is_of_storage(error: Exception) -> bool:
-    """Whether an exception says that a disk or bucket failed."""
+def storage_failure(error: Exception) -> str:
+    """Why a disk or bucket failed, for a sentence; empty where an exception does not say that."""
     # tensorstore raises ValueErrors that begin with a status.
-    return isinstance(error, OSError) or re.match("[A-Z_]+: ", str(error)) is not None
+    if not isinstance(error, OSError) and not re.match("[A-Z_]+: ", str(error)):
+        return ""
+    # What the system says is enough: tensorstore's own message names a temporary file, twice.
+    told = (os.strerror(code) for code in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EIO))
+    return next((reason for reason in told if reason in str(error)), first_line(error)[:200])
 
 
 def first_line(error: Exception) -> str:

@@ -8,10 +8,8 @@ STEP.damaged.
 
 import contextlib
 import dataclasses
-import errno
 import functools
 import logging
-import os
 import sys
 from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,9 +28,8 @@ from gemma_jax.checkpoint.record import (
     RunRecord,
     array_records,
     fingerprints,
-    first_line,
-    is_of_storage,
     run_record,
+    storage_failure,
     write_record,
 )
 from gemma_jax.checkpoint.restore import absolute, check_readable, in_all_processes, load_arrays
@@ -254,7 +251,7 @@ class CheckpointStore:
         try:
             writing.result()
         except (OSError, ValueError, DamagedCheckpoint) as error:
-            if not isinstance(error, DamagedCheckpoint) and not is_of_storage(error):
+            if not isinstance(error, DamagedCheckpoint) and not storage_failure(error):
                 raise
             if self._first and not in_bucket(self.folder):  # on a disk it takes room that is short
                 with contextlib.suppress(OSError):  # another thread may still be writing there
@@ -262,9 +259,7 @@ class CheckpointStore:
             raise self._not_written(error) from error
 
     def _not_written(self, error: Exception) -> UserError:
-        full = os.strerror(errno.ENOSPC)  # tensorstore's own message names a temporary file, twice
-        told = error.reason if isinstance(error, DamagedCheckpoint) else first_line(error)
-        reason = full if full in str(error) else told
+        reason = error.reason if isinstance(error, DamagedCheckpoint) else storage_failure(error)
         return UserError(
             f"cannot write a checkpoint into {self.folder} ({reason}); free some space or "
             "check the disk, then give the same command again."

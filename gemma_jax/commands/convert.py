@@ -36,5 +36,6 @@ def run(arguments: Sequence[str], prog: str) -> int:
         terms_source=terms_source,
     )
     notice = ", with a NOTICE on the Gemma terms of use" if terms_source else ""
-    print(f"{destination}: {config.format}, {written}{notice}")
+    widest = " (a run has one dtype, so the widest)" * ((config.format, config.dtype) == ("run", "auto"))
+    print(f"{destination}: {config.format}, {written}{widest}{notice}")
     return 0

@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from gemma_jax.config import (
     PRESETS,
@@ -68,9 +69,10 @@ def _config(name: str) -> TrainingConfig:
         from gemma_jax.checkpoint.record import run_record
 
         return from_record(run_record(folder).config, name)
-    if os.path.isdir(folder):
-        from gemma_jax.pretrained.checkpoint import is_published, open_checkpoint
+    if os.path.lexists(folder) and not os.path.isfile(folder):  # a file may be a config
+        from gemma_jax.pretrained.checkpoint import is_published, open_checkpoint, refuse_others
 
+        refuse_others(name, Path(folder))
         if is_published(folder):
             return PretrainConfig(model=open_checkpoint(name).config)
     return load_config(name, PretrainConfig)[0]

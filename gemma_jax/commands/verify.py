@@ -99,7 +99,7 @@ def _show_shape(report: Report, name: str, found: "Checkpoint") -> None:
     report.line("checkpoint", name)
     report.line("shape", _named_shape(found.config))
     try:
-        tokenizer = found.tokenizer()
+        tokenizer, ends = found.tokenizer(), found.end_tokens()
     except UserError as error:
         report.faults.append(str(error))
         return
@@ -115,7 +115,6 @@ def _show_shape(report: Report, name: str, found: "Checkpoint") -> None:
             report.faults.append(
                 f"the tokenizer has {tokenizer.vocab_size:,} pieces, the model a vocabulary of {rows:,}"
             )
-    ends = found.end_tokens()
     kind = "instruction-tuned" if END_OF_TURN in ends else "not known to be instruction-tuned"
     report.line("answers end", f"at {', '.join(map(str, ends))}: {kind}")
 

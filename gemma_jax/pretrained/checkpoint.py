@@ -13,16 +13,16 @@ from flax import nnx
 
 from gemma_jax.checkpoint.folders import STEPS_FOLDER
 from gemma_jax.checkpoint.record import run_record
-from gemma_jax.config import TransformerConfig, from_record, preset, validate_model
+from gemma_jax.config import TransformerConfig, from_record, preset, replace, validate_model
 from gemma_jax.errors import UserError
 from gemma_jax.model import ModelSpec
-from gemma_jax.paths import SMALL_FILE
+from gemma_jax.paths import SMALL_FILE, open_regular
 from gemma_jax.pretrained.end_tokens import end_tokens
 from gemma_jax.pretrained.hub import download, is_hub_name
-from gemma_jax.pretrained.huggingface import INDEX_FILE, HuggingFaceDirectory
+from gemma_jax.pretrained.huggingface import INDEX_FILE, WEIGHTS_FILE, HuggingFaceDirectory
 from gemma_jax.pretrained.layout import Weights
 from gemma_jax.pretrained.placement import place
-from gemma_jax.pretrained.published_config import CONFIG_FILE, read_config, read_object
+from gemma_jax.pretrained.published_config import CONFIG_FILE, read_config, read_object, shown
 from gemma_jax.pretrained.terms import PUBLISHED_SHAPES, has_notice
 from gemma_jax.tokenizer import Tokenizer
 
@@ -86,7 +86,7 @@ def open_checkpoint(name: str | os.PathLike[str]) -> Checkpoint:
     if name.startswith(RANDOM):
         return _random(name)
     folder = Path(os.path.expanduser(name))
-    _refuse_others(name, folder)
+    refuse_others(name, folder)
     if is_published(folder):
         return _published(name, folder)
     if not os.path.exists(folder) and is_hub_name(name):
@@ -94,7 +94,7 @@ def open_checkpoint(name: str | os.PathLike[str]) -> Checkpoint:
     return _run(name)
 
 
-def _refuse_others(name: str, path: Path) -> None:
+def refuse_others(name: str, path: Path) -> None:
     """Raises:
     UserError: something is there that cannot be a checkpoint, such as the file of weights or an adapter.
     """
@@ -103,8 +103,9 @@ def _refuse_others(name: str, path: Path) -> None:
     if os.path.lexists(path) and not os.path.isdir(path):
         raise UserError(f"{name} is no directory, so it holds no checkpoint; give one that does.")
     adapter = path / "adapter_config.json"
-    if os.path.isfile(adapter) and not os.path.exists(path / CONFIG_FILE):
-        base = str(read_object(adapter).get("base_model_name_or_path"))[:100]
+    model = any(os.path.lexists(path / file) for file in (WEIGHTS_FILE, INDEX_FILE, FLAX_METADATA))
+    if os.path.lexists(adapter) and not model:
+        base = shown(read_object(adapter).get("base_model_name_or_path"))
         raise UserError(
             f"{name} holds an adapter (LoRA) and no model; adapters are not read yet: merge it into its base "
             f"model, {base}, with peft's merge_and_unload, and give that directory."
@@ -139,7 +140,7 @@ def is_published(folder: str | os.PathLike[str]) -> bool:
     config = folder / CONFIG_FILE
     # A run has a config.json too, of another kind. A file that is no text is reported elsewhere.
     if os.path.isfile(config):
-        with open(config, "rb") as file:
+        with open_regular(config) as file:
             if b'"model_type"' in file.read(SMALL_FILE):
                 return True
     return flax_folder(folder) is not None
@@ -162,9 +163,9 @@ def flax_folder(folder: Path) -> Path | None:
     Raises:
       UserError: there are several.
     """
-    if os.path.isfile(folder / FLAX_METADATA):
+    if os.path.lexists(folder / FLAX_METADATA):
         return folder
-    found = sorted(path.parent for path in folder.glob(f"*/{FLAX_METADATA}"))
+    found = sorted(path for path in folder.glob("*") if os.path.lexists(path / FLAX_METADATA))
     if len(found) > 1:
         names = ", ".join(child.name for child in found)
         raise UserError(f"{folder} holds several Flax checkpoints ({names}); give the path of one.")
@@ -181,20 +182,24 @@ def _published(name: str, folder: Path) -> Checkpoint:
     else:
         from gemma_jax.pretrained.flax import FlaxDirectory  # late: orbax costs a second
 
-        if arrays == folder and not tokenizer.exists():  # the arrays themselves: the rest is beside them
+        # Of the arrays themselves: the rest is beside them.
+        if arrays == folder and not os.path.lexists(tokenizer):
             folder, tokenizer = folder.parent, folder.parent / TOKENIZER_FILE
         described = folder / CONFIG_FILE
-        known = read_config(described) if described.exists() else None
-        size = Tokenizer.load(tokenizer).vocab_size if known is None and tokenizer.exists() else None
+        known = read_config(described) if os.path.lexists(described) else None
+        size = Tokenizer.load(tokenizer).vocab_size if known is None and os.path.lexists(tokenizer) else None
         flax = FlaxDirectory(arrays, known, size)
         weights, config, dtype = flax, flax.config, flax.dtype
-    from_google = name.startswith("google/") or has_notice(folder) or config in PUBLISHED_SHAPES
+    # A model with further tokens derives from Google's as well.
+    shape = replace(config, {"vocab_size": 256_000})
+    named = name.startswith("google/") or "models--google--" in os.path.abspath(folder)
+    from_google = named or has_notice(folder) or shape in PUBLISHED_SHAPES
     return Checkpoint(
         name,
         str(folder),
         config,
         dtype,
-        str(tokenizer) if tokenizer.exists() else "",
+        str(tokenizer) if os.path.lexists(tokenizer) else "",
         name if from_google else "",
         lambda spec: place(weights, spec),
         weights,

@@ -4,6 +4,7 @@ A model is instruction-tuned where `<end_of_turn>` is among its end tokens. Publ
 so in one place: generation_config.json lists the token in newer ones only, and the Flax form has no mark.
 """
 
+import os
 import re
 from pathlib import Path
 
@@ -32,11 +33,12 @@ def end_tokens(name: str, folder: str = "", *, instruction_tuned: bool | None = 
     ids = {EOS}
     # Only published weights come with the file, and those are never read from a bucket in place.
     files = [Path(folder) / file for file in (GENERATION_FILE, CONFIG_FILE) if folder]
-    for path in [file for file in files if file.exists()][:1]:  # transformers has this order too
+    for path in [file for file in files if os.path.lexists(file)][:1]:  # transformers has this order too
         ids |= set(_listed(path))
     if instruction_tuned is None:
         # The Hub's cache has OWNER/NAME as models--OWNER--NAME/snapshots/REVISION.
-        places = (name, folder, *(part for part in Path(folder).parts if part.startswith("models--")))
+        parts = Path(os.path.abspath(folder)).parts if folder else ()
+        places = (name, *parts[-1:], *(part for part in parts if part.startswith("models--")))
         named = any(_NAMED_SO.search(place) for place in places)
         instruction_tuned = END_OF_TURN in ids or named
     return tuple(sorted(ids | {END_OF_TURN} if instruction_tuned else ids - {END_OF_TURN}))

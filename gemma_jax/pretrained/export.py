@@ -1,7 +1,6 @@
 """Weights written as a Hugging Face directory, a published Flax one, or a run's."""
 
 import contextlib
-import errno
 import functools
 import json
 import math
@@ -20,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from gemma_jax.checkpoint.lock import LOCK_FILE
-from gemma_jax.checkpoint.record import RunRecord, first_line, is_of_storage, without_echo
+from gemma_jax.checkpoint.record import RunRecord, storage_failure, without_echo
 from gemma_jax.checkpoint.store import CheckpointStore
 from gemma_jax.config import (
     ComputeConfig,
@@ -92,6 +91,7 @@ class CastWeights:
 
     def __init__(self, weights: Weights, dtype: str) -> None:
         self._weights, self._dtype = weights, np.dtype(jnp.dtype(dtype)) if dtype else None
+        self.dtypes: set[str] = set()  # of the arrays so far
 
     def get(self, parameter: str, layer: int | None) -> np.ndarray:
         """As `gemma_jax.pretrained.layout.Weights`.
@@ -108,6 +108,7 @@ class CastWeights:
             if was_finite:
                 raise UserError(f"{where} holds numbers too large for {self._dtype}; choose another dtype.")
             raise UserError(f"{where} holds NaN or infinity, so the weights are damaged; copy them again.")
+        self.dtypes.add(str(cast.dtype))
         return cast
 
     def where(self, parameter: str, layer: int | None) -> str:
@@ -139,7 +140,7 @@ def export(
       terms_source: where weights under the Gemma terms of use come from, for the NOTICE; empty: no NOTICE.
 
     Returns:
-      The dtype that was written; the widest, where there are several.
+      The dtypes that were written, for a sentence.
 
     Raises:
       UserError: something is there, it is inside another checkpoint, the disk is full, or the weights are not
@@ -156,7 +157,7 @@ def export(
     target = Path(os.path.expanduser(destination))
     if form != "huggingface":
         check_writable_path(target)
-    if inside := next(filter(holds_checkpoint, target.absolute().parents), None):
+    if inside := next(filter(holds_checkpoint, Path(os.path.realpath(target)).parents), None):
         raise UserError(
             f"{destination} is inside {inside}, which holds a checkpoint; give a place outside of it."
         )
@@ -174,14 +175,15 @@ def export(
             else:
                 dtype = write_flax(folder / FLAX_FOLDER, cast, config)
             write_config(folder, config, dtype)
+        told = " and ".join(sorted(cast.dtypes))
         write_generation_config(folder, tuple(end_tokens))
         if tokenizer is not None:
             tokenizer.save(folder / TOKENIZER_FILE)
             if form == "huggingface":
                 _write_tokenizer_config(folder, config, tokenizer.end_of_turn_id in end_tokens)
         if terms_source:
-            write_notice(folder, terms_source, dtype)
-    return dtype
+            write_notice(folder, terms_source, told)
+    return told
 
 
 def _write_run(folder: Path, weights: Weights, config: TransformerConfig, dtype: str) -> None:
@@ -230,17 +232,15 @@ def new_directory(destination: Path, size: int) -> Iterator[Path]:
         free = shutil.disk_usage(unfinished).free
         if free < size:
             raise UserError(
-                f"{destination} needs {size / 1e6:,.1f} MB, but its disk has {free / 1e6:,.1f} MB free; "
+                f"{destination} needs {_told(size)}, but its disk has {_told(free)} free; "
                 "make room, or give another destination."
             )
         with without_echo():
             yield unfinished
         unfinished.rename(destination)
     except (OSError, ValueError) as error:
-        if not is_of_storage(error):
+        if not (reason := storage_failure(error)):
             raise
-        full = os.strerror(errno.ENOSPC)  # tensorstore's own message names a temporary file, twice
-        reason = full if full in str(error) else first_line(error)[:200]
         raise UserError(
             f"cannot write {destination} ({reason}); nothing is left of it: make room or check the disk, "
             "and give the same command again."
@@ -250,3 +250,8 @@ def new_directory(destination: Path, size: int) -> Iterator[Path]:
         for _ in range(5 if os.path.exists(unfinished) else 0):
             shutil.rmtree(unfinished, ignore_errors=True)
             time.sleep(0.2)
+
+
+def _told(size: int) -> str:
+    unit, name = (10**9, "GB") if size >= 10**9 else (10**6, "MB") if size >= 10**6 else (1000, "kB")
+    return f"{-(-size // (unit // 10)) / 10:,g} {name}"

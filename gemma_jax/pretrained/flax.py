@@ -5,7 +5,7 @@ dictionaries. Multi-query models have `q_einsum` and `kv_einsum`; where every qu
 head of its own, `qkv_einsum` holds all three. Shape legend as in layout.py; R embedding rows.
 """
 
-import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,14 +13,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 from orbax import checkpoint as orbax
 from orbax.checkpoint import v1 as ocp
 
 from gemma_jax.checkpoint.record import first_line, without_echo
 from gemma_jax.config import TransformerConfig, validate_model
 from gemma_jax.errors import UserError
-from gemma_jax.paths import LARGE_FILE, children, open_regular
+from gemma_jax.paths import open_regular
 from gemma_jax.pretrained.layout import Weights, check_tensors, parameter_shapes, widest
 from gemma_jax.weights import EMBEDDING, FINAL_NORM
 
@@ -28,6 +27,8 @@ PUBLISHED_ROWS = 256_128  # of which 128 pad a vocabulary of 256,000
 _Q, _KV, _QKV = "attn/q_einsum", "attn/kv_einsum", "attn/qkv_einsum"
 _OUT, _GATING, _DOWN = "attn/attn_vec_einsum", "mlp/gating_einsum", "mlp/linear"
 _ATTENTION_NORM, _FEED_FORWARD_NORM = "pre_attention_norm/scale", "pre_ffw_norm/scale"
+# Files of metadata, which orbax reads whole; all others hold numbers, at most one array of the 7B each.
+_DESCRIBING = re.compile(r"[._].*|.*\.json|manifest\.ocdbt|process_\d+")
 _TABLE, _LAST_NORM = "embedder/input_embedding", "final_norm/scale"
 
 
@@ -184,13 +185,13 @@ def _check_files(folder: Path) -> None:
     """Make sure that orbax will meet nothing but files and folders: it would wait for a pipe for ever.
 
     Raises:
-      UserError: there is something else, or a description of the arrays that is too large to be one.
+      UserError: there is something else, a file that is too large for its name, or a link to a folder, which
+        could lead anywhere, also back.
     """
-    for path in children(epath.Path(folder)):
-        if path.is_dir():
-            _check_files(Path(path))
-        else:
-            open_regular(path, LARGE_FILE if path.name.startswith("_") else math.inf).close()
+    for place, folders, files in os.walk(folder):
+        # os.walk follows no link to a folder, and open_regular refuses it.
+        for name in files + [name for name in folders if os.path.islink(os.path.join(place, name))]:
+            open_regular(os.path.join(place, name), 2**24 if _DESCRIBING.fullmatch(name) else 2**32).close()
 
 
 def write_flax(folder: Path, weights: Weights, config: TransformerConfig) -> str:

@@ -90,10 +90,10 @@ class HuggingFaceDirectory:
 
     def _open(self) -> dict[str, SafetensorsFile]:
         """The file of each tensor."""
-        if os.path.exists(self.folder / WEIGHTS_FILE):
+        if os.path.lexists(self.folder / WEIGHTS_FILE):
             file = SafetensorsFile(self.folder / WEIGHTS_FILE)
             return dict.fromkeys(file.tensors, file)
-        if not os.path.exists(self.folder / INDEX_FILE):
+        if not os.path.lexists(self.folder / INDEX_FILE):
             raise UserError(
                 f"{self.folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}; "
                 "give a directory with the weights as safetensors (pickled .bin files are not read)."

@@ -41,6 +41,7 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
 }
 _shown = reprlib.Repr()
 _shown.maxstring = _shown.maxother = 100
+shown = _shown.repr  # a value of an untrusted file, for a message
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -51,7 +52,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """
     data = read_json(path)
     if not isinstance(data, dict):
-        raise UserError(f"{path} must hold a JSON object, not {_shown.repr(data)}.")
+        raise UserError(f"{path} must hold a JSON object, not {shown(data)}.")
     return data
 
 
@@ -64,7 +65,7 @@ def read_config(path: Path) -> TransformerConfig:
     data = read_object(path)
     if data.get("model_type") != "gemma":
         raise UserError(
-            f"{path} has model_type {_shown.repr(data.get('model_type'))}, but only 'gemma' (Gemma 1, 1.1 "
+            f"{path} has model_type {shown(data.get('model_type'))}, but only 'gemma' (Gemma 1, 1.1 "
             "and CodeGemma) is supported; give a checkpoint of one of these."
         )
     for key, allowed in _ALLOWED.items():
@@ -72,7 +73,7 @@ def read_config(path: Path) -> TransformerConfig:
         if value is not None and not any(value is a or (isinstance(a, str) and value == a) for a in allowed):
             choices = " or ".join(map(json.dumps, allowed)) or "absent"
             raise UserError(
-                f"{path} has {key} {_shown.repr(value)}, but it is {choices} in a Gemma that is supported."
+                f"{path} has {key} {shown(value)}, but it is {choices} in a Gemma that is supported."
             )
     fields: dict[str, Any] = {}
     for field, key in _KEYS.items():
@@ -80,7 +81,7 @@ def read_config(path: Path) -> TransformerConfig:
         if value is None and field in _DEFAULTS:
             value = _DEFAULTS[field]
         if type(value) is not int:
-            raise UserError(f"{path} has {key} {_shown.repr(value)}, but it must be an integer.")
+            raise UserError(f"{path} has {key} {shown(value)}, but it must be an integer.")
         fields[field] = value
     fields["rope_base"] = _rope_base(data, path)
     epsilon = data.get("rms_norm_eps")
@@ -95,7 +96,7 @@ def read_config(path: Path) -> TransformerConfig:
 
 def _number(value: Any, key: str, path: Path) -> float:
     if type(value) not in (int, float) or not -1e300 < value < 1e300:
-        raise UserError(f"{path} has {key} {_shown.repr(value)}, but it must be a number.")
+        raise UserError(f"{path} has {key} {shown(value)}, but it must be a number.")
     return float(value)
 
 
@@ -110,13 +111,13 @@ def _rope_base(data: dict[str, Any], path: Path) -> float:
         if rope is None:
             continue
         if not isinstance(rope, dict):
-            raise UserError(f"{path} has {section} {_shown.repr(rope)}, but it must be an object.")
+            raise UserError(f"{path} has {section} {shown(rope)}, but it must be an object.")
         for key, value in rope.items():
             if key == "rope_theta" and value is not None:
                 bases[f"{section}.rope_theta"] = value
             elif value is not None and (key not in ("rope_type", "type") or value != "default"):
                 raise UserError(
-                    f"{path} has {section}.{_shown.repr(key)[1:-1]} {_shown.repr(value)}, which is not "
+                    f"{path} has {section}.{shown(key)[1:-1]} {shown(value)}, which is not "
                     "supported: Gemma's positions are not scaled."
                 )
     numbers = {key: _number(value, key, path) for key, value in bases.items()}

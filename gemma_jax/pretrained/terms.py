@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemma_jax.config import PRESETS
+from gemma_jax.paths import read_bytes
 
 if TYPE_CHECKING:
     from etils import epath
@@ -18,10 +19,7 @@ PUBLISHED_SHAPES = (PRESETS["gemma_2b"], PRESETS["gemma_7b"])
 def has_notice(folder: "Path | epath.Path") -> bool:
     """Whether a directory says of itself that its weights are under the Gemma terms."""
     path = folder / NOTICE_FILE
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return b"gemma terms of use" in file.read(2**16).lower()
+    return path.is_file() and b"gemma terms of use" in read_bytes(path).lower()
 
 
 def write_notice(folder: Path, source: str, dtype: str) -> None:

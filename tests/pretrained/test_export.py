@@ -147,7 +147,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with monkeypatch.context() as patch:
         usage = namedtuple("usage", "total used free")
         patch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6, 1000))
-        with pytest.raises(UserError, match=r"needs 0\.\d MB, but its disk has 0\.0 MB free"):
+        with pytest.raises(UserError, match="needs 154.8 kB, but its disk has 1 kB free"):
             gemma.save_pretrained(tmp_path / "out", format=format)
 
     def full(*_: object) -> None:
