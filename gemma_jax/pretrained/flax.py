@@ -27,7 +27,7 @@ PUBLISHED_ROWS = 256_128  # of which 128 pad a vocabulary of 256,000
 _Q, _KV, _QKV = "attn/q_einsum", "attn/kv_einsum", "attn/qkv_einsum"
 _OUT, _GATING, _DOWN = "attn/attn_vec_einsum", "mlp/gating_einsum", "mlp/linear"
 _ATTENTION_NORM, _FEED_FORWARD_NORM = "pre_attention_norm/scale", "pre_ffw_norm/scale"
-# Files of metadata, which orbax reads whole; all others hold numbers, at most one array of the 7B each.
+# Files of metadata, which orbax reads whole; all others hold numbers.
 _DESCRIBING = re.compile(r"[._].*|.*\.json|manifest\.ocdbt|process_\d+")
 _TABLE, _LAST_NORM = "embedder/input_embedding", "final_norm/scale"
 
@@ -185,13 +185,14 @@ def _check_files(folder: Path) -> None:
     """Make sure that orbax will meet nothing but files and folders: it would wait for a pipe for ever.
 
     Raises:
-      UserError: there is something else, a file that is too large for its name, or a link to a folder, which
-        could lead anywhere, also back.
+      UserError: there is something else, a file that is too large, or a link to a folder, which could lead
+        anywhere, also back.
     """
     for place, folders, files in os.walk(folder):
         # os.walk follows no link to a folder, and open_regular refuses it.
         for name in files + [name for name in folders if os.path.islink(os.path.join(place, name))]:
-            open_regular(os.path.join(place, name), 2**24 if _DESCRIBING.fullmatch(name) else 2**32).close()
+            most = 2**24 if _DESCRIBING.fullmatch(name) else 2**36  # a 7B in float32 has less than 2**35
+            open_regular(os.path.join(place, name), most).close()
 
 
 def write_flax(folder: Path, weights: Weights, config: TransformerConfig) -> str:

@@ -101,10 +101,11 @@ class EndSignals(StopSignals):
     def __exit__(self, *exception: object) -> None:
         super().__exit__(*exception)
         # Python and jax take a while to end: a stopped run must not look like one that was killed meanwhile.
-        if self._before.get(signal.SIGTERM) == signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, lambda number, frame: os._exit(RESTART_STATUS))
-            # Near its end Python restores default handlers, but not those of ignored signals.
-            atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if self._before.get(number) == signal.SIG_DFL:
+                signal.signal(number, lambda number, frame: os._exit(RESTART_STATUS))
+                # Near its end Python restores default handlers, but not those of ignored signals.
+                atexit.register(signal.signal, number, signal.SIG_IGN)
 
     def _hear(self, number: int) -> None:
         super()._hear(number)

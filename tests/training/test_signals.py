@@ -45,7 +45,9 @@ import atexit, os, signal, time
 from gemma_jax.errors import RESTART_STATUS
 from gemma_jax.training.interruption import EndSignals
 class Late:
-    def __del__(self): signal.raise_signal(signal.SIGTERM)
+    def __del__(self):
+        signal.raise_signal(signal.SIGHUP)
+        signal.raise_signal(signal.SIGTERM)
 late = Late()
 with EndSignals():
     pass
