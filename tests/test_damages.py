@@ -145,4 +145,5 @@ def test_the_token_cache_and_the_row_index(run: Path, tmp_path: Path) -> None:
     files = sorted(folder.iterdir())
     assert len(files) * 40 > 2 * DAMAGES
     for path in files:
-        each_damage(path, check, 40)
+        refused = each_damage(path, check, 40)
+        assert not refused or path.suffix != ".json"  # what describes a shard is written again
