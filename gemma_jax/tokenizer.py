@@ -13,7 +13,7 @@ import sentencepiece
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from gemma_jax.errors import UserError
-from gemma_jax.paths import LFS_POINTER, read_bytes, user_path
+from gemma_jax.paths import read_bytes, user_path
 
 START_OF_TURN = "<start_of_turn>"
 END_OF_TURN = "<end_of_turn>"
@@ -94,8 +94,6 @@ class Tokenizer:
                 (pad 0, eos 1, bos 2, unk 3, both turn markers), or loses characters of what it encodes.
         """
         model = read_bytes(user_path(path), _LARGEST_FILE)
-        if model.startswith(LFS_POINTER):
-            raise UserError(f"{path} is a pointer of Git LFS, not the file; get that by `git lfs pull`.")
         return cls(model, source=f"The tokenizer file {os.fspath(path)}")
 
     @classmethod

@@ -188,8 +188,10 @@ def storage_failure(error: Exception) -> str:
     if not isinstance(error, OSError) and not re.match("[A-Z_]+: ", str(error)):
         return ""
     # What the system says is enough: tensorstore's own message names a temporary file, twice.
-    told = (os.strerror(code) for code in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EIO))
-    return next((reason for reason in told if reason in str(error)), first_line(error)[:200])
+    reasons = (
+        os.strerror(code) for code in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EIO)
+    )
+    return next((reason for reason in reasons if reason in str(error)), first_line(error)[:200])
 
 
 def first_line(error: Exception) -> str:

@@ -236,8 +236,8 @@ class CheckpointStore:
         while (name := f"{step}.damaged" + (f"-{number}" if number > 1 else "")) in names:
             number += 1
         folders.rename(self.folder / str(step), self.folder / name)
-        told = f"the checkpoint of step {step} is damaged ({reason}): it was renamed to {self.folder / name}"
-        print(f"{told}, and the run resumes from step {instead}", file=sys.stderr, flush=True)
+        found = f"the checkpoint of step {step} is damaged ({reason}): it was renamed to {self.folder / name}"
+        print(f"{found}, and the run resumes from step {instead}", file=sys.stderr, flush=True)
 
     def wait(self) -> None:
         """Return when everything that was saved is on disk.

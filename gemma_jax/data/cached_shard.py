@@ -5,7 +5,7 @@ each shard NNNNN of the corpus and each split, `NNNNN.SPLIT.ids` holds the token
 the other (little-endian uint16, or uint32 for vocabularies over 65,536), those of a document followed by eos,
 and `NNNNN.SPLIT.lengths.npy` their lengths (int64). Of a source with loss weights, `NNNNN.SPLIT.weights`
 holds the weight of each id, one byte, in hundredths. `NNNNN.json`, written last, holds the sizes, a digest of
-each file's examples, CRC-32 of what was written and a digest of itself: a shard without it, or whose files
+each file's examples, a CRC-32 of each file, and a digest of this metadata: a shard without it, or whose files
 have other sizes, is written again. The CRCs are compared when rows are made of it. All writers write the same
 bytes, so that any number of processes may fill one cache at once.
 

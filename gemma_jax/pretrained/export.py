@@ -175,15 +175,15 @@ def export(
             else:
                 dtype = write_flax(folder / FLAX_FOLDER, cast, config)
             write_config(folder, config, dtype)
-        told = " and ".join(sorted(cast.dtypes))
+        dtypes = " and ".join(sorted(cast.dtypes))
         write_generation_config(folder, tuple(end_tokens))
         if tokenizer is not None:
             tokenizer.save(folder / TOKENIZER_FILE)
             if form == "huggingface":
                 _write_tokenizer_config(folder, config, tokenizer.end_of_turn_id in end_tokens)
         if terms_source:
-            write_notice(folder, terms_source, told)
-    return told
+            write_notice(folder, terms_source, dtypes)
+    return dtypes
 
 
 def _write_run(folder: Path, weights: Weights, config: TransformerConfig, dtype: str) -> None:
@@ -232,7 +232,7 @@ def new_directory(destination: Path, size: int) -> Iterator[Path]:
         free = shutil.disk_usage(unfinished).free
         if free < size:
             raise UserError(
-                f"{destination} needs {_told(size)}, but its disk has {_told(free)} free; "
+                f"{destination} needs {_in_bytes(size)}, but its disk has {_in_bytes(free)} free; "
                 "make room, or give another destination."
             )
         with without_echo():
@@ -252,6 +252,6 @@ def new_directory(destination: Path, size: int) -> Iterator[Path]:
             time.sleep(0.2)
 
 
-def _told(size: int) -> str:
+def _in_bytes(size: int) -> str:
     unit, name = (10**9, "GB") if size >= 10**9 else (10**6, "MB") if size >= 10**6 else (1000, "kB")
     return f"{-(-size // (unit // 10)) / 10:,g} {name}"
