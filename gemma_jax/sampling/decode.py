@@ -3,8 +3,8 @@
 A slot is a row of the batch that one prompt occupies. Each slot has its own length, limit, end tokens, random
 numbers and settings; when it is done, another prompt can take its place while the others go on.
 
-Shape legend: B slots, R prompts of one prefill, P prompt length, S cache slots of a row, E end tokens, T new
-tokens, D embed, V stored vocabulary rows.
+Shape legend: B slots, R prompts of one prefill, P length of a chunk of prompts, S positions in the cache of
+each slot, E end tokens, T new tokens.
 """
 
 from collections.abc import Sequence
@@ -18,29 +18,29 @@ from gemma_jax.model import KVCache, Transformer
 from gemma_jax.sampling.select import select
 from gemma_jax.weights import Context
 
-MAX_STEPS = 128  # new tokens of one dispatch
+MAX_STEPS = 128  # new tokens of a slot in one call of `decode`
 
 
 class SlotSettings(NamedTuple):
-    """How the tokens of each slot are chosen, and when they end."""
+    """How the tokens of each slot are chosen, and when they end. During a prefill B is R."""
 
     limits: jax.Array  # [B] int32: new tokens allowed
-    end_tokens: jax.Array  # [B, E] int32: any of them ends the slot; -1 is none
-    draws: jax.Array  # [B, 3] uint32: seed, number of the prompt and of the sample
+    end_tokens: jax.Array  # [B, E] int32: any of them ends the slot; -1 is padding
+    random_ids: jax.Array  # [B, 3] uint32: seed, index of the prompt, index of the sample
     temperature: jax.Array  # [B] float32
     top_k: jax.Array  # [B] int32
     top_p: jax.Array  # [B] float32
-    adapters: jax.Array  # [B] int32: the number of the adapter
+    adapters: jax.Array  # [B] int32: index of the adapter
 
 
 class Slots(NamedTuple):
-    """The state of a batch between two dispatches."""
+    """The state of a batch between two calls of `prefill`, `insert`, `free` and `decode`."""
 
     cache: KVCache
     settings: SlotSettings
     last: jax.Array  # [B] int32: the newest token, not yet in the cache
     counts: jax.Array  # [B] int32: new tokens so far, the end token included
-    ended: jax.Array  # [B] bool: an end token came
+    ended: jax.Array  # [B] bool: an end token was sampled
 
     @property
     def done(self) -> jax.Array:
@@ -49,7 +49,7 @@ class Slots(NamedTuple):
 
 
 class NewTokens(NamedTuple):
-    """What one dispatch adds: a slot's count says how many of its columns are valid."""
+    """What one call adds: as many of a slot's columns are valid as its count grew by."""
 
     tokens: jax.Array  # [B, T] int32
     log_probs: jax.Array  # [B, T] float32, nats
@@ -61,54 +61,56 @@ def prefill(
     start: jax.Array | int,
     lengths: jax.Array,
     settings: SlotSettings,
-    so_far: tuple[Slots, NewTokens] | None = None,
+    previous: tuple[Slots, NewTokens] | None = None,
     layers: Sequence[nnx.State] | None = None,
     *,
     size: int = 0,
 ) -> tuple[Slots, NewTokens]:
-    """A chunk of prompts into the cache, and the first new token of those that end in it.
+    """Writes one chunk of each prompt to the cache and samples the first token of prompts that end in it.
 
-    Long prompts come in several chunks, so that the memory of everything but the cache does not grow with
-    them (see `prefill_chunk`).
+    Long prompts are prefilled in several chunks, so that the memory of activations does not grow with their
+    length (`generate.prefill_chunk`).
 
     Args:
       model: a Transformer.
-      tokens: [R, P] of the prompts from position `start` on, padded at the end.
-      start: integer scalar.
-      lengths: [R], of the whole prompts; 0 for a slot that stays empty, whose limit is 0 too.
-      settings: of the R slots.
-      so_far: what the chunk before returned; None for the first chunk.
+      tokens: [R, P] tokens of the prompts from position `start` on, padded at the end.
+      start: Integer scalar, the position of the chunk's first token.
+      lengths: [R] lengths of the whole prompts. A slot that stays empty has length 0 and must have limit 0.
+      settings: Settings of the R slots.
+      previous: What the call for the chunk before returned; None for the first chunk.
       layers: as `Transformer.extend` takes them.
-      size: S of the cache that the first chunk makes.
+      size: S of the cache that the first call makes.
     """
     R, P = tokens.shape
-    slots, new = so_far or _empty(model, R, size, settings)
+    slots, no_tokens = previous or _empty_slots(model, R, size, settings)
     positions = jnp.broadcast_to(start + jnp.arange(P, dtype=jnp.int32), (R, P))
     segments = (positions < lengths[:, None]).astype(jnp.int32)
     context = Context(adapters=settings.adapters)
     hidden, cache = model.extend(
-        slots.cache, tokens, positions, segments, layers, context, empty=so_far is None
+        slots.cache, tokens, positions, segments, layers, context, empty=previous is None
     )
-    place = lengths - 1 - start  # of the prompt's last token in the chunk
-    newest = jnp.take_along_axis(hidden, jnp.clip(place, 0, P - 1)[:, None, None], axis=1)[:, 0]
-    live = ~slots.done & (place >= 0) & (place < P)
+    last_index = lengths - 1 - start  # index in the chunk of the prompt's last token
+    newest = jnp.take_along_axis(hidden, jnp.clip(last_index, 0, P - 1)[:, None, None], axis=1)[:, 0]
+    live = ~slots.done & (last_index >= 0) & (last_index < P)
     slots = slots._replace(cache=cache)
     slots, first = _with_next_token(slots, model.logits(newest, context), _keys(settings), live)
-    return slots, jax.tree.map(lambda old, new: jnp.where(live[:, None], new[:, None], old), new, first)
+    return slots, jax.tree.map(lambda old, x: jnp.where(live[:, None], x[:, None], old), no_tokens, first)
 
 
-def _empty(model: Transformer, rows: int, size: int, settings: SlotSettings) -> tuple[Slots, NewTokens]:
+def _empty_slots(
+    model: Transformer, count: int, size: int, settings: SlotSettings
+) -> tuple[Slots, NewTokens]:
     """Slots with nothing in the cache, and no new tokens."""
-    cache = KVCache.empty(model.config, rows, size, model.dtype, model.mesh)
-    zeros = jnp.zeros(rows, jnp.int32)
-    slots = Slots(cache, settings, zeros, zeros, jnp.zeros(rows, bool))
-    return slots, NewTokens(zeros[:, None], jnp.zeros((rows, 1), jnp.float32))
+    cache = KVCache.empty(model.config, count, size, model.dtype, model.mesh)
+    zeros = jnp.zeros(count, jnp.int32)
+    slots = Slots(cache, settings, zeros, zeros, jnp.zeros(count, bool))
+    return slots, NewTokens(zeros[:, None], jnp.zeros((count, 1), jnp.float32))
 
 
 def insert(slots: Slots, new: Slots, rows: jax.Array) -> Slots:
-    """`slots` with those at `rows` [R] replaced by new ones, whose caches may be shorter.
+    """Returns `slots` with those at the indices `rows` [R] replaced by new ones, whose caches may be shorter.
 
-    A row number out of range leaves its new slot out.
+    A new slot whose index is B or larger is dropped.
     """
 
     def put(old: jax.Array, new: jax.Array) -> jax.Array:
@@ -123,21 +125,21 @@ def insert(slots: Slots, new: Slots, rows: jax.Array) -> Slots:
     )
 
 
-def free(slots: Slots, rows: jax.Array) -> Slots:
-    """`slots` of which those where `rows` [B] is true are done."""
-    limits = jnp.where(rows, slots.counts, slots.settings.limits)
+def free(slots: Slots, chosen: jax.Array) -> Slots:
+    """Returns `slots` with those where `chosen` [B] is true marked as done."""
+    limits = jnp.where(chosen, slots.counts, slots.settings.limits)
     return slots._replace(settings=slots.settings._replace(limits=limits))
 
 
 def decode(
     model: Transformer, slots: Slots, steps: jax.Array, layers: Sequence[nnx.State] | None = None
 ) -> tuple[Slots, NewTokens]:
-    """`steps` more tokens in every slot that is not done, at most MAX_STEPS.
+    """Generates up to `steps` more tokens in every slot that is not done.
 
     Args:
       model: a Transformer.
-      slots: of a prefill, or of a decode before.
-      steps: integer scalar.
+      slots: As `prefill`, `insert` or an earlier `decode` returned them.
+      steps: Integer scalar, at most MAX_STEPS.
       layers: as `Transformer.extend` takes them.
     """
     B = slots.last.shape[0]
@@ -150,7 +152,7 @@ def decode(
 
     def body(carry: Carry) -> Carry:
         step, slots, new = carry
-        # Done slots run along as padding: they write nothing into their part of the cache.
+        # Slots that are done are treated as padding, which writes nothing to their part of the cache.
         segments = (~slots.done).astype(jnp.int32)[:, None]
         positions = slots.cache.lengths[:, None]
         hidden, cache = model.extend(slots.cache, slots.last[:, None], positions, segments, layers, context)
@@ -165,18 +167,18 @@ def decode(
 
 
 def _keys(settings: SlotSettings) -> jax.Array:
-    """[B] random keys, which depend on nothing but seed, prompt number and sample number."""
+    """Returns [B] random keys that depend only on the seed and the indices of prompt and sample."""
 
-    def key(draw: jax.Array) -> jax.Array:
-        return jax.random.fold_in(jax.random.fold_in(jax.random.key(draw[0]), draw[1]), draw[2])
+    def key(ids: jax.Array) -> jax.Array:
+        return jax.random.fold_in(jax.random.fold_in(jax.random.key(ids[0]), ids[1]), ids[2])
 
-    return jax.vmap(key)(settings.draws)
+    return jax.vmap(key)(settings.random_ids)
 
 
 def _with_next_token(
     slots: Slots, logits: jax.Array, keys: jax.Array, live: jax.Array
 ) -> tuple[Slots, NewTokens]:
-    """The slots with one more token in those that are live [B], and what was chosen, in arrays [B]."""
+    """Adds one token to the slots that are live [B]; the tokens [B] of the other slots mean nothing."""
     settings = slots.settings
     keys = jax.vmap(jax.random.fold_in)(keys, slots.counts)
     chosen, log_probs = select(logits, keys, settings.temperature, settings.top_k, settings.top_p)

@@ -282,7 +282,7 @@ def slot_settings(requests: Sequence[Request], rows: int, ends: int, context_len
     return SlotSettings(
         limits=column(lambda r: min(r.config.max_new_tokens, context_length - len(r.token_ids))),
         end_tokens=column(lambda r: [*r.end_tokens, *[-1] * (ends - len(r.end_tokens))]),
-        draws=column(lambda r: (r.config.seed, r.prompt, r.sample), np.uint32),
+        random_ids=column(lambda r: (r.config.seed, r.prompt, r.sample), np.uint32),
         temperature=column(lambda r: r.config.temperature, np.float32),
         top_k=column(lambda r: r.config.top_k),
         top_p=column(lambda r: r.config.top_p, np.float32),

@@ -1,4 +1,4 @@
-"""A run, as every command that trains has one: begun, forked, resumed, taken back after a spike, ended."""
+"""The life of a run, the same for every command that trains: start, fork, resume, roll back, finish."""
 
 import dataclasses
 import functools
@@ -45,32 +45,32 @@ Config = TypeVar("Config", bound=TrainingConfig)
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What a command that trains chooses; the rest is the same for all of them."""
+    """The parts of a run that differ between the commands that train."""
 
     recipe: Recipe
     dataset: Dataset
     tokenizer: Tokenizer
     evaluators: Sequence[Evaluator] = ()
     initial: Callable[[], nnx.State | None] = lambda: None
-    """Makes all parameters that a new run begins with; None stands for random ones. A resumed run takes from
-    it what is frozen."""
+    """Returns the parameters that a new run starts with, or None for random ones. A resumed or forked run
+    takes only the frozen parameters from it, because no checkpoint of a run contains them."""
     show_failure: Callable[["Task", RunLog, int, int, nnx.State], str] = lambda *failure: ""
-    """Shows a person the batch of a step that is not finite: `loop.ShowFailure` with the task and the log."""
+    """Describes the batch of a step that is not finite: a `loop.ShowFailure` that also takes task and log."""
 
 
 def run_training(config: Config, choose: Callable[[Config, Mesh], Task], started: float) -> int:
-    """Begin or go on with the run of a config.
+    """Starts or resumes the run of a config.
 
     Args:
-      config: of the run, from `run_directory.as_existing`.
-      choose: what is trained, on which data; called in every process of the job.
-      started: when this process began, by `time.monotonic`.
+      config: The run's config, from `run_directory.as_existing`.
+      choose: Returns what is trained, and on which data. It is called in every process of the job.
+      started: When this process started, by `time.monotonic`.
 
     Returns:
       The exit status: RESTART_STATUS if a signal has stopped the run before its end.
 
     Raises:
-      UserError: anything that the user can mend.
+      UserError: any fault that the user can correct.
     """
     keep_programs(config.compute.compilation_cache)
     with joined(config.hosts, on_cpu=config.mesh.cpu_devices > 0):
@@ -82,30 +82,31 @@ def run_training(config: Config, choose: Callable[[Config, Mesh], Task], started
         return _Run(config, mesh, choose(config, mesh), started).train()
 
 
-def choose_tokenizer(config: TrainingConfig, path: str, otherwise: Callable[[], Tokenizer]) -> Tokenizer:
-    """The tokenizer of a run, in every process of the job.
+def choose_tokenizer(config: TrainingConfig, path: str, make_default: Callable[[], Tokenizer]) -> Tokenizer:
+    """Returns the tokenizer of a run, the same in every process of the job.
 
     Args:
-      config: of the run.
-      path: of a tokenizer's model file; empty takes that of the run, if it is resumed or forked.
-      otherwise: makes one where none is there yet; it may write into a cache, so the first process is first.
+      config: The run's config.
+      path: A tokenizer's model file. If it is empty, a run that is resumed or forked uses its own.
+      make_default: Makes a tokenizer if there is none yet. It may write to a cache, so process 0 runs before
+        the others.
 
     Raises:
-      UserError: it cannot be read, or is not of the config's vocabulary.
+      UserError: It cannot be read, or its size is not `model.vocab_size`.
     """
 
     def chosen() -> Tokenizer:
-        of_run = user_path(config.run_dir) / run_directory.TOKENIZER_FILE
+        saved = user_path(config.run_dir) / run_directory.TOKENIZER_FILE
         if path:
             return Tokenizer.load(path)
-        if config.existing_run == "resume" and of_run.exists():
-            return Tokenizer.load(of_run)
+        if config.existing_run == "resume" and saved.exists():
+            return Tokenizer.load(saved)
         if config.fork_from:
             return Tokenizer.load(step_folder(config.fork_from)[1] / run_directory.TOKENIZER_FILE)
-        return otherwise()
+        return make_default()
 
     tokenizer = chosen() if jax.process_index() == 0 else None
-    wait_for_all("the tokenizer is there")
+    wait_for_all("the tokenizer is ready")
     tokenizer = tokenizer or chosen()
     if config.existing_run == "resume" and saved_steps(user_path(config.run_dir)):
         run_directory.check_tokenizer(user_path(config.run_dir), tokenizer)
@@ -121,26 +122,26 @@ def choose_tokenizer(config: TrainingConfig, path: str, otherwise: Callable[[], 
 
 
 class _Run:
-    """A run directory and what is trained into it."""
+    """A run directory, and the task that trains in it."""
 
     def __init__(self, config: TrainingConfig, mesh: Mesh, task: Task, started: float) -> None:
         self.config, self.mesh, self.task, self.started = config, mesh, task, started
         self.run_dir = user_path(config.run_dir)
         self.abstract = abstract_train_state(task.recipe)
-        self.gaps: tuple[Gap, ...] = ()  # that spikes made since this process began
-        one = jax.process_count() == 1
-        self.stop = interruption.StopSignals() if one else interruption.JobStopSignals()
+        self.gaps: tuple[Gap, ...] = ()  # in the data, made by spikes since this process started
+        alone = jax.process_count() == 1
+        self.stop = interruption.StopSignals() if alone else interruption.JobStopSignals()
         self.train_step = make_train_step(task.recipe)
 
     def train(self) -> int:
-        """Train to the end or a stop; returns the exit status."""
+        """Trains until the end or a stop; returns the exit status."""
         with self._open_store() as store:
             while True:
                 try:
                     state = self._attempt(store)
                     break
-                except RollBack as back:
-                    store.remove_after(back.to)
+                except RollBack as rollback:
+                    store.remove_after(rollback.to)
                     self.started = time.monotonic()
         if state is None:
             return 0
@@ -154,7 +155,7 @@ class _Run:
         return 0
 
     def _open_store(self) -> CheckpointStore:
-        """Take the run directory, and write down what the run is."""
+        """Locks the run directory and writes the tokenizer, the config and the record of the data."""
         config, dataset, overwrite = self.config, self.task.dataset, self.config.existing_run == "overwrite"
         if not overwrite and saved_steps(self.run_dir):
             run_directory.check_data(self.run_dir, dataset)
@@ -168,10 +169,10 @@ class _Run:
         return store
 
     def _attempt(self, store: CheckpointStore) -> TrainState | None:
-        """Train from the newest checkpoint on; None if the run is complete.
+        """Trains from the newest checkpoint on; returns None if the run is complete.
 
         Raises:
-          RollBack: the run is to be taken back, which was said.
+          RollBack: The run must go back to an earlier checkpoint; this is already logged.
         """
         config, size = self.config, self.config.data.batch_size
         state, stability, evaluated = self._begin(store)
@@ -200,30 +201,31 @@ class _Run:
             batches = self.task.dataset.train.iterate(first_row, size, local_rows(size, self.mesh))
             with batches, self.stop:
                 return Trainer(config, self.mesh, self.train_step, batches, services).train(state)
-        except RollBack as back:
+        except RollBack as rollback:
+            rows = rollback.gap.rows
             log.message(
-                f"{back}: the run goes back to step {back.to} and passes over {back.gap.rows:,} rows of data"
+                f"{rollback}: the run goes back to step {rollback.to} and skips {rows:,} rows of data"
             )
-            self.gaps = (*(gap for gap in stability.gaps if gap.after_step <= back.to), back.gap)
+            self.gaps = (*(gap for gap in stability.gaps if gap.after_step <= rollback.to), rollback.gap)
             raise
         finally:
             log.close()
 
     def _begin(self, store: CheckpointStore) -> tuple[TrainState, Stability, dict[str, Any]]:
-        """From where the run resumes: its state, what it remembers, and what was measured at that step."""
+        """Returns what the run starts from: state, history of losses, and evaluations at that step."""
         restored = store.restore(self.abstract.parts)
         if restored is None and (fork := self.config.fork_from):
-            # With a copy as the new run's first checkpoint, so that it needs the old run no more.
+            # A copy becomes the new run's first checkpoint, so that it no longer depends on the old run.
             record = dataclasses.replace(run_record(fork), config=to_dict(self.config))
             restored = load_arrays(fork, self.abstract.parts, record), record
             store.save(record, restored[0])
             store.wait()
-            say(f"the run begins at {fork}, which it keeps a copy of")
+            say(f"forked from {fork}; the run has a copy of that checkpoint")
         recipe, stability = self.task.recipe, self.config.stability
         if restored is None:
             return create_train_state(recipe, self.task.initial()), Stability(stability), {}
         parts, record = restored
-        # config.json may have been changed or damaged since; the record cannot be without its being seen.
+        # config.json may have been edited or damaged since; the record has a digest that would reveal it.
         run_directory.check_same(from_record(record.config, "the record"), self.config, str(self.run_dir))
         frozen = self.abstract.frozen
         if jax.tree.leaves(frozen):

@@ -1,10 +1,10 @@
-"""What activations are multiplied by: the base of every kind of weight, and the dense one.
+"""The base class of every kind of weight, and the dense kind.
 
-Layers never look inside a weight, nor at how the mesh splits it. A kind says which arrays it holds, how it
-becomes dense and how it is packed from a dense array; all else here works for every kind, and a kind may
-replace it by something faster.
+Layers never look inside a weight, nor at how the mesh splits it. A kind of weight is a subclass that says
+which arrays it holds, how they become a dense array (`dense`) and how a dense array is packed into them
+(`pack`). The other methods work for every kind; a kind may override them with something faster.
 
-Shape legend: B batch, L length, D embed, V stored vocabulary rows, C contracted axes, O output axes.
+Shape legend: B batch, L length, D embed, V stored (padded) vocabulary rows, C contracted axes, O output axes.
 """
 
 import abc
@@ -26,7 +26,7 @@ from gemma_jax.weights.matmul import matmul, sharded_matmul
 from gemma_jax.weights.structure import Structure
 from gemma_jax.weights.table import Parameter
 
-INITIAL_ROWS = 8192  # of an embedding whose random values are made at one time
+INITIAL_BLOCK = 8192  # rows of an embedding that are initialised at once
 
 
 @jax.tree_util.register_dataclass
@@ -37,10 +37,10 @@ class Context:
     key: jax.Array | None = None
     """A random key, such as for dropout; None where nothing is random, as in evaluation and sampling."""
     adapters: jax.Array | None = None
-    """[B] int32: the number of the adapter that each row uses; None where rows name none."""
+    """[B] int32: index of the adapter of each row of the batch; None if no adapters are selected."""
 
     def of_layer(self, layer: jax.Array | None) -> "Context":
-        """The context within one layer, whose key is its own."""
+        """Returns the context within one layer, with a key of its own."""
         if self.key is None or layer is None:
             return self
         return dataclasses.replace(self, key=jax.random.fold_in(self.key, layer))
@@ -50,7 +50,7 @@ NO_CONTEXT = Context()
 
 
 class Weight(nnx.Module):
-    """The weight of one layer, or those of all layers stacked, of which a scan cuts out one.
+    """The weight of one layer, or the weights of all layers stacked, which a scan slices per layer.
 
     A kind creates its arrays as `nnx.Param` with the metadata `axes` (logical axes, `layers` first where they
     are stacked), and defines `dense` and `pack`. The arrays of an embedding have the
@@ -65,20 +65,20 @@ class Weight(nnx.Module):
 
     @abc.abstractmethod
     def dense(self, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
-        """The dense array of one layer; of the weight's own float dtype where none is given.
+        """Returns the dense array of one layer, in the weight's own float dtype if none is given.
 
-        Where the arrays are some rows, or a device's part, it is the dense array of these.
+        If the arrays hold only some rows, or one device's shard, it returns that portion.
         """
 
     @abc.abstractmethod
     def pack(self, array: jax.Array) -> dict[str, jax.Array]:
-        """What this weight's arrays, by name, hold to represent the dense array of one layer.
+        """Converts the dense array of one layer to this weight's stored arrays, by name.
 
         Arrays that are left out keep their initial values when a checkpoint is loaded.
         """
 
     def parts(self) -> tuple[Structure, list[jax.Array]]:
-        """The weight of one layer in two: what is static, and its arrays."""
+        """Splits the weight of one layer into its static structure and its arrays."""
         graphdef, state = nnx.split(self)
         leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
         arrays, treedef = jax.tree.flatten(state)
@@ -90,27 +90,28 @@ class Weight(nnx.Module):
     def matmul(self, x: jax.Array, context: Context) -> jax.Array:
         """[B, L, *C] activations -> [B, L, *O] in their dtype."""
         with jax.named_scope(self.parameter.name):
-            # A single row is on all devices; then the partitioner may rather send activations than weights.
+            # A batch of one is replicated; the partitioner may then prefer to send activations, not weights.
             if self.mesh.shape[fsdp.AXIS] == 1 or len(x) == 1:
                 return matmul(x, self.dense(x.dtype), self.parameter.inputs)
             structure, arrays = self.parts()
-            if self.differentiable:  # what is sent, and what its gradient is summed in
+            if self.differentiable:  # devices exchange weights and sum gradients in this dtype
                 arrays = [array.astype(x.dtype) for array in arrays]
             return sharded_matmul(x, arrays, structure)
 
     def embedding_lookup(
         self, tokens: jax.Array | np.ndarray, dtype: jax.typing.DTypeLike, context: Context
     ) -> jax.Array:
-        """The row of each token.
+        """Returns the embedding of each token.
 
-        Each device looks up its own columns for the rows of the whole fsdp group, then they change places.
-        XLA's partitioner does the same within a slice, but between slices it gathers the gradient of all
-        activations.
+        Each device looks up its shard of the columns for the tokens of the whole fsdp group. An all-to-all
+        then exchanges columns for rows of the batch. XLA's partitioner does the same within a TPU slice, but
+        between slices it gathers the gradient of all activations.
 
         Args:
-          tokens: [B, L] integers below V; a table in parts does not check whether they are.
-          dtype: of the result, and of what devices exchange; the table's gradient is summed in its own.
-          context: of the model's call.
+          tokens: [B, L] integers below V; a sharded table does not check whether they are.
+          dtype: The dtype of the result and of what devices exchange. The table's gradient is summed in the
+            table's own dtype.
+          context: The context of the model's call.
 
         Returns:
           [B, L, D].
@@ -118,31 +119,31 @@ class Weight(nnx.Module):
         structure, arrays = self.parts()
         mesh, table = self.mesh, self.parameter
 
-        def rows_of(parts: Sequence[jax.Array], rows: Any, mode: str | None = None) -> jax.Array:
+        def take_rows(parts: Sequence[jax.Array], rows: Any, mode: str | None = None) -> jax.Array:
             return structure.weight([jnp.take(x, rows, axis=0, mode=mode) for x in parts]).dense(dtype)
 
         with jax.named_scope(table.name):
-            rows = partition_spec(("batch", "length"), tokens.shape, mesh, "tokens")
-            if mesh.size == 1 or rows[0] is None:
-                return rows_of(arrays, tokens)
+            token_spec = partition_spec(("batch", "length"), tokens.shape, mesh, "tokens")
+            if mesh.size == 1 or token_spec[0] is None:
+                return take_rows(arrays, tokens)
 
-            def of_device(parts: list[jax.Array], own: jax.Array) -> jax.Array:
-                all_rows = lax.all_gather(own, fsdp.AXIS, tiled=True)
+            def of_device(parts: list[jax.Array], local: jax.Array) -> jax.Array:
+                gathered = lax.all_gather(local, fsdp.AXIS, tiled=True)
                 if mesh.shape["tensor"] == 1:
-                    columns = rows_of(parts, all_rows, "clip")
+                    columns = take_rows(parts, gathered, "clip")
                 else:
-                    index = all_rows - lax.axis_index("tensor") * len(parts[0])
+                    index = gathered - lax.axis_index("tensor") * len(parts[0])
                     here = (index >= 0) & (index < len(parts[0]))
-                    found = jnp.where(here[..., None], rows_of(parts, index, "clip"), 0)
+                    found = jnp.where(here[..., None], take_rows(parts, index, "clip"), 0)
                     columns = lax.psum(found, "tensor")
-                # With the length last: a part of D may be 8 wide, where a row of a TPU's tile is 128.
+                # The length is the minor dimension: a shard of D may be 8 wide, and a TPU's tile is 128.
                 columns = columns.swapaxes(1, 2)
                 moved = lax.all_to_all(columns, fsdp.AXIS, split_axis=0, concat_axis=1, tiled=True)
                 return moved.swapaxes(1, 2)
 
             shape = (*tokens.shape, table.shape[1])
             out = partition_spec(("batch", "length", "residual"), shape, mesh, "activations")
-            specs = (structure.specs(arrays), rows)
+            specs = (structure.specs(arrays), token_spec)
             mapped = jax.shard_map(of_device, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)
             return mapped(arrays, jnp.asarray(tokens))
 
@@ -153,11 +154,11 @@ class Weight(nnx.Module):
 
 
 Kind = Callable[[Parameter, Mesh, nnx.Rngs, jnp.dtype], Weight]
-"""Makes a weight with initial values, all layers stacked."""
+"""A factory of weights with initial values, all layers stacked."""
 
 
 class Dense(Weight):
-    """One array of floating-point numbers, which bears the name of the parameter itself."""
+    """One array of floating-point numbers, saved under the name of the parameter itself."""
 
     differentiable: ClassVar[bool] = True
 
@@ -177,10 +178,10 @@ class Dense(Weight):
 
 
 def initial_values(parameter: Parameter, key: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Random numbers of variance 1 / fan_in, from a normal distribution cut at two standard deviations.
+    """Returns random numbers of variance 1 / fan_in, from a normal truncated at two standard deviations.
 
-    They are made one layer at a time, and those of an embedding some rows at a time: random bits and what
-    becomes of them on the way take several times the memory of the result.
+    They are made one layer at a time, and those of an embedding some rows at a time, because random bits and
+    intermediates take several times the memory of the result.
 
     Returns:
       The array of all layers.
@@ -188,7 +189,7 @@ def initial_values(parameter: Parameter, key: jax.Array, dtype: jnp.dtype) -> ja
     shape = parameter.shape
     count = parameter.layers
     if not count:
-        rows = next(n for n in range(min(INITIAL_ROWS, shape[0]), 0, -1) if shape[0] % n == 0)
+        rows = next(n for n in range(min(INITIAL_BLOCK, shape[0]), 0, -1) if shape[0] % n == 0)
         count, shape = shape[0] // rows, (rows, *shape[1:])
     # 0.8796 is the standard deviation of a standard normal cut at +-2.
     scale = jnp.asarray(1 / (0.87962566 * math.sqrt(parameter.fan_in)), dtype)
