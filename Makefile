@@ -8,7 +8,7 @@ COMPILER := .venv/libtpu/installed
 WORKERS = --numprocesses 2 --dist loadfile
 CONSTRAINTS = constraints/$$($(BIN)/python -c 'import sys; print("py311" if sys.version_info < (3, 12) else "py312")').txt
 
-.PHONY: demo test test-slow parity plans lint clean
+.PHONY: demo test test-slow parity plans lint address clean
 
 demo: $(INSTALLED)
 	@$(BIN)/python train.py pretrain demo
@@ -43,6 +43,10 @@ parity: .venv-parity/installed
 # The shipped configs compiled at full size for their TPUs, into docs/plans.md: an hour on two cores.
 plans: $(COMPILER)
 	TPU_LIBRARY_PATH=.venv/libtpu/libtpu/libtpu.so $(BIN)/python benchmarks/tpu_plans.py
+
+# Where this repository is published: `make address OWNER=name` writes it into the files that name it.
+address:
+	sed -i -E 's#(github|github\.com)/[A-Za-z0-9_-]+/gemma_jax#\1/$(OWNER)/gemma_jax#' setup.py README.md notebooks/*.ipynb
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

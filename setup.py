@@ -6,6 +6,7 @@ setup(
     name="gemma_jax",
     version="0.1.0",
     description="Gemma in JAX: pretrain, plan, convert and sample on TPUs, GPUs and CPU meshes",
+    url="https://github.com/OWNER/gemma_jax",  # `make address` sets it here, in README.md and in the notebook
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",

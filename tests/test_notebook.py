@@ -1,6 +1,7 @@
 """notebooks/sample.ipynb runs from top to bottom, with a tiny model and without Jupyter."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -11,7 +12,8 @@ import pytest
 from gemma_jax.tokenizer import Tokenizer
 from tests.pretrained import published
 
-NOTEBOOK = json.loads((Path(__file__).parents[1] / "notebooks" / "sample.ipynb").read_text(encoding="utf-8"))
+ROOT = Path(__file__).parents[1]
+NOTEBOOK = json.loads((ROOT / "notebooks" / "sample.ipynb").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +31,13 @@ def test_it_is_stored_without_outputs() -> None:
     for cell in NOTEBOOK["cells"]:
         if cell["cell_type"] == "code":
             assert cell["outputs"] == [] and cell["execution_count"] is None
+
+
+def test_one_repository_is_named_everywhere() -> None:
+    named = re.findall(r"github(?:\.com)?/([\w-]+/gemma_jax)", json.dumps(NOTEBOOK))
+    for file in ("setup.py", "README.md"):
+        named += re.findall(r"github(?:\.com)?/([\w-]+/gemma_jax)", (ROOT / file).read_text(encoding="utf-8"))
+    assert len(named) == 4 and len(set(named)) == 1
 
 
 @pytest.mark.slow
