@@ -37,7 +37,7 @@ parity: .venv-parity/installed
 	@echo "Installing gemma_jax, transformers and torch into .venv-parity (once)"
 	@$(BIN)/python -m pip --disable-pip-version-check freeze --exclude-editable >.venv-parity/constraints.txt
 	@.venv-parity/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[test]" \
-	  torch transformers --constraint .venv-parity/constraints.txt --constraint constraints/parity.txt
+	  bitsandbytes gguf torch transformers xllamacpp --constraint .venv-parity/constraints.txt --constraint constraints/parity.txt
 	@touch $@
 
 # The shipped configs compiled at full size for their TPUs, into docs/plans.md: an hour on two cores.
