@@ -1,4 +1,4 @@
-"""The tokenizer and the rows of a corpus as a run needs them, and how documents held out are evaluated."""
+"""Prepares the tokenizer and the rows of a run's corpus, and evaluates the held-out documents."""
 
 import functools
 import hashlib
@@ -23,14 +23,14 @@ _SECONDS_BETWEEN_LINES = 5
 
 
 def corpus_tokenizer(config: TrainingConfig, megabytes: float) -> Tokenizer:
-    """The tokenizer that is trained on the corpus of a config, or that of the cache if it was trained before.
+    """Trains a tokenizer on the corpus of a config, or loads it from the cache if it was trained before.
 
     Args:
-      config: of the run.
-      megabytes: of text to train it on.
+      config: The config of the run.
+      megabytes: How many megabytes of text to train it on.
 
     Raises:
-      UserError: the corpus cannot be read, or the cache cannot be written.
+      UserError: The corpus cannot be read, or the cache cannot be written.
     """
     data = config.data
     sources = open_sources(data)
@@ -44,7 +44,7 @@ def corpus_tokenizer(config: TrainingConfig, megabytes: float) -> Tokenizer:
         if hashlib.sha256(cached).hexdigest() == read_text(digest, errors="replace"):
             return Tokenizer(cached, str(path))
     say(f"training a tokenizer of {config.model.vocab_size} pieces on {', '.join(data.sources)}")
-    try:  # before the training: it can take minutes
+    try:  # before the training, which can take minutes
         folder.mkdir(parents=True, exist_ok=True)
         digest.unlink(missing_ok=True)
         texts = sample_texts(sources, megabytes, data.held_out)
@@ -56,14 +56,14 @@ def corpus_tokenizer(config: TrainingConfig, megabytes: float) -> Tokenizer:
 
 
 class _Progress:
-    """Prints how far tokenising has come."""
+    """Prints the progress of tokenising."""
 
     def __init__(self) -> None:
         self._started = self._printed = time.monotonic()
         self._bytes = self._tokens = 0
 
     def __call__(self, total: int, num_bytes: int, tokens: int) -> None:
-        """Counts a shard, of corpora with `total` bytes."""
+        """Counts one tokenised shard. `total` is the size of all corpora in bytes."""
         self._bytes += num_bytes
         self._tokens += tokens
         now = time.monotonic()
@@ -74,10 +74,10 @@ class _Progress:
 
 
 def prepare_corpus(config: TrainingConfig, tokenizer: Tokenizer) -> Dataset:
-    """The rows of a config's corpus, tokenised by all processes of the job.
+    """Returns the rows of a config's corpus. All processes of the job share the work of tokenising it.
 
     Raises:
-      UserError: as `prepare` does.
+      UserError: For the same reasons as in `prepare`.
     """
     dataset = prepare(
         config.data,
@@ -96,7 +96,10 @@ def prepare_corpus(config: TrainingConfig, tokenizer: Tokenizer) -> Dataset:
 def held_out_evaluators(
     config: TrainingConfig, mesh: Mesh, dataset: Dataset, tokenizer: Tokenizer
 ) -> list[Evaluator]:
-    """Of the documents held out, in nats a token and bits a byte; none where nothing is held out."""
+    """Returns the evaluator of the held-out documents, in nats per token and bits per byte.
+
+    The list is empty if no documents are held out or evaluation is off.
+    """
     every, size = config.evaluation.every, config.data.batch_size
     if not dataset.held_out.num_rows or not every:
         return []

@@ -1,4 +1,4 @@
-"""What is measured of the parameters while a run trains."""
+"""Measures the parameters while a run trains."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -19,24 +19,24 @@ Numbers = dict[str, float]
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-    """Measures all parameters of the model every so many steps, and after the last one."""
+    """Measures all parameters of the model every `every` steps, and after the last step."""
 
     name: str
     every: int
     measure: Callable[[nnx.State, StopRequested], Numbers | None]
-    """Returns named numbers for the log, or None if a stop was requested before it was done."""
+    """Returns named numbers for the log, or None if a stop was requested before the measurement ended."""
 
 
 def mean_over(
     model: ModelSpec, objective: Objective, batches: Callable[[], Iterable[Any]], batch_size: int
 ) -> Callable[[nnx.State, StopRequested], Numbers | None]:
-    """Measures the mean of each of an objective's sums over some batches.
+    """Returns a function that measures the mean of each of an objective's sums over some batches.
 
     Args:
-      model: that is measured.
-      objective: what of it.
-      batches: makes an iterator over this process's rows of each batch.
-      batch_size: rows of a global batch.
+      model: The model to measure.
+      objective: The sums to measure.
+      batches: Returns a new iterator over the batches, each with this process's rows only.
+      batch_size: The number of rows in a global batch.
     """
 
     @jax.jit

@@ -1,4 +1,4 @@
-"""Ending a run well when somebody asks for it."""
+"""Ends a run cleanly when a signal asks for it."""
 
 import atexit
 import os
@@ -12,21 +12,21 @@ from typing import Self
 from gemma_jax.errors import RESTART_STATUS
 from gemma_jax.streams import write_now
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the last when a terminal is closed
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # SIGHUP is sent when a terminal is closed
 SHOW_CURSOR = "\x1b[?25h"  # a progress bar hides it
 
 
 def _heard(signals: Iterable[signal.Signals]) -> list[signal.Signals]:
-    """These, but without SIGHUP where it is ignored already, as under nohup."""
+    """Returns the signals to handle: all of these, except SIGHUP if it is already ignored, as under nohup."""
     return [n for n in signals if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
 
 
 class StopSignals:
-    """Within this context SIGNALS ask for a stop after the step; a second Ctrl-C ends at once.
+    """Context in which SIGNALS request a stop after the current step; a second Ctrl-C exits at once.
 
-    Python calls a signal's handler only when the main thread is between two calls into XLA, which can be a
-    whole step or compilation away. So a thread reads the numbers of the signals from a pipe
-    (`signal.set_wakeup_fd`), reports at once that it received one, and ends the process on the second Ctrl-C.
+    Python calls a signal handler only when the main thread is between two calls into XLA, which can be a
+    whole step or compilation away. Therefore a thread reads the signal numbers from a pipe
+    (`signal.set_wakeup_fd`), reports each signal at once, and ends the process on the second Ctrl-C.
     """
 
     told = "saving after this step; Ctrl-C again ends at once"
@@ -34,11 +34,11 @@ class StopSignals:
 
     def __init__(self) -> None:
         self._requested = False
-        # Two threads hear of a signal, and the handler of one can interrupt that of another.
+        # Both threads handle a signal, and the handler of one signal can interrupt that of another.
         self._telling = threading.RLock()
 
     def requested(self) -> bool:
-        """Whether a signal has asked for a stop."""
+        """Whether a signal has requested a stop."""
         return self._requested
 
     def __enter__(self) -> Self:
@@ -73,38 +73,40 @@ class StopSignals:
         with self._telling:
             before, self._requested = self._requested, True
             if not before:
-                # Not print: the signal may have come in the middle of one.
+                # Do not use print: the signal may have interrupted a print.
                 cursor = SHOW_CURSOR if os.isatty(2) else ""
                 write_now(f"{cursor}\n{signal.Signals(number).name}: {self.told}\n")
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        # The same signal as in `_listen`, or the only notice of it while orbax's event loop has the pipe.
+        # `_listen` has usually handled this signal already. While orbax's event loop has taken over the
+        # wakeup pipe, only this handler receives it.
         self._hear(number)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class EndSignals(StopSignals):
-    """For the time before and after training: SIGNALS end the program with RESTART_STATUS.
+    """Context for the time before and after training: SIGNALS end the program with RESTART_STATUS.
 
-    Without unwinding, for an exception from a signal can come in a callback that swallows it. Nothing is
-    lost: all that is written meanwhile is written whole or not at all, so that a run can be killed.
+    The process exits without unwinding, because an exception from a signal handler can be raised in a
+    callback that swallows it. Nothing is lost: every file is written whole or not at all.
     """
 
     told = "ending; the same command resumes from what is saved"
 
     def __init__(self) -> None:
         super().__init__()
-        # A notebook must outlive an interrupted cell, and Python's own handler sees to that.
+        # Interrupting a cell must not end the notebook, so Python's own handler of SIGINT stays.
         if hasattr(sys, "ps1") or "ipykernel" in sys.modules:
             self.signals = (signal.SIGTERM, signal.SIGHUP)
 
     def __exit__(self, *exception: object) -> None:
         super().__exit__(*exception)
-        # Python and jax take a while to end: a stopped run must not look like one that was killed meanwhile.
+        # Python and jax take a while to exit. A signal in that time must still end with RESTART_STATUS, so
+        # that the stopped run does not look like one that was killed.
         for number in (signal.SIGTERM, signal.SIGHUP):
             if self._before.get(number) == signal.SIG_DFL:
                 signal.signal(number, lambda number, frame: os._exit(RESTART_STATUS))
-                # Near its end Python restores default handlers, but not those of ignored signals.
+                # Near its exit Python restores the default handlers, but leaves ignored signals ignored.
                 atexit.register(signal.signal, number, signal.SIG_IGN)
 
     def _hear(self, number: int) -> None:
@@ -113,11 +115,11 @@ class EndSignals(StopSignals):
 
 
 class JobStopSignals:
-    """StopSignals of a job of several processes: a signal to one stops all of them after the same step.
+    """StopSignals for a job of several processes: a signal to one stops all of them after the same step.
 
-    jax's preemption service hears SIGTERM from `jax.distributed.initialize` on, tells the others, and finds
-    the step that none of them has passed. A handler of Python for SIGTERM would take its place, so there is
-    none here, and Ctrl-C and SIGHUP are handed on as SIGTERM.
+    From `jax.distributed.initialize` on, jax's preemption service handles SIGTERM: it notifies the other
+    processes and agrees with them on a step that none has passed. A Python handler for SIGTERM would replace
+    that service, so there is none here; Ctrl-C and SIGHUP are forwarded as SIGTERM.
     """
 
     def __init__(self) -> None:
@@ -125,7 +127,7 @@ class JobStopSignals:
         self._requested = False
 
     def requested(self) -> bool:
-        """Whether this is where all stop; to be asked equally often by every process of the job."""
+        """Whether all processes stop now. Every process of the job must call this equally often."""
         from jax.experimental import multihost_utils
 
         self._asked += 1

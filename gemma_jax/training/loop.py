@@ -1,4 +1,4 @@
-"""The training loop: steps, evaluations and checkpoints, in the order that makes a run resumable."""
+"""The training loop: runs steps, evaluations and checkpoints in an order that makes the run resumable."""
 
 import collections
 import dataclasses
@@ -24,59 +24,60 @@ from gemma_jax.training.stability import RollBack, Stability
 from gemma_jax.training.state import TrainState
 from gemma_jax.training.step import Metrics, TrainStep
 
-# Shows a person the batch of a step, from its first row on, with the parameters that the step began with, and
-# returns which gradients are not finite, in words. The optimizer's state was freed first, to make room.
+# Called with (step, index of its batch's first row, parameters before the step). Prints the batch and returns
+# a short text that names the gradients that are not finite. The optimizer state is freed first, to make room.
 ShowFailure = Callable[[int, int, Any], str]
 
-# Speed and time left are means over so many steps: not jumpy, and yet a slower machine shows.
+# Speed and time left are means over this many steps: enough to be steady, few enough to show a slowdown.
 _LATEST_STEPS = 50
 
-# A step whose numbers come this soon was done before they were asked for.
+# If the metrics of a step arrive within this many seconds, the step had ended before they were requested.
 _AT_ONCE = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
 class RunServices:
-    """What a training loop works with besides the step and its batches."""
+    """The services that a training loop uses besides the train step and the batches."""
 
     store: CheckpointStore
     log: RunLog
     stability: Stability
-    """What the run remembers of its losses, up to the step where the loop begins."""
+    """The loss history of the run, up to the step where the loop begins."""
     goodput: Goodput
     evaluators: Sequence[Evaluator] = ()
     evaluated: Mapping[str, Numbers] = dataclasses.field(default_factory=dict)
-    """By evaluator: what was measured at the step where the loop begins."""
+    """The numbers already measured at the step where the loop begins, by evaluator name."""
     show_failure: ShowFailure = lambda step, first_row, params: ""
-    """Called before a step that is not finite ends the run."""
+    """Called when a step that is not finite ends the run, before the error is raised."""
     stop_requested: StopRequested = lambda: False
-    """Asked after every step."""
+    """Called after every step; True stops the run."""
 
 
 @dataclasses.dataclass
 class Trainer:
-    """Takes a run from step to step. All processes of a job do the same: what they decide depends on numbers
-    that all of them have."""
+    """Runs the training loop. All processes of a job take the same decisions, because these depend only on
+    numbers that all of them have."""
 
     config: TrainingConfig
     mesh: Mesh
     train_step: TrainStep
     batches: BatchIterator
-    """This process's rows of each global batch, from the step on where the run resumes."""
+    """This process's rows of each global batch, beginning at the step where the run resumes."""
     services: RunServices
 
     def train(self, state: TrainState) -> TrainState:
         """Train to the end, or until a stop is requested; save in either case.
 
         Args:
-          state: from which the run resumes; its arrays are consumed.
+          state: The state to resume from. Its arrays are donated.
 
         Returns:
-          The state after the last step that was done.
+          The state after the last step.
 
         Raises:
-          RollBack: the loss has spiked, and an earlier checkpoint is to be taken; the state is gone.
-          UserError: too many steps in a row were not finite, or spikes too many; nothing is saved any more.
+          RollBack: The loss has spiked, the run must resume from an earlier checkpoint. The state is freed.
+          UserError: Too many steps in a row were not finite, or there were too many spikes. Nothing more is
+            saved.
         """
         self.state, self.step, self.stopped = state, int(state.step), False
         self.profiler = Profiler(self.config)
@@ -95,11 +96,11 @@ class Trainer:
         return self.state
 
     def due(self, every: int) -> bool:
-        """Whether something that is done every so many steps is done after this one."""
+        """Whether something that happens every `every` steps and after the last step is due now."""
         return every > 0 and (self.step % every == 0 or self.step == self.config.steps)
 
     def evaluate_first(self) -> None:
-        """Do the evaluations that a stop has left undone."""
+        """Run the evaluations that were due at this step but were cut off by a stop."""
         done = self.services.evaluated
         left = [e for e in self.services.evaluators if self.due(e.every) and e.name not in done]
         if self.step and left:
@@ -121,7 +122,7 @@ class Trainer:
         self.reader.started(self.step, metrics)
 
     def after_step(self) -> None:
-        """Evaluate and save, where that is due or a stop is requested."""
+        """Evaluate and save if that is due; save if a stop is requested."""
         services, last = self.services, self.step == self.config.steps
         self.stopped = services.stop_requested() and not last
         evaluators = [e for e in services.evaluators if self.due(e.every) and not self.stopped]
@@ -139,7 +140,7 @@ class Trainer:
         self.reader.clock.pause()
 
     def evaluate(self, evaluators: Sequence[Evaluator], stop_requested: StopRequested) -> dict[str, Numbers]:
-        """The numbers of each evaluator, until one was cut off by a stop."""
+        """Runs evaluators until a stop is requested; returns the numbers of those that finished."""
         evaluated: dict[str, Numbers] = {}
         for evaluator in evaluators:
             numbers = evaluator.measure(self.state.params, stop_requested)
@@ -165,7 +166,7 @@ class Trainer:
         self.services.goodput.record("saving")
 
     def end(self) -> None:
-        """Finish what runs in the background."""
+        """Wait for everything that runs in the background."""
         self.reader.read()
         self.profiler.stop()
         self.services.store.wait()
@@ -174,7 +175,7 @@ class Trainer:
             self.services.log.event({"step": self.step, **self.services.goodput.entry()})
 
     def end_not_finite(self, error: "_NotFinite") -> None:
-        """Raises UserError after the batch was shown."""
+        """Show the batch that was not finite, then raise UserError."""
         stability = self.services.stability
         self.services.store.wait()
         _free(self.state.opt_state)
@@ -188,7 +189,7 @@ class Trainer:
 
 
 class StepReader:
-    """Fetches the numbers of a step while the next one runs, logs them, and sees what they ask for."""
+    """Fetches the metrics of a step while the next one runs, logs them, and checks them for spikes."""
 
     def __init__(
         self, config: TrainingConfig, mesh: Mesh, start: int, batches: BatchIterator, services: RunServices
@@ -198,30 +199,31 @@ class StepReader:
         self._flops_a_token = training_flops_a_token(config.model, config.data.sequence_length)
         self._peak = peak_flops(mesh.devices.flat)
         self._pending: tuple[int, Metrics] | None = None
-        self._written, self._waited = start, 0.0  # what the last line of the log counted
-        # Seconds waited for the latest batch; and those in which no step ran, since a step was read.
+        self._written, self._waited = start, 0.0  # step and data-wait seconds at the last line of the log
+        # Seconds waited for the latest batch; and seconds since the last read in which no step ran.
         self._waiting = self._idle = 0.0
 
     def waited(self, seconds: float) -> None:
-        """Take note of the time that the next batch was waited for."""
+        """Record how long the loop waited for the next batch."""
         if self._pending is None:
             self._idle += seconds
         else:
             self._waiting = seconds
 
     def started(self, step: int, metrics: Metrics) -> None:
-        """Take the numbers of a step that was just started, and read those of the one before."""
+        """Keep the metrics of a step that was just started, and read those of the previous step."""
         self.read()
         self._pending = step, metrics
         if self._services.stability.next_is_last:
-            self.read()  # the next step would be wasted
+            self.read()  # if this step ends the run, starting another would be wasted
 
     def read(self) -> None:
-        """Wait for the step that was started last.
+        """Wait for the step that was started last, and log its metrics.
 
         Raises:
-          RollBack, UserError: the loss has spiked.
-          _NotFinite: the run ends.
+          RollBack: The loss has spiked.
+          UserError: The loss has spiked once more than the config allows.
+          _NotFinite: The step was not finite, once too often in a row.
         """
         if self._pending is None:
             return
@@ -286,7 +288,7 @@ class StepReader:
 
 
 class _NotFinite(Exception):
-    """A step that is not finite is one too many."""
+    """Raised when one step too many in a row is not finite."""
 
     def __init__(self, step: int, numbers: Numbers) -> None:
         super().__init__(
@@ -296,32 +298,32 @@ class _NotFinite(Exception):
 
 
 class Clock:
-    """Times of the latest steps, without the first one (which compiles), evaluations and saves."""
+    """Measures the latest steps, excluding the first one (which compiles), evaluations and saves."""
 
     def __init__(self) -> None:
         self._latest: collections.deque[tuple[float, float]] = collections.deque(maxlen=_LATEST_STEPS)
         self._since: float | None = None
 
     def step_ended(self, tokens: float) -> None:
-        """Count a step since the last end of one, if nothing else came between."""
+        """Count the time since the previous step ended as one step, unless `pause` was called in between."""
         now = time.monotonic()
         if self._since is not None:
             self._latest.append((now - self._since, tokens))
         self._since = now
 
     def pause(self) -> None:
-        """Something else begins: the time until the next step's end is not one step's."""
+        """Exclude the time until the next step ends, because something other than a step begins."""
         self._since = None
 
     @property
     def tokens_per_second(self) -> float:
-        """0 until two steps have been seen."""
+        """Tokens per second, or 0 until two steps have ended."""
         seconds, tokens = map(sum, zip(*self._latest, strict=True)) if self._latest else (0.0, 0.0)
         return tokens / seconds if seconds else 0.0
 
     @property
     def seconds_a_step(self) -> float:
-        """0 until two steps have been seen."""
+        """Seconds per step, or 0 until two steps have ended."""
         return sum(seconds for seconds, _ in self._latest) / len(self._latest) if self._latest else 0.0
 
 

@@ -1,16 +1,17 @@
 """Next-token cross entropy over a large vocabulary, in blocks.
 
-The forward pass of the loss forms its gradients too; the backward pass only scales them. There are two ways.
-A block of positions against the whole vocabulary needs each logit once, and the gradient of the whole
-embedding in one piece: for CPUs and small vocabularies. All positions against a block of the vocabulary need
-each logit twice, first for the log-partition and then for the gradients, but only a block of the embedding
-and of its gradient, whose exchange between devices runs beside the products: for TPUs.
+The forward pass also computes the gradients; the backward pass only scales them. There are two methods.
+Blocks of positions against the whole vocabulary: each logit is computed once, but the whole embedding and its
+whole gradient are in memory. This is for CPUs and small vocabularies. All positions against blocks of the
+vocabulary: each logit is computed twice, first for the log-partition and then for the gradients, but only one
+block of the embedding and of its gradient is needed at once, and their communication overlaps with the
+matmuls. This is for TPUs.
 
-Each device works on its own rows of the batch (`shard_map`), so that devices exchange exactly what is written
-here: each part of the embedding is gathered once a pass, each part of its gradient summed once.
+Each device works on its own rows of the batch (`shard_map`), so devices communicate only where this file says
+so: each part of the embedding is gathered once per pass, and each part of its gradient is summed once.
 
-Shape legend: B batch, L length, n positions of a block, D embed, V stored vocabulary rows, v rows
-of a block.
+Shape legend: B batch, L length, n positions in a block, D embed, V stored vocabulary rows, v vocabulary rows
+in a block.
 """
 
 import functools
@@ -31,16 +32,16 @@ from gemma_jax.weights.structure import Structure
 
 
 class LossSettings(NamedTuple):
-    """What the loss is computed with; static under jit."""
+    """The settings of the loss; static under jit."""
 
     vocab_size: int
-    block: int  # positions of a row whose logits exist at one time
-    vocab_block: int  # or vocabulary rows, for all positions; 0 takes blocks of positions
+    block: int  # positions per row whose logits exist at once
+    vocab_block: int  # vocabulary rows per block, for all positions; 0 selects blocks of positions
     z_loss: float
 
 
 def _blocks(x: jax.Array | np.ndarray, block: int) -> jax.Array:
-    """[B, L, ...] -> [blocks, B, b, ...], zeros filling the last block."""
+    """[B, L, ...] -> [blocks, B, block, ...], with the last block padded with zeros."""
     B, L = x.shape[:2]
     x = jnp.pad(x, [(0, 0), (0, -L % block)] + [(0, 0)] * (x.ndim - 2))
     return jnp.moveaxis(x.reshape(B, -1, block, *x.shape[2:]), 1, 0)
@@ -59,19 +60,19 @@ def next_token_loss(
     weights: jax.Array | np.ndarray,
     settings: LossSettings,
 ) -> tuple[jax.Array, jax.Array]:
-    """Weighted sum of the cross entropy of each target, in nats.
+    """Returns the weighted sum of the cross entropy of each target, in nats.
 
     Args:
-      hidden: [B, L, D] after the final norm.
-      embedding: the tied table; of a kind that is not differentiable it must be frozen.
+      hidden: [B, L, D] hidden states after the final norm.
+      embedding: The tied embedding table. It must be frozen if its kind of weight is not differentiable.
       targets: [B, L] integers below vocab_size.
-      weights: [B, L]; 0 leaves a position out.
-      settings: vocabulary size, block sizes and z-loss.
+      weights: [B, L] weights; 0 masks a position.
+      settings: The vocabulary size, block sizes and z-loss.
 
     Returns:
-      The sum to be minimised: cross entropy plus z_loss times the square of the log-partition
-      (PaLM, 2022), which keeps logits from drifting; and the cross entropy alone, for reporting,
-      through which no gradient flows.
+      Two sums. The first is minimised: cross entropy plus z_loss times the square of the log-partition
+      (PaLM, 2022), which keeps logits from drifting. The second is the cross entropy alone, for reporting; no
+      gradient flows through it.
     """
     structure, arrays = embedding.parts()
     return _loss(hidden, arrays, jnp.asarray(targets), jnp.asarray(weights), (structure, settings))
@@ -93,7 +94,7 @@ def _loss(
 def _sums(
     log_partition: jax.Array, target_logits: jax.Array, weights: jax.Array, z_loss: float
 ) -> tuple[jax.Array, jax.Array]:
-    """What `next_token_loss` returns, of some positions."""
+    """Returns the two sums of `next_token_loss` over some positions."""
     cross_entropy = jnp.sum(weights * (log_partition - target_logits))
     if not z_loss:
         return cross_entropy, cross_entropy
@@ -103,30 +104,35 @@ def _sums(
 def _d_logits(
     logits: Logits, log_partition: jax.Array, targets: jax.Array, weights: jax.Array, z_loss: float
 ) -> jax.Array:
-    """[n, v]: the gradient of the loss with respect to the logits."""
+    """Returns the gradient of the loss with respect to the logits, [n, v]."""
     probabilities = jnp.exp(logits.logits - log_partition[:, None])
     scaled = (1 + 2 * z_loss * log_partition)[:, None] * probabilities
     return weights[:, None] * (scaled - (logits.rows == targets[:, None]))
 
 
 def _log_partition(largest: jax.Array, summed: jax.Array) -> jax.Array:
-    """[n]: over all devices' rows, of the largest logit of this one's and its sum of exp(logit - largest)."""
+    """Returns the log-partition over the vocabulary rows of all devices, [n].
+
+    Args:
+      largest: [n] largest logit among this device's vocabulary rows.
+      summed: [n] sum of exp(logit - largest) over this device's vocabulary rows.
+    """
     over_all = lax.pmax(largest, "tensor")
     return over_all + jnp.log(lax.psum(summed * jnp.exp(largest - over_all), "tensor"))
 
 
 def _d_columns(d_logits: jax.Array, h: jax.Array, table: Table) -> jax.Array:
-    """[D / fsdp, v]: this device's part of the sum over devices of the gradient of rows of the embedding."""
+    """Returns this device's shard, [D / fsdp, v], of the gradient of embedding rows, summed over devices."""
     return table.scattered(_d_table(d_logits, h).T.astype(h.dtype), 0)
 
 
 def _d_table(d_logits: jax.Array, h: jax.Array) -> jax.Array:
-    """[v, D], as one product of two matrices, for the reason that `weights.matmul` has."""
+    """Returns the gradient of embedding rows, [v, D], as one 2D matmul (`weights.matmul` explains why)."""
     wide_dtype = jnp.promote_types(h.dtype, jnp.float32)
     return lax.dot(d_logits.T, h, precision=precision(h.dtype), preferred_element_type=wide_dtype)
 
 
-# Of the hidden states [n, D], and of this device's part of the embedding; None where that is frozen.
+# Gradients of the hidden states, [n, D], and of this device's part of the embedding (None if it is frozen).
 Gradients = tuple[jax.Array, jax.Array | None]
 
 
@@ -141,7 +147,7 @@ class _Positions(NamedTuple):
 def _by_positions(
     positions: _Positions, table: Table, block: int, z_loss: float, trained: bool
 ) -> tuple[Sums, Gradients]:
-    """Loss and gradients of this device's positions, `block` of them at a time."""
+    """Computes the loss and gradients of this device's positions, `block` positions at a time."""
     dtype = positions.h.dtype
     whole, first = table.rows(table.parts, dtype), table.first
     wide_dtype = jnp.promote_types(dtype, jnp.float32)
@@ -173,7 +179,7 @@ def _by_positions(
 def _by_vocabulary(
     positions: _Positions, table: Table, block: int, z_loss: float, trained: bool
 ) -> tuple[Sums, Gradients]:
-    """The same, all positions against at most `block` rows of the vocabulary at a time."""
+    """Computes the same as `_by_positions`: all positions, at most `block` vocabulary rows at a time."""
     h, targets, weights = positions
     wide_dtype = jnp.promote_types(h.dtype, jnp.float32)
     blocks = table.blocks(block)
@@ -198,7 +204,7 @@ def _forward(
     hidden: Any, arrays: list[Any], targets: Any, weights: Any, static: Static
 ) -> tuple[Sums, tuple[jax.Array, list[jax.Array] | None]]:
     structure, settings = static
-    # Each argument says whether anything is differentiated with respect to it (jax.custom_vjp.defvjp).
+    # `perturbed` says whether the loss is differentiated with respect to an argument (jax.custom_vjp.defvjp).
     trained = any(array.perturbed for array in arrays)
     if trained and not structure.differentiable:
         raise ValueError(f"{structure.parameter.name} is of a kind without a gradient; it must be frozen")
@@ -232,7 +238,7 @@ def _forward(
         mesh=mesh,
         in_specs=(spec, specs, spec_rows, spec_rows),
         out_specs=((P(), P()), (spec, specs if trained else None)),
-        check_vma=False,  # else sums over mesh axes of size 1 need annotations
+        check_vma=False,  # otherwise sums over mesh axes of size 1 would need annotations
     )(hidden, values, targets, weights)
 
 

@@ -1,5 +1,6 @@
-"""What a run reports while it trains: JSON lines always, a progress bar in a terminal, plain lines elsewhere.
+"""Reports the metrics of a run while it trains, and draws loss curves.
 
+A run always writes JSON lines; it also shows a progress bar in a terminal, or prints plain lines elsewhere.
 Only the first process of a job writes.
 """
 
@@ -26,32 +27,32 @@ from gemma_jax.training.sinks import Entry, Sink
 
 METRICS_FILE = "metrics.jsonl"
 
-# An object in a bucket cannot be added to: all of it is written again, so not for every line.
+# An object in a bucket cannot be appended to. The whole file is rewritten, so at most once in this time.
 _BUCKET_SECONDS = 60
 
-# A terminal narrower than this shows no more than a person must know.
+# In a terminal with fewer columns than this, the progress bar leaves out FLOP/s or MFU.
 _WIDE = 100
 
 
 def read_metrics(run_dir: epath.PathLike) -> list[Entry]:
-    """The lines of a run's metrics file, oldest first; what is no line of one is left out.
+    """Returns the entries of a run's metrics file, oldest first; damaged lines are left out.
 
     Raises:
-      UserError: the file cannot be read.
+      UserError: The file cannot be read.
     """
     path = epath.Path(run_dir) / METRICS_FILE
     if not path.exists():
         return []
     lines = read_text(path, LARGE_FILE, errors="replace").splitlines()
     entries = [entry for line in lines if (entry := _entry(line)) is not None]
-    # A kill may cut off the last line; any other was damaged later.
+    # A killed process may leave an incomplete last line, which is not reported. Any other damage is.
     if len(entries) < len(lines) - (not lines or _entry(lines[-1]) is None):
         say(f"{path}: {len(lines) - len(entries)} damaged lines are left out")
     return entries
 
 
 def _entry(line: str) -> Entry | None:
-    """The numbers in a line of the log; None if it holds anything else."""
+    """Returns the numbers in a line of the log, or None if the line is not a valid entry."""
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError):
@@ -64,7 +65,7 @@ def _entry(line: str) -> Entry | None:
 
 
 def duration(seconds: float) -> str:
-    """`42s`, `3m05s` or `2h07m`; of a number that is not finite `-`."""
+    """Formats seconds as `42s`, `3m05s` or `2h07m`, or as `-` if the number is not finite."""
     if not math.isfinite(seconds):
         return "-"
     minutes, rest = divmod(int(seconds), 60)
@@ -73,7 +74,7 @@ def duration(seconds: float) -> str:
 
 
 def say(text: str) -> None:
-    """Print a line for the person who watches, in the first process of a job."""
+    """Print a line to standard error, in the first process of a job only."""
     if jax.process_index() == 0:
         print(text, file=sys.stderr, flush=True)
 
@@ -83,19 +84,19 @@ class RunLog:
 
     def __init__(self, run_dir: epath.PathLike, steps: int, start: int, sinks: Iterable[Sink] = ()) -> None:
         """Args:
-        run_dir: of the run; its metrics file is continued from step `start`.
-        steps: of the whole run.
-        start: steps done before; what the file says of later ones is dropped, for they will be done again.
-        sinks: further places for the numbers.
+        run_dir: The directory of the run. Its metrics file is continued from step `start`.
+        steps: The number of steps of the whole run.
+        start: The step to resume from. Entries of later steps are dropped, because these steps are repeated.
+        sinks: Further destinations for the numbers.
         """
         self._first = jax.process_index() == 0
         self._path = epath.Path(run_dir) / METRICS_FILE
         self._steps, self._sinks = steps, list(sinks)
         self.console = Console(file=sys.stderr, quiet=not self._first, highlight=False)
-        """Where a person reads; quiet in all processes but the first."""
+        """The console on standard error; quiet in all processes but the first."""
         self._progress: Progress | None = None
         self.spent_before: dict[str, float] = {}
-        """Seconds by kind of the run's earlier processes, for `Goodput`; known to the first process."""
+        """Seconds by kind of earlier processes of the run, for `Goodput`; only in the job's first process."""
         self._seconds_before = 0.0
         self._started = time.monotonic()
         if not self._first:
@@ -106,7 +107,7 @@ class RunLog:
         if kept:
             self._seconds_before = kept[-1].get("seconds", 0.0)
         self._lines = [json.dumps(entry) + "\n" for entry in kept]
-        # A kill must not take the log of what is kept.
+        # Write a new file and rename it, so that a kill cannot lose the entries that are kept.
         unfinished = epath.Path(run_dir) / f"{METRICS_FILE}.tmp"
         unfinished.write_text("".join(self._lines))
         unfinished.replace(self._path)
@@ -123,13 +124,18 @@ class RunLog:
             self._progress.start()
 
     def message(self, text: str) -> None:
-        """One line for the person who watches."""
+        """Print one line to the console."""
         self.console.print(text, markup=False, soft_wrap=not self.console.is_terminal)
 
     def training(self, entry: Entry, seconds_left: float) -> None:
-        """The numbers of a step: `loss`, `learning_rate`, `tokens_per_second`, `flops_per_second` or also
-        `flops_utilisation`, and `input_wait_share`. An entry with `peak_memory_bytes` and `goodput` is
-        written, and makes a plain line where there is no terminal.
+        """Report the numbers of a training step.
+
+        An entry with `peak_memory_bytes` is also written to the log, and printed where there is no terminal.
+
+        Args:
+          entry: `step`, `loss`, `learning_rate`, `tokens_per_second`, `flops_per_second`, `input_wait_share`;
+            optionally `flops_utilisation`; and optionally `peak_memory_bytes` and `goodput` together.
+          seconds_left: The estimated time to the end of the run.
         """
         announce = "peak_memory_bytes" in entry
         shown = [f"loss {entry['loss']:.3f}", f"lr {entry['learning_rate']:.2e}"]
@@ -151,17 +157,17 @@ class RunLog:
             self.event(entry)
 
     def evaluation(self, entry: Entry) -> None:
-        """The numbers of an evaluation: `step`, and any others by name."""
+        """Report the numbers of an evaluation: `step`, and any others by name."""
         numbers = {name: value for name, value in entry.items() if name != "step"}
         shown = ", ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in numbers.items())
         self.message(f"step {entry['step']}/{self._steps}  {shown}")
         self.event(entry)
 
     def event(self, entry: Entry) -> None:
-        """Write the numbers of a step, or what happened there: a step skipped, a start."""
+        """Write an entry to the log: the numbers of a step, or an event such as a start or a skipped step."""
         if not self._first:
             return
-        # Of all parts of the run that were kept, so that a run that was stopped does not count its rest.
+        # The time of all processes whose steps were kept, without the pauses between the processes.
         seconds = self._seconds_before + time.monotonic() - self._started
         entry = {**entry, "seconds": round(seconds, 3), "time": time.time()}
         line = json.dumps(entry) + "\n"
@@ -185,7 +191,7 @@ class RunLog:
         self._written = time.monotonic()
 
     def close(self) -> None:
-        """End the progress bar and the sinks."""
+        """Close the progress bar and the sinks, and write what a bucket still lacks."""
         if self._first and in_bucket(self._path):
             self._write_bucket()
         if self._progress:
@@ -196,7 +202,7 @@ class RunLog:
 
 def plot_losses(runs: Mapping[str, Sequence[Entry]], path: epath.PathLike) -> None:
     """Draw the loss curves of runs, by name, into one PNG: training as lines, held-out as points."""
-    # Late: matplotlib costs a second, and the figure needs no display.
+    # Imported here because importing matplotlib takes a second. A bare Figure needs no display.
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -223,26 +229,26 @@ def plot_losses(runs: Mapping[str, Sequence[Entry]], path: epath.PathLike) -> No
     axes.grid(alpha=0.3)
     legend = figure.legend(loc="outside right upper", fontsize="small", frameon=False)
     for text in legend.get_texts():
-        text.set_parse_math(False)  # a $ in a name is none of TeX's
+        text.set_parse_math(False)  # a $ in a name does not begin TeX math
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)
     epath.Path(path).write_bytes(picture.getvalue())
 
 
 def _label(name: str) -> str:
-    """A name that matplotlib shows: UTF-8, and not hidden for its underscore in front."""
+    """Returns a name that matplotlib can show: valid UTF-8, and no leading underscore, which hides it."""
     shown = name.encode(errors="replace").decode()
     return f" {shown}" if shown.startswith("_") else shown
 
 
 def _curve(entries: Sequence[Entry], name: str) -> NDArray[np.float64]:
-    """[points, 2]: step and value."""
+    """Returns the step and value of each entry that has the name, [points, 2]."""
     points = [(entry["step"], entry[name]) for entry in entries if name in entry]
     return np.array(points, np.float64).reshape(-1, 2)
 
 
 def _smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Each value's mean with its neighbours, a fiftieth of the curve in all: single batches are noisy."""
+    """Returns a moving average over a fiftieth of the curve, because the loss of a batch is noisy."""
     half = len(values) // 100
     sums = np.cumsum([0.0, *values])
     stops = np.minimum(np.arange(len(values)) + half + 1, len(values))
@@ -251,7 +257,10 @@ def _smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _after_the_drop(curve: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Values that a picture must show: not the fall of the first twentieth, nor the highest in a hundred."""
+    """Returns the values that set the range of the y-axis.
+
+    The first twentieth of the steps (the initial drop) and the highest 1% of the values are left out.
+    """
     if not len(curve):
         return curve[:, 1]
     late = curve[curve[:, 0] >= 0.05 * curve[-1, 0], 1]

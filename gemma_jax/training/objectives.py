@@ -1,4 +1,4 @@
-"""What a step minimises and an evaluation measures: named weighted sums of a model and a batch."""
+"""Objectives that a step minimises or an evaluation measures: named weighted sums over a batch."""
 
 import dataclasses
 import math
@@ -22,52 +22,52 @@ from gemma_jax.weights import Context
 
 
 class WeightedSum(NamedTuple):
-    """A sum over tokens or examples, and the sum of their weights. The quotient of both over the global
-    batch is the mean, which is the same on any mesh and in any number of accumulation parts."""
+    """A weighted sum over tokens or examples, and the sum of their weights. Over the global batch,
+    total / weight is the mean, which is the same on any mesh and for any number of accumulation steps."""
 
     total: jax.Array
     weight: jax.Array
 
     @property
     def divisor(self) -> jax.Array:
-        """The weight, or 1 where nothing has weight."""
+        """The weight, or 1 if the weight is 0."""
         return jnp.where(self.weight == 0, 1, self.weight)
 
     @property
     def mean(self) -> jax.Array:
-        """0 where nothing has weight."""
+        """The weighted mean, or 0 if the weight is 0."""
         return self.total / self.divisor
 
 
 Sums = dict[str, WeightedSum]
 
-# The model, a batch (a tree of arrays whose first axis is rows) and a Context. The mean of the first sum is
-# minimised; that of `loss` is what a run shows and watches for spikes.
+# Takes the model, a batch (a tree of arrays whose first axis is the batch axis) and a Context. Training
+# minimises the mean of the first sum; a run reports the mean of `loss` and checks it for spikes.
 Objective = Callable[[Transformer, Any, Context], Sums]
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What is trained and how: a step, its state and a plan are made from this."""
+    """What is trained and how. The train step, the train state and a plan are made from this."""
 
     config: TrainingConfig
     model: ModelSpec
     objective: Objective
     optimizer: optax.GradientTransformation
     trainable: Callable[[str], bool] = lambda name: True
-    """By dotted name. All other parameters are frozen: they have no gradient, no state of the optimizer, and
-    no copy in a checkpoint."""
+    """Whether the parameter of a dotted name is trained. All others are frozen: they have no gradient and no
+    optimizer state, and checkpoints do not contain them."""
     random: bool = False
-    """Whether the objective's Context has a random key, which the seed and the step decide."""
+    """Whether the objective's Context has a random key, which is derived from the seed and the step."""
 
     def split(self, params: nnx.State) -> tuple[nnx.State, nnx.State]:
-        """The frozen and the trainable part of the parameters."""
+        """Splits the parameters into the frozen and the trainable part, in this order."""
         trainable, frozen = nnx.split_state(params, lambda path, _: self.trainable(parameter_name(path)), ...)
         return frozen, trainable
 
 
 def pretraining(config: TrainingConfig, mesh: Mesh) -> Recipe:
-    """All parameters, towards the next token of documents."""
+    """Returns the recipe that trains all parameters to predict the next token of documents."""
     return Recipe(
         config,
         ModelSpec(config.model, config.compute, mesh),
@@ -77,9 +77,9 @@ def pretraining(config: TrainingConfig, mesh: Mesh) -> Recipe:
 
 
 def next_token(config: TrainingConfig) -> Objective:
-    """Cross entropy of the targets of a `Batch`, in nats a token, with the z-loss of the config.
+    """Returns the objective of pretraining: cross entropy of a `Batch`, in nats per token, with z-loss.
 
-    Where there is a z-loss, it is part of `minimised`, and `loss` is the cross entropy alone.
+    If the config has a z-loss, `minimised` includes it and `loss` is the cross entropy alone.
     """
     compute, z_loss = config.compute, config.optimizer.z_loss
     settings = LossSettings(config.model.vocab_size, compute.loss_block, compute.loss_vocab_block, z_loss)
@@ -97,10 +97,10 @@ def next_token(config: TrainingConfig) -> Objective:
 
 
 def held_out_loss(token_bytes: jax.typing.ArrayLike) -> Objective:
-    """What documents held out are measured by: nats a token, and bits a byte of their text.
+    """Returns the objective for held-out documents: nats per token, and bits per byte of their text.
 
     Args:
-      token_bytes: [vocab_size]: UTF-8 bytes of each token's text.
+      token_bytes: [vocab_size] number of UTF-8 bytes in each token's text.
     """
 
     def objective(model: Transformer, batch: Batch, context: Context) -> Sums:

@@ -1,4 +1,4 @@
-"""Update rules and learning-rate schedules, from optax, as the config names them."""
+"""Update rules and learning-rate schedules from optax, as selected by the config."""
 
 import fnmatch
 from collections.abc import Callable
@@ -14,14 +14,14 @@ from gemma_jax.sharding import logical_axes, named_arrays, with_arrays
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate of each step of a run, from 0: linear warm-up, then the named shape.
+    """Returns the learning rate of each step, from step 0 on: linear warm-up, then the shape in the config.
 
-    Step i of the warm-up has the share (i + 1) / warmup_steps of the peak, so that step 0 moves; the last
-    step has the final rate.
+    Step i of the warm-up has (i + 1) / warmup_steps of the peak rate, so that step 0 already changes the
+    parameters. The last step has the final rate.
     """
     peak, warmup = config.learning_rate, config.warmup_steps
     final = peak * config.final_fraction
-    # Intervals between the last step of the peak's rate and the last step of all.
+    # Intervals between the last warm-up step, which has the peak rate, and the last step of the run.
     fall = max(steps - max(warmup, 1), 1)
     if config.schedule == "cosine":
         shape = optax.cosine_decay_schedule(peak, fall, alpha=config.final_fraction)
@@ -34,14 +34,15 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
         shape = optax.linear_schedule(peak, final, decay, transition_begin=fall - decay)
     if warmup <= 1:
         return shape
-    # The shape begins with the last step of the warm-up, which has the peak's rate in both.
+    # The shape begins at the last step of the warm-up; both have the peak rate there.
     return optax.join_schedules([optax.linear_schedule(peak / warmup, peak, warmup - 1), shape], [warmup - 1])
 
 
 def decays(params: nnx.State) -> Any:
-    """True for weight matrices and the embedding, False for norm scales: decay would pull the norm to 1.
+    """Returns True for weight matrices and the embedding, and False for norm scales.
 
-    A stacked norm scale has two dimensions like a matrix, so this decides by logical axes, not by rank.
+    Weight decay would pull the factor of a norm to 1. A stacked norm scale has two dimensions like a matrix,
+    so this decides by logical axes, not by rank.
     """
 
     def of_variable(variable: nnx.Variable[Any]) -> Any:
@@ -52,10 +53,10 @@ def decays(params: nnx.State) -> Any:
 
 
 def settings_of(params: nnx.State, config: OptimizerConfig) -> dict[str, dict[str, float]]:
-    """Learning-rate factor and weight decay of each parameter by name, with what `config.groups` changes.
+    """Returns each parameter's learning-rate factor and weight decay by name, as changed by `config.groups`.
 
     Raises:
-      UserError: a group that no parameter belongs to.
+      UserError: A group matches no parameter.
     """
     settings: dict[str, dict[str, float]] = {
         name: {"learning_rate_factor": 1.0, "weight_decay": config.weight_decay * decay}
@@ -77,10 +78,10 @@ def settings_of(params: nnx.State, config: OptimizerConfig) -> dict[str, dict[st
 def _by_parameter(
     config: OptimizerConfig, change: Callable[[dict[str, float], jax.Array, jax.Array], jax.Array]
 ) -> optax.GradientTransformation:
-    """The part of an update rule that makes (settings, update, parameter) another update."""
+    """Returns a transformation that replaces each update by `change(settings, update, parameter)`."""
 
     def init(params: nnx.State) -> optax.EmptyState:
-        settings_of(params, config)  # a mistake is reported before anything is made
+        settings_of(params, config)  # report a mistake before any array is created
         return optax.EmptyState()
 
     def update(
@@ -103,10 +104,11 @@ def _scaled(settings: dict[str, float], update: jax.Array, parameter: jax.Array)
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The update rule that a config names, with clipping in front of it.
+    """Returns the update rule that a config names, preceded by gradient clipping.
 
-    Decay is decoupled as in AdamW whatever the rule, so that one setting means one thing. (optax.adafactor
-    has a decay that ignores the learning rate; the rest of it is as Shazeer and Stern, 2018, have it.)
+    Weight decay is decoupled as in AdamW for every rule, so that the setting always means the same. The decay
+    of optax.adafactor ignores the learning rate and is not used; the rest of its rule is as in Shazeer and
+    Stern, 2018.
     """
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     moment = None if config.first_moment_dtype == "param" else config.first_moment_dtype

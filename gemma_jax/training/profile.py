@@ -1,4 +1,4 @@
-"""Traces of chosen steps, for xprof."""
+"""Records traces of chosen steps for xprof."""
 
 import jax
 
@@ -11,14 +11,14 @@ class Profiler:
 
     def __init__(self, config: TrainingConfig) -> None:
         """Args:
-        config: its `profile` names the steps, if any. `xprof --logdir RUN/profile` and TensorBoard's profile
-          plugin read the traces.
+        config: The config of the run. Its `profile` selects the steps, if any. Both
+          `xprof --logdir RUN/profile` and TensorBoard's profile plugin read the traces.
         """
         self._steps, self._tracing = profiled_steps(config.profile), False
         self._folder = user_path(config.run_dir) / "profile"
 
     def begins(self, step: int) -> bool:
-        """Whether the trace begins with this step, also in the middle of the range after a restart."""
+        """Whether the trace begins with this step: the first of the range, or a later one after a restart."""
         return step in self._steps and not self._tracing
 
     def ends(self, step: int) -> bool:
@@ -26,13 +26,13 @@ class Profiler:
         return self._tracing and step + 1 not in self._steps
 
     def start(self) -> None:
-        """Begin; nothing may be running on the devices."""
+        """Start the trace. No step may be running on the devices."""
         self._tracing = True
         if jax.process_index() == 0:
             jax.profiler.start_trace(str(self._folder))
 
     def stop(self) -> None:
-        """Write the trace, if one was begun."""
+        """Stop the trace and write it, if one was started."""
         if self._tracing and jax.process_index() == 0:
             jax.profiler.stop_trace()
         self._tracing = False

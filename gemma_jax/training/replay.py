@@ -1,4 +1,4 @@
-"""A batch looked at closely: the loss of every token, and the gradient norm of every layer."""
+"""Recomputes the batch of a step: the loss of every token and the gradient norm of every layer."""
 
 import sys
 from collections.abc import Iterator
@@ -31,45 +31,45 @@ from gemma_jax.training.step import sums_and_gradients
 
 
 class Replay(NamedTuple):
-    """A step that was looked at again."""
+    """The result of recomputing a step."""
 
     step: int
-    params_step: int  # steps that the parameters had been trained for
-    first_row: int  # number of the batch's first row in the stream of training rows
-    batch: Batch  # all its rows
-    token_losses: NDArray[np.float32]  # [B, L] nats, of weighted and other targets alike
-    loss: float  # nats a token, as the step computes it
-    gradient_norms: dict[str, NDArray[np.float32]]  # by parameter: [layers] where it is stacked, else []
-    logged: Entry | None  # what the run itself wrote of this step
+    params_step: int  # number of steps that the parameters were trained for
+    first_row: int  # index of the batch's first row in the stream of training rows
+    batch: Batch  # the whole global batch
+    token_losses: NDArray[np.float32]  # [B, L] in nats, also for targets whose weight is 0
+    loss: float  # in nats per token, as the step computes it
+    gradient_norms: dict[str, NDArray[np.float32]]  # by parameter: [layers] if it is stacked, otherwise []
+    logged: Entry | None  # what the run logged at this step
 
     def row_loss(self, row: int) -> float:
-        """Mean loss of a row's weighted targets, nats; 0 where there are none."""
+        """Returns the weighted mean loss of a row in nats, or 0 if no target has weight."""
         return mean_loss(self.token_losses[row], self.batch.loss_weights[row])
 
     def rows_by_loss(self, limit: int) -> list[int]:
-        """Numbers within the batch: losses that are not finite, then the highest ones; limit 0: all."""
+        """Returns the indices of `limit` rows (0: all): losses that are not finite, then the highest."""
         losses = np.array([self.row_loss(row) for row in range(len(self.batch.tokens))])
         order = np.argsort(np.where(np.isfinite(losses), -losses, -np.inf), kind="stable").tolist()
         return order[: limit or None]
 
     @property
     def gradient_norm(self) -> float:
-        """Of all parameters together."""
+        """The gradient norm over all parameters together."""
         squares = [np.sum(np.square(x, dtype=np.float64)) for x in self.gradient_norms.values()]
         return float(np.sqrt(sum(squares)))
 
 
 def mean_loss(losses: NDArray[np.float32], weights: NDArray[np.float32]) -> float:
-    """The weighted mean, 0 where no weight is; a loss without weight may be anything."""
+    """Returns the weighted mean, or 0 if no loss has weight. A loss without weight may even be NaN."""
     counted = weights > 0
     return float(np.average(losses[counted], weights=weights[counted])) if np.any(counted) else 0.0
 
 
 def replay_step(recipe: Recipe, dataset: Dataset, step: int) -> Replay:
-    """The batch of a step made again, and what the newest parameters from before it make of it.
+    """Recreates the batch of a step and computes it with the newest saved parameters from before that step.
 
     Raises:
-      UserError: no parameters are left, or the checkpoint belongs to another model.
+      UserError: No such parameters are left, or the checkpoint belongs to another model.
     """
     config = recipe.config
     checkpoints = list(_checkpoints(config))
@@ -91,7 +91,7 @@ def replay_step(recipe: Recipe, dataset: Dataset, step: int) -> Replay:
 
 
 def _checkpoints(config: TrainingConfig) -> Iterator[tuple[epath.Path, RunRecord]]:
-    """What a run still has, the newest first, and what it was forked from."""
+    """Yields the checkpoints that a run still has, newest first, then the one that it was forked from."""
     steps_folder = user_path(config.run_dir) / STEPS_FOLDER
     folders = [steps_folder / str(step) for step in reversed(saved_steps(steps_folder.parent))]
     for folder in [*folders, *([epath.Path(config.fork_from)] if config.fork_from else [])]:
@@ -104,14 +104,14 @@ def _checkpoints(config: TrainingConfig) -> Iterator[tuple[epath.Path, RunRecord
 def replay_batch(
     recipe: Recipe, dataset: Dataset, params: nnx.State, step: int, first_row: int, params_step: int
 ) -> Replay:
-    """Compute the loss and gradient of a batch of documents as a step does, and keep their parts.
+    """Compute the loss and gradient of a batch as a step does, and keep its losses and norms in detail.
 
     Args:
-      recipe, dataset: of the run.
-      params: of the model, on the recipe's mesh.
-      step: whose batch it is.
-      first_row: of the batch.
-      params_step: steps that `params` were trained for.
+      recipe, dataset: The recipe and the dataset of the run.
+      params: The parameters of the model, on the recipe's mesh.
+      step: The step that uses the batch.
+      first_row: The index of the batch's first row in the data.
+      params_step: The number of steps that `params` were trained for.
     """
     config, model_spec, mesh = recipe.config, recipe.model, recipe.model.mesh
     differentiate = sums_and_gradients(recipe)
@@ -127,7 +127,7 @@ def replay_batch(
 
     size = config.data.batch_size
     fed = put_batch(dataset.train.batch(first_row, size, local_rows(size, mesh)), size, mesh)
-    # A copy on every device, so that every process of a job can read all of it.
+    # Replicated on every device, so that every process of a job can read the whole result.
     losses, loss, norms = jax.device_get(
         jax.jit(measure, out_shardings=NamedSharding(mesh, P()))(params, fed)
     )

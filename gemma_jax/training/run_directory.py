@@ -1,6 +1,6 @@
-"""What a run directory holds besides checkpoints and numbers: its config, and how much data it has.
+"""Reads and writes what a run directory holds besides checkpoints and metrics: its config and a data record.
 
-And what a config has to do with a run that is there already: going on with it, or forking another.
+Also checks a config against an existing run, which it may resume, overwrite or fork.
 """
 
 import dataclasses
@@ -24,31 +24,31 @@ CONFIG_FILE = "config.json"
 DATA_FILE = "data.json"
 TOKENIZER_FILE = "tokenizer.model"
 
-# Of the files and folders below a run directory, what a run writes. The config goes last where a run is
-# deleted: it is what makes a directory a run.
+# The files and folders that a run writes into its directory. When a run is deleted, the config is deleted
+# last, because a directory with a config counts as a run.
 OF_A_RUN = (
     *("checkpoints", "metrics.jsonl", "metrics.jsonl.tmp", "loss.png", "profile", "tensorboard"),
     *("wandb-id.txt", DATA_FILE, TOKENIZER_FILE, f"{CONFIG_FILE}.tmp", CONFIG_FILE, "lock"),
 )
 
-# What may differ when a run is resumed: where and how fast it runs, not what it computes.
+# Settings that may differ when a run is resumed: where and how fast it runs, not what it computes.
 MAY_CHANGE = (
     *("run_dir", "steps", "existing_run", "profile", "compute", "mesh", "hosts", "stability", "checkpoint"),
     *("evaluation", "logging", "data.cache_dir"),
 )
 
-# What a fork keeps: the names and shapes of its arrays, what their numbers mean, and how many rows a step
-# takes, because the position in the data continues.
+# Settings that a fork must keep: they decide the names, shapes and meaning of the arrays, and how many rows a
+# step uses (the fork continues at the same position in the data).
 KEPT = ("model", "tokenizer", "optimizer.name", "data.batch_size")
-# Of these, what changes no array: the way to a longer context.
+# Exceptions among these: settings that change no array, so that a fork can have a longer context.
 FREE = ("model.context_length", "model.rope_base")
 
 
 def load_config(name: str, kind: type[Config]) -> tuple[Config, str]:
-    """What `gemma_jax.config.load` returns, also for a run in a bucket.
+    """Returns the same as `gemma_jax.config.load`, but also reads the config of a run in a bucket.
 
     Raises:
-      UserError: as `load` does.
+      UserError: For the same reasons as in `load` and `open_run`.
     """
     if "://" not in name:
         return load(name, kind)
@@ -57,14 +57,14 @@ def load_config(name: str, kind: type[Config]) -> tuple[Config, str]:
 
 
 def open_run(name: str, kind: type[Config]) -> "tuple[epath.Path, Config]":
-    """The directory and the config of a run.
+    """Returns the directory and the config of a run.
 
     Args:
-      name: its directory, local or in a bucket.
-      kind: of config.
+      name: The directory of the run, local or in a bucket.
+      kind: The class that the config must have.
 
     Raises:
-      UserError: there is no run of that kind.
+      UserError: There is no run with such a config.
     """
     run_dir = user_path(name)
     path = run_dir / CONFIG_FILE
@@ -79,17 +79,17 @@ def open_run(name: str, kind: type[Config]) -> "tuple[epath.Path, Config]":
 
 
 def record_config(run_dir: "epath.Path", config: TrainingConfig) -> None:
-    """Write the config of a run, whole or not at all."""
+    """Write the config of a run, atomically."""
     unfinished = run_dir / f"{CONFIG_FILE}.tmp"
     unfinished.write_text(to_json(replace(config, {"existing_run": "resume"})))
     unfinished.replace(run_dir / CONFIG_FILE)
 
 
 def check_overwritable(run_dir: "epath.Path") -> None:
-    """Make sure that what `--existing_run overwrite` would delete is a run.
+    """Check that what `--existing_run overwrite` would delete is a run.
 
     Raises:
-      UserError: the directory holds something, but no run.
+      UserError: The directory holds other files, but no run.
     """
     foreign = sorted(child.name for child in children(run_dir) if child.name not in OF_A_RUN)
     try:
@@ -102,7 +102,7 @@ def check_overwritable(run_dir: "epath.Path") -> None:
 
 
 def delete_run(run_dir: "epath.Path") -> None:
-    """Delete what a run has written into its directory, except the lock."""
+    """Delete everything that a run has written into its directory, except the lock."""
     for name in OF_A_RUN[:-1]:
         path = run_dir / name
         if path.is_dir():
@@ -112,17 +112,17 @@ def delete_run(run_dir: "epath.Path") -> None:
 
 
 def record_data(run_dir: "epath.Path", dataset: "Dataset", tokenizer: "Tokenizer") -> None:
-    """Write down what each corpus holds and which tokenizer it was read with, for the two checks below."""
+    """Record the contents of each corpus and the tokenizer, for `check_tokenizer` and `check_data`."""
     corpora = [dataclasses.asdict(source) for source in dataset.statistics]
     record = {"tokenizer": tokenizer.fingerprint, "corpora": corpora}
     (run_dir / DATA_FILE).write_text(json.dumps(record, indent=2) + "\n")
 
 
 def check_tokenizer(run_dir: "epath.Path", tokenizer: "Tokenizer") -> None:
-    """Make sure that a tokenizer is the one of a run: with other ids its parameters mean nothing.
+    """Check that a tokenizer is the one that a run uses: its parameters are useless with other token ids.
 
     Raises:
-      UserError: it is another.
+      UserError: It is a different tokenizer.
     """
     if _recorded(run_dir, "tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
         raise UserError(
@@ -132,7 +132,7 @@ def check_tokenizer(run_dir: "epath.Path", tokenizer: "Tokenizer") -> None:
 
 
 def _recorded(run_dir: "epath.Path", name: str, otherwise: Any) -> Any:
-    """What a run has written down of its data; `otherwise` where nothing was trained yet."""
+    """Returns an entry of a run's data record, or `otherwise` if the run has no record yet."""
     path = run_dir / DATA_FILE
     if not path.exists():
         return otherwise
@@ -143,12 +143,13 @@ def _recorded(run_dir: "epath.Path", name: str, otherwise: Any) -> Any:
 
 
 def check_data(run_dir: "epath.Path", dataset: "Dataset") -> None:
-    """Make sure that row i of the data is still the row that the run has seen.
+    """Check that each row of the data is still the one that the run has trained on.
 
-    By the contents and names of its files in their order, not by parent folders and times: a copy will do.
+    This compares the contents, names and order of the files, not parent folders and times, so a copy of the
+    corpus is accepted.
 
     Raises:
-      UserError: a corpus has changed since the run began.
+      UserError: A corpus has changed since the run began.
     """
     before = _recorded(run_dir, "corpora", None)
     if before is None:
@@ -166,11 +167,11 @@ def check_data(run_dir: "epath.Path", dataset: "Dataset") -> None:
 
 
 def as_existing(config: Config) -> Config:
-    """`config` for resuming the run that is there, if there is one, and with its fork resolved.
+    """Returns `config` adapted to the run that is in its directory, if any, and with its fork resolved.
 
     Raises:
-      UserError: the run that is there computes something else, what is to be overwritten is no run, or what
-        is to be forked does not fit.
+      UserError: The existing run computes something else, the directory to overwrite holds no run, or the
+        run to fork does not fit the config.
     """
     from gemma_jax.checkpoint.folders import saved_steps
 
@@ -179,7 +180,7 @@ def as_existing(config: Config) -> Config:
     resuming = config.existing_run == "resume" and (run_dir / CONFIG_FILE).exists()
     if resuming:
         before = open_run(os.fspath(run_dir), type(config))[1]
-        # What is recorded is one step; the command may name the whole run, or nothing any more.
+        # The record names the folder of one step; the command may name the whole run, or not set fork_from.
         named = os.path.expanduser(config.fork_from).rstrip("/")
         if not named or before.fork_from.startswith(f"{named}/"):
             config = replace(config, {"fork_from": before.fork_from})
@@ -192,15 +193,15 @@ def as_existing(config: Config) -> Config:
 
 
 def check_same(before: TrainingConfig, config: TrainingConfig, run: str) -> None:
-    """Make sure that a config computes what a run has computed so far.
+    """Check that a config computes the same as the run that it resumes.
 
     Args:
-      before: of the run.
-      config: with which it is to go on.
-      run: what it is called in messages.
+      before: The config of the run so far.
+      config: The config to resume with.
+      run: The name of the run in messages.
 
     Raises:
-      UserError: a setting that may not change differs; it is named.
+      UserError: A setting that must not change differs; the message names it.
     """
     for name, then, now in differences(before, config):
         if not within(name, MAY_CHANGE):
@@ -211,17 +212,17 @@ def check_same(before: TrainingConfig, config: TrainingConfig, run: str) -> None
 
 
 def resolve_fork(config: Config, run_dir: "epath.Path") -> Config:
-    """`config` with `fork_from` as the folder of one step, when all was checked that needs no arrays.
+    """Returns `config` with `fork_from` set to the folder of one step, after all checks that need no arrays.
 
     Raises:
-      UserError: no checkpoint there, one of this very run, one whose steps are done, or one of a run that
-        differs in what a fork keeps.
+      UserError: There is no checkpoint at `fork_from`; it is inside this run's own directory; it has already
+        done all steps of the config; or its run differs in a setting that a fork must keep.
     """
     from gemma_jax.checkpoint.record import run_record
     from gemma_jax.checkpoint.restore import step_folder
 
     folder, source = step_folder(config.fork_from)
-    # Also if it is deeper inside: overwriting the directory would delete it.
+    # Refused at any depth, because overwriting the directory would delete the source.
     if f"{os.path.realpath(source)}/".startswith(f"{os.path.realpath(run_dir)}/"):
         raise UserError(
             f"fork_from, {config.fork_from}, is inside run_dir, {run_dir}; give another --run_dir."
@@ -239,6 +240,6 @@ def resolve_fork(config: Config, run_dir: "epath.Path") -> Config:
 
 
 def forked_after(config: TrainingConfig) -> int:
-    """Steps that another run did before this one was forked from it; 0 for a run of its own."""
+    """Returns how many steps were done by the run that this one was forked from; 0 if it was not forked."""
     name = config.fork_from.rpartition("/")[2]
     return int(name) if name.isdecimal() else 0

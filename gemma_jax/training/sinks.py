@@ -1,4 +1,4 @@
-"""Places that a run's numbers go to besides its own file: TensorBoard and Weights & Biases."""
+"""Further destinations for a run's metrics besides its own file: TensorBoard and Weights & Biases."""
 
 import importlib
 import uuid
@@ -17,33 +17,33 @@ WANDB_ID_FILE = "wandb-id.txt"
 
 
 class Sink(Protocol):
-    """A place that metrics go to besides the run's own file."""
+    """A destination for metrics besides the run's own file."""
 
     def write(self, entry: Entry) -> None:
-        """Take the numbers of a step; `step` is among them."""
+        """Write the numbers of a step. The entry includes `step`."""
 
     def close(self) -> None:
         """Write out what is held back."""
 
 
 class TensorBoard:
-    """Event files under RUN/tensorboard."""
+    """Writes event files under RUN/tensorboard."""
 
     def __init__(self, run_dir: epath.Path, start: int) -> None:
         """Args:
-        run_dir: of the run.
-        start: steps done before; what the files say of later ones is marked as done again.
+        run_dir: The directory of the run.
+        start: The step to resume from. Existing entries of later steps are purged, as they are repeated.
         """
         # tensorboardX writes to gs:// and s3:// itself, with those services' own packages.
         writer = _module("tensorboardX", "logging.tensorboard").SummaryWriter
         self._writer = writer(
             str(run_dir / "tensorboard"),
             purge_step=start + 1 if start else None,
-            filename_suffix=f".{start}",  # names differ by the second only, and a file of that name is lost
+            filename_suffix=f".{start}",  # otherwise files of the same second overwrite each other
         )
 
     def write(self, entry: Entry) -> None:
-        """One scalar for each number."""
+        """Write one scalar for each number."""
         for name, value in _numbers(entry).items():
             self._writer.add_scalar(name, value, entry["step"], entry["time"])
 
@@ -53,7 +53,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of a Weights & Biases project; a resumed run continues there as the same one."""
+    """Writes to a run of a Weights & Biases project. A resumed run continues the same run there."""
 
     def __init__(self, run_dir: epath.Path, config: TrainingConfig) -> None:
         wandb = _module("wandb", "logging.wandb_project")
@@ -69,17 +69,19 @@ class WeightsAndBiases:
         )
 
     def write(self, entry: Entry) -> None:
-        """All numbers of a step at once."""
+        """Write all numbers of a step at once."""
         self._run.log(_numbers(entry), step=entry["step"])
 
     def close(self) -> None:
-        """Send what is held back."""
+        """Send buffered entries and finish."""
         self._run.finish()
 
 
 def check_sinks(config: LoggingConfig) -> None:
-    """Raises:
-    UserError: a package that the config asks for is not installed.
+    """Check that the packages of the requested sinks are installed.
+
+    Raises:
+      UserError: A package that the config needs is not installed.
     """
     if config.tensorboard == "on":
         _module("tensorboardX", "logging.tensorboard")
@@ -88,10 +90,10 @@ def check_sinks(config: LoggingConfig) -> None:
 
 
 def open_sinks(config: TrainingConfig, run_dir: epath.Path, start: int) -> list[Sink]:
-    """The sinks that a config asks for; none except in the first process of a job.
+    """Opens the sinks that a config asks for. Returns none except in the first process of a job.
 
     Raises:
-      UserError: a package that the config asks for is not installed.
+      UserError: A package that the config needs is not installed.
     """
     sinks: list[Sink] = []
     if jax.process_index() == 0:
@@ -107,7 +109,7 @@ def _numbers(entry: Entry) -> Entry:
 
 
 def _module(name: str, setting: str) -> ModuleType:
-    """Both are optional for what runs without them, and neither describes its types."""
+    """Imports an optional package. It is imported by name because it may be missing and has no types."""
     try:
         return importlib.import_module(name)
     except ImportError as error:

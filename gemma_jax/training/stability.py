@@ -1,7 +1,7 @@
-"""Losses that are not finite or jump: what a run does about them, and must remember to do the same again.
+"""Detects losses that are not finite and loss spikes, and decides when a run rolls back.
 
-A spike is found from the losses of all steps, and a resumed run must find the same ones: so a checkpoint
-holds the latest losses, and the rows that were passed over after each spike.
+A spike is detected from the losses of past steps, and a resumed run must detect the same spikes. Therefore a
+checkpoint holds the latest losses and the rows that were skipped after each spike.
 """
 
 import collections
@@ -17,14 +17,14 @@ from gemma_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Gap:
-    """Rows of the data that a run passes over."""
+    """Rows of the data that a run skips: `rows` rows after step `after_step`."""
 
     after_step: int
     rows: int
 
 
 class RollBack(Exception):
-    """A run is to be taken back to an earlier checkpoint, and to go on from there with later data."""
+    """Raised when a run must roll back to an earlier checkpoint and continue from there with later data."""
 
     def __init__(self, step: int, to: int, gap: Gap) -> None:
         super().__init__(f"the loss has spiked at step {step}")
@@ -32,20 +32,20 @@ class RollBack(Exception):
 
 
 class Stability:
-    """The losses of a run so far, as far as they still matter, and the gaps in its data."""
+    """The recent losses of a run, as many as spike detection needs, and the gaps in its data."""
 
     def __init__(self, config: StabilityConfig) -> None:
         self._config = config
         self.gaps: tuple[Gap, ...] = ()
         self.not_finite_in_a_row = 0
         self.skipped_steps = 0
-        """Steps that changed nothing, of all so far."""
+        """The number of steps so far that were skipped because they were not finite."""
         self._losses: collections.deque[float] = collections.deque(
             maxlen=config.spike_window + config.spike_steps
         )
 
     def record(self) -> dict[str, Any]:
-        """As JSON, for a checkpoint."""
+        """Returns the state as JSON values, for a checkpoint."""
         return {
             "gaps": [[gap.after_step, gap.rows] for gap in self.gaps],
             "not_finite_in_a_row": self.not_finite_in_a_row,
@@ -55,7 +55,7 @@ class Stability:
 
     @classmethod
     def from_record(cls, config: StabilityConfig, record: Mapping[str, Any]) -> "Stability":
-        """The state that `record` returned; that of a new run if it is empty."""
+        """Restores the state from what `record` returned. An empty record makes the state of a new run."""
         self = cls(config)
         self.gaps = tuple(Gap(*gap) for gap in record.get("gaps", []))
         self.not_finite_in_a_row = record.get("not_finite_in_a_row", 0)
@@ -64,7 +64,7 @@ class Stability:
         return self
 
     def first_row(self, step: int, batch_size: int) -> int:
-        """Number of the first row of data after so many steps."""
+        """Returns the index of the first row of data that comes after `step` steps."""
         return step * batch_size + sum(gap.rows for gap in self.gaps if gap.after_step <= step)
 
     @property
@@ -73,7 +73,7 @@ class Stability:
         return self.not_finite_in_a_row >= self._config.skip_nonfinite
 
     def record_step(self, loss: float, grad_norm: float) -> bool:
-        """Take in the numbers of the next step; True if the step was not finite, and so changed nothing."""
+        """Record the numbers of the next step. Returns True if the step was not finite and so was skipped."""
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self.not_finite_in_a_row = 0
             self._losses.append(loss)
@@ -84,10 +84,10 @@ class Stability:
 
     @property
     def spiking(self) -> bool:
-        """Whether the latest steps are a spike: all of them far above the median of those before.
+        """Whether the latest steps are a spike: all their losses are far above the median of earlier losses.
 
-        The deviation is taken from the median absolute one, which a few high losses do not change (of a
-        normal distribution it is 0.6745 standard deviations).
+        The standard deviation is estimated from the median absolute deviation, which a few high losses do not
+        change (for a normal distribution it is 0.6745 standard deviations).
         """
         wanted = self._config.spike_window + self._config.spike_steps
         if not self._config.spike_threshold or len(self._losses) < wanted:
@@ -99,18 +99,18 @@ class Stability:
         return min(latest) > median + self._config.spike_threshold * deviation
 
     def roll_back(self, step: int, checkpoints: Iterable[int], batch_size: int) -> RollBack | None:
-        """What to do about a spike that ends at `step`; None if no checkpoint is old enough.
+        """Returns how to roll back after a spike that ends at `step`, or None if no checkpoint is old enough.
 
-        The data continues after the batch of `step` and `stability.skip_batches` more.
+        The data continues after the batch of `step` and `stability.skip_batches` further batches.
 
         Args:
-          step: with which the spike was seen.
-          checkpoints: steps that can be gone back to. Not those that a stop happened to save: a run that was
-            never stopped must go back to the same one.
-          batch_size: rows of a batch.
+          step: The step at which the spike was detected.
+          checkpoints: The steps that the run can roll back to. Those saved by a stop must not be among them,
+            because a run that was never stopped must roll back to the same step.
+          batch_size: The number of rows in a batch.
 
         Raises:
-          UserError: the run was rolled back often enough.
+          UserError: The run has already rolled back `stability.max_rollbacks` times.
         """
         if len(self.gaps) >= self._config.max_rollbacks:
             raise UserError(

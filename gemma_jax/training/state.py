@@ -1,4 +1,4 @@
-"""Everything that a training step changes, and what it leaves as it is."""
+"""The train state: everything that a training step changes, and the frozen parameters."""
 
 import dataclasses
 
@@ -14,12 +14,12 @@ from gemma_jax.training.objectives import Recipe
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """The state of a run. A step replaces all of it but the frozen parameters."""
+    """The state of a run. A step replaces everything except the frozen parameters."""
 
     step: jax.Array  # [] int32: optimizer steps done
-    frozen: nnx.State  # parameters without gradient and moments, in no checkpoint
+    frozen: nnx.State  # parameters without gradients and moments; checkpoints do not contain them
     trainable: nnx.State
-    opt_state: optax.OptState  # of the trainable parameters alone
+    opt_state: optax.OptState  # for the trainable parameters only
 
     @property
     def params(self) -> nnx.State:
@@ -28,29 +28,29 @@ class TrainState:
 
     @property
     def parts(self) -> dict[str, nnx.State | optax.OptState]:
-        """What a checkpoint holds."""
+        """The parts that a checkpoint holds."""
         return {"params": self.trainable, "opt_state": self.opt_state}
 
 
 def abstract_train_state(recipe: Recipe) -> TrainState:
-    """Shapes, dtypes and shardings of a run's state, without values.
+    """Returns the shapes, dtypes and shardings of a run's state, without values.
 
     Raises:
-      UserError: the mesh does not divide a parameter.
+      UserError: An axis of a parameter cannot be divided over the mesh.
     """
     frozen, trainable = recipe.split(recipe.model.params)
     made = jax.eval_shape(lambda params: (jnp.zeros((), jnp.int32), recipe.optimizer.init(params)), trainable)
-    # Adafactor's statistics of rows and columns are not of their parameter's axes.
+    # Adafactor's statistics of rows and columns have fewer axes than their parameter, so they are replicated.
     step, opt_state = with_shardings(made, recipe.model.mesh, copy_other_ranks=True)
     return TrainState(step, frozen, trainable, opt_state)
 
 
 def create_train_state(recipe: Recipe, params: nnx.State | None = None) -> TrainState:
-    """The state before the first step, every array made in its place on the mesh.
+    """Creates the state before the first step, with every array created directly in its place on the mesh.
 
     Args:
-      recipe: what is trained.
-      params: to begin with; random ones of the config's seed if None.
+      recipe: What is trained and how.
+      params: The initial parameters. If None, they are random, from the config's seed.
     """
     abstract = abstract_train_state(recipe)
     frozen, trainable = recipe.split(recipe.model.init(recipe.config.seed) if params is None else params)

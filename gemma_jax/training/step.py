@@ -1,4 +1,4 @@
-"""One optimizer step towards any objective."""
+"""One optimizer step for any objective."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,9 +15,9 @@ from gemma_jax.training.optimizer import learning_rate_schedule
 from gemma_jax.training.state import TrainState, abstract_train_state
 from gemma_jax.weights import NO_CONTEXT, Context
 
-# The mean of each sum of the objective, and `grad_norm` before clipping, `learning_rate` and `tokens`: the
-# weight of what is minimised. All are scalars on the device. A step whose minimised mean or gradient norm is
-# not finite changed nothing but counts.
+# The mean of each sum of the objective, `grad_norm` (before clipping), `learning_rate` and `tokens` (the
+# weight of what is minimised). All are scalars on the device. A step whose minimised mean or gradient norm is
+# not finite changes only the counts.
 Metrics = dict[str, jax.Array]
 TrainStep = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 
@@ -26,22 +26,24 @@ Found = tuple[WeightedSum, Sums, nnx.State]
 
 
 def sums_and_gradients(recipe: Recipe) -> Callable[..., Found]:
-    """A function of all parameters, a batch and a Context: what is minimised, all sums of the objective over
-    the global batch, and the gradient of the former's mean with respect to the trainable parameters.
+    """Returns a function of all parameters, a batch and a Context. That function returns the sum to minimise,
+    all sums of the objective over the global batch, and the gradient of the mean of the sum to minimise with
+    respect to the trainable parameters.
 
-    In several parts (`optimizer.accumulation_steps`) the mean's weight is known after the last one, so
-    gradients of the total are summed, in at least float32, and divided at the end.
+    If the batch is processed in several parts (`optimizer.accumulation_steps`), the mean's weight is known
+    only after the last part. So the gradients of the total are summed, in at least float32, and divided at
+    the end.
     """
     parts = recipe.config.optimizer.accumulation_steps
 
     def differentiate(params: nnx.State, batch: Any, context: Context) -> Found:
-        """The gradient is that of the mean if there is one part, else of the total."""
+        """Returns the gradient of the mean if there is only one part, otherwise of the total."""
         frozen, trainable = recipe.split(params)
 
         def first_total(trainable: nnx.State) -> tuple[jax.Array, tuple[WeightedSum, Sums]]:
             model = recipe.model.merge(nnx.merge_state(frozen, trainable))
             sums = recipe.objective(model, batch, context)
-            first = next(iter(sums.values()))  # here, because jax sorts a dictionary's keys
+            first = next(iter(sums.values()))  # selected here, before jax sorts the dictionary's keys
             return first.total, (first, sums)
 
         total, pull_back, (first, sums) = jax.vjp(first_total, trainable, has_aux=True)
@@ -50,7 +52,7 @@ def sums_and_gradients(recipe: Recipe) -> Callable[..., Found]:
         return first, sums, gradients
 
     def in_parts(params: nnx.State, batch: Any, context: Context) -> Found:
-        # Part i takes every parts-th row from row i on: each device then keeps its own rows.
+        # Part i has every parts-th row, beginning with row i, so that each device keeps its own rows.
         split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
         keys = None if context.key is None else jax.random.split(context.key, parts)
 
@@ -78,9 +80,9 @@ def _wide(x: jax.Array) -> jax.Array:
 
 
 def make_train_step(recipe: Recipe) -> TrainStep:
-    """The compiled step: state and batch on the mesh -> new state and metrics.
+    """Returns the compiled step: state and batch on the mesh -> new state and metrics.
 
-    The state that is passed in is donated: its memory is used again.
+    The state that is passed in is donated: its memory is reused.
     """
     config, optimizer = recipe.config, recipe.optimizer
     schedule = learning_rate_schedule(config.optimizer, config.steps)
@@ -95,7 +97,7 @@ def make_train_step(recipe: Recipe) -> TrainStep:
         finite = jnp.isfinite(first.mean) & jnp.isfinite(norm)
 
         def kept_if_not_finite(old: jax.Array, new: jax.Array) -> jax.Array:
-            # Counts go on, so that the learning rate stays that of the step.
+            # Counts (integers) still increase, so that the learning rate is the one of the step.
             return new if jnp.issubdtype(new.dtype, jnp.integer) else jnp.where(finite, new, old)
 
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
