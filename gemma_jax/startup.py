@@ -1,9 +1,8 @@
-"""What must come before jax's first use of a device: joining the other processes of a job, and the cache
-of compiled programs.
+"""Setup before jax first uses a device: joins the other processes of a job, and caches compiled programs.
 
-A job of several processes ends as one. A process that fails says why and leaves at once, without the usual
-farewells, which would wait for the others; they notice that it is gone, by a broken connection or at the
-latest after `hosts.heartbeat_seconds`, and end too.
+A job of several processes ends as a whole. A process that fails prints the reason and exits at once, without
+the usual shutdown, which would wait for the others. The others notice this by a broken connection, or at the
+latest after `hosts.heartbeat_seconds`, and exit too.
 """
 
 import contextlib
@@ -24,31 +23,31 @@ from gemma_jax.config import HostsConfig
 from gemma_jax.errors import RESTART_STATUS, UserError
 from gemma_jax.paths import user_path
 
-# Codes that begin the messages of errors which would come again at the same place. The others are those of
-# broken connections and devices.
+# Error codes at the start of a message that mean that a restart would fail again at the same place. Other
+# codes mean broken connections or devices.
 _OWN_FAULT = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
 
-# Most mistakes are found by all processes at once. When the first one ends, jax aborts the others: each is
-# given the time to report its mistake.
+# All processes detect most mistakes at the same time. When the first one exits, jax aborts the others, so
+# each process waits this long before it exits, to let the others report their mistakes.
 _PARTING_SECONDS = 2
 
-_JOIN_SECONDS = 300  # that the other processes of a job have for their start
+_JOIN_SECONDS = 300  # time limit for the other processes of a job to start
 
 
 @contextlib.contextmanager
 def joined(config: HostsConfig, *, on_cpu: bool) -> Iterator[None]:
-    """Within this context the process belongs to its job; to be entered before any use of a device.
+    """Context in which the process belongs to its job. Enter it before any use of a device.
 
-    An exception that leaves the context ends the process where it has joined others: with status 2 for a
-    UserError, RESTART_STATUS where another process or a device is the likely cause, else 1. Without others
-    it is just raised.
+    If the process has joined others, an exception that leaves the context ends the process: with status 2 for
+    a UserError, with RESTART_STATUS if another process or a device is the likely cause, otherwise with 1. In
+    a job of one process the exception is just raised.
 
     Args:
-      config: of the job.
-      on_cpu: the mesh is to be of CPU devices, whatever else there is.
+      config: How the processes of the job find each other.
+      on_cpu: Whether the mesh must use CPU devices even if there are others.
 
     Raises:
-      UserError: Pathways is asked for, but its package is not installed; or jax was used before.
+      UserError: Pathways is requested, but its package is not installed; or jax was used before.
     """
     if "proxy" in os.environ.get("JAX_PLATFORMS", "") and not on_cpu:
         _start_pathways()
@@ -61,7 +60,7 @@ def joined(config: HostsConfig, *, on_cpu: bool) -> Iterator[None]:
             jax.distributed.initialize(
                 **arguments,
                 heartbeat_timeout_seconds=config.heartbeat_seconds,
-                # When this has passed, jax aborts the process with a page of C++; `_patience` ends before it.
+                # After this time jax aborts the process with a page of C++ output; `_patience` exits earlier.
                 initialization_timeout=_JOIN_SECONDS + 60,
             )
     except jax.errors.JaxRuntimeError as error:
@@ -73,7 +72,7 @@ def joined(config: HostsConfig, *, on_cpu: bool) -> Iterator[None]:
         ) from error
     try:
         yield
-        # Waits for the others, so that none takes this end for a failure.
+        # Waits for the other processes, so that none takes the end of this one for a failure.
         jax.distributed.shutdown()
     except BaseException as error:
         _end(error)
@@ -81,7 +80,7 @@ def joined(config: HostsConfig, *, on_cpu: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _patience(arguments: Mapping[str, Any]) -> Iterator[None]:
-    """Within this context the other processes are waited for, which is said, but not for ever."""
+    """Context for joining the other processes: prints that it waits, and exits after _JOIN_SECONDS."""
     index, count = (arguments.get(name, "?") for name in ("process_id", "num_processes"))
     address = arguments.get("coordinator_address", "found by " + arguments["cluster_detection_method"])
 
@@ -93,7 +92,8 @@ def _patience(arguments: Mapping[str, Any]) -> Iterator[None]:
             file=sys.stderr,
             flush=True,
         )
-        # An address that was found is no mistake of the user: after a preemption others may start later.
+        # If the address was detected, this is not a mistake of the user: after a preemption the other
+        # processes may start later.
         os._exit(2 if "coordinator_address" in arguments else RESTART_STATUS)
 
     print(f"process {index} of {count} waits for the others at {address}", file=sys.stderr, flush=True)
@@ -109,15 +109,15 @@ def _patience(arguments: Mapping[str, Any]) -> Iterator[None]:
 def join_arguments(
     config: HostsConfig, environment: Mapping[str, str], *, on_cpu: bool
 ) -> dict[str, Any] | None:
-    """What `jax.distributed.initialize` needs to find the other processes; None where there are none.
+    """Returns the arguments of `jax.distributed.initialize`, or None if there are no other processes.
 
-    jax asks every kind of cluster that it knows, and takes any pod of Kubernetes for a part of one. So the
-    kind is chosen here, by what only such a process has in its environment.
+    jax tries every kind of cluster that it knows, and treats any Kubernetes pod as part of a cluster. So the
+    kind is selected here, by environment variables that only processes of that kind have.
 
     Args:
-      config: names the processes, or leaves them to be found.
-      environment: of this process, after jax was imported.
-      on_cpu: a TPU of this machine, if it has one, is not to be used.
+      config: Sets the processes explicitly, or leaves them to be detected.
+      environment: The environment of this process, after jax was imported.
+      on_cpu: Whether a TPU of this machine, if there is one, must not be used.
     """
     if config.coordinator:
         return {
@@ -128,20 +128,20 @@ def join_arguments(
         }
     if config.count == 1:
         return None
-    # Set within a step (srun), but not in the batch script around it.
+    # Slurm sets this within a step (srun), but not in the batch script around it.
     if "SLURM_STEP_NODELIST" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1:
         return {"cluster_detection_method": "slurm"}
-    # jax sets TPU_ML_PLATFORM where it finds TPU chips and their driver.
+    # jax sets TPU_ML_PLATFORM if it finds TPU chips and their driver.
     if on_cpu or "TPU_ML_PLATFORM" not in environment or "proxy" in environment.get("JAX_PLATFORMS", ""):
         return None
     if "TPU_WORKER_HOSTNAMES" in environment or "TPU_PROCESS_ADDRESSES" in environment:
         return {"cluster_detection_method": "gketpu"}
-    # A TPU VM of Compute Engine, whose metadata server knows the others; a single one is a job of one.
+    # A TPU VM of Compute Engine: its metadata server knows the others. A single VM is a job of one process.
     return None if "TPU_SKIP_MDS_QUERY" in environment else {"cluster_detection_method": "gcetpu"}
 
 
 def _start_pathways() -> None:
-    """One process commands all devices of a Pathways cluster, which looks to jax like one large host."""
+    """Start Pathways: one process controls all devices of a cluster, which is one large host to jax."""
     try:
         import pathwaysutils
     except ImportError as error:
@@ -173,26 +173,26 @@ def _end(error: BaseException) -> NoReturn:
     print(f"error: {who} ends, and the job with it: {reason}", file=sys.stderr, flush=True)
     try:
         sys.stdout.flush()
-    finally:  # also where standard output is full
+    finally:  # even if standard output cannot be written, as on a full disk
         os._exit(status)
 
 
 def wait_for_all(what: str) -> None:
-    """Return when every process of the job has come to this call; at once where there is one.
+    """Wait until every process of the job has reached this call. Returns at once in a job of one process.
 
     Args:
-      what: the same in all of them, or jax raises an error.
+      what: A name for this call. jax raises an error if the processes pass different names.
     """
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
 
 
 def any_process(flag: bool) -> bool:
-    """Whether the flag of any process of the job is set; all must call this."""
+    """Whether the flag of any process of the job is set. Every process must call this."""
     return jax.process_count() > 1 and bool(np.any(multihost_utils.process_allgather(np.array(flag)))) or flag
 
 
 def keep_programs(folder: str) -> None:
-    """Keep compiled programs in a folder or bucket, and find them there; nothing changes if it is empty."""
+    """Cache compiled programs in a folder or bucket. Does nothing if `folder` is empty."""
     if folder:
         jax.config.update("jax_compilation_cache_dir", str(user_path(folder)))
