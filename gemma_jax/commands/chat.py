@@ -1,4 +1,4 @@
-"""`gemma chat CHECKPOINT`: a dialogue in the terminal, or line by line from a pipe."""
+"""`gemma chat CHECKPOINT`: holds a dialogue in the terminal, or answers the lines of a pipe."""
 
 import contextlib
 import json
@@ -22,7 +22,7 @@ HELP = {
 
 
 def run(arguments: Sequence[str], prog: str) -> int:
-    """Answer each line. In a terminal a mistake is reported and the dialogue continues; in a pipe it ends."""
+    """Answer each line. In a terminal the dialogue continues after an error; in a pipe the error ends it."""
     (checkpoint,), config = read_command(arguments, prog, "CHECKPOINT", ChatConfig(), validate=validate_chat)
 
     gemma = load_gemma(checkpoint, config)
@@ -44,23 +44,24 @@ def run(arguments: Sequence[str], prog: str) -> int:
 
 
 class Conversation:
-    """A chat on standard output, and the commands that a line may hold instead of a message."""
+    """Prints a chat on standard output, and runs the commands that a line may hold instead of a message."""
 
     def __init__(self, chat: "Chat") -> None:
         self.chat = chat
         self._saved: set[Path] = set()
 
     def take(self, line: str) -> None:
-        """Answer a line, or do what its command says.
+        """Answer a line, or run the command in it.
 
         Raises:
-          UserError: there is no such command, a file is there already, the dialogue fills the context.
+          UserError: There is no such command, the file to save to exists already or cannot be written, or the
+            dialogue fills the context.
         """
         line = line.strip("\r\n")
         name, _, argument = line.partition(" ")
         if not line.strip():
             return
-        # /usr/bin is the beginning of a message, /rest a slip.
+        # A line that begins with /usr/bin is a message; /rest is a mistyped command.
         if not name.startswith("/") or not name[1:].isalpha():
             self._answer(line)
         elif name == "/reset":
@@ -92,7 +93,7 @@ class Conversation:
         path = Path(name).expanduser().absolute()
         text = json.dumps({"messages": self.chat.history}, ensure_ascii=False) + "\n"
         try:
-            # Only a file that this dialogue has written before is written over.
+            # Overwrite a file only if this dialogue has written it before.
             with path.open("w" if path in self._saved else "x", encoding="utf-8") as file:
                 file.write(text)
         except FileExistsError as error:
@@ -104,9 +105,9 @@ class Conversation:
 
 
 def _typed_lines() -> Iterator[str]:
-    """Lines typed at a prompt. Ctrl-C there empties the line."""
+    """Yields the lines typed at a prompt. Ctrl-C at the prompt discards the line."""
     with contextlib.suppress(ImportError):  # Python may be built without it
-        import readline  # noqa: F401  # input() then knows the arrow keys
+        import readline  # noqa: F401  # input() then supports the arrow keys
     while True:
         try:
             yield input("> ")

@@ -1,4 +1,4 @@
-"""`gemma convert SOURCE DESTINATION --format FORMAT`: weights from one form into another."""
+"""`gemma convert SOURCE DESTINATION --format FORMAT`: converts a checkpoint to another format."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ from gemma_jax.config import ComputeConfig, ConvertConfig, MeshConfig, read_comm
 
 
 def run(arguments: Sequence[str], prog: str) -> int:
-    """Write the checkpoint SOURCE as the directory DESTINATION; nothing of it is left where that fails."""
+    """Write the checkpoint SOURCE to the directory DESTINATION. If this fails, nothing of it is left."""
     (source, destination), config = read_command(arguments, prog, "SOURCE DESTINATION", ConvertConfig())
 
     from gemma_jax.model import ModelSpec
@@ -17,10 +17,10 @@ def run(arguments: Sequence[str], prog: str) -> int:
     found = open_checkpoint(source)
     dtype: str = "" if config.dtype == "auto" else config.dtype
     if config.format == "run" and not dtype:
-        # A run has one dtype, so the widest. It does not keep float16, all of whose numbers are in float32.
+        # A run has one dtype, so use the widest. It cannot be float16; float32 holds every float16 number.
         dtype = "float32" if found.dtype == "float16" else found.dtype
     weights = found.weights
-    if weights is None:  # a run: its arrays are read to a device, as they were saved
+    if weights is None:  # a run: its arrays are loaded onto a device in the dtype in which they were saved
         compute = ComputeConfig(param_dtype="bfloat16" if found.dtype == "bfloat16" else "float32")
         spec = ModelSpec(found.config, compute, make_mesh(MeshConfig(cpu_devices=1)))
         weights = PlacedWeights(found.params(spec), spec)

@@ -1,4 +1,4 @@
-"""`gemma inspect CONFIG_OR_CHECKPOINT`: how each parameter is split over the mesh, from shapes alone."""
+"""`gemma inspect CONFIG_OR_CHECKPOINT`: prints how each parameter is sharded. It needs only the shapes."""
 
 import math
 import os
@@ -21,7 +21,7 @@ from gemma_jax.training.run_directory import load_config
 
 
 def run(arguments: Sequence[str], prog: str) -> int:
-    """Print a line a parameter: shape, dtype, logical axes, partition, bytes on one device."""
+    """Print one line per parameter: shape, dtype, logical axes, partition, and bytes on one device."""
     default: TrainingConfig = PretrainConfig()
     _, config = read_command(arguments, prog, "CONFIG_OR_CHECKPOINT", default, load=_config)
     validate_model(config.model)
@@ -58,18 +58,18 @@ def run(arguments: Sequence[str], prog: str) -> int:
 
 
 def _config(name: str) -> TrainingConfig:
-    if name.startswith("random:"):  # as `gemma sample` is given it
+    if name.startswith("random:"):  # the form that `gemma sample` also accepts
         return PretrainConfig(model=preset(name.removeprefix("random:")))
     if name in PRESETS:
         return PretrainConfig(model=PRESETS[name])
     folder = user_path(name)
     record = folder / "run" / "data.json"
-    # os.path asks without raising where a name is too long.
+    # os.path.isfile does not raise an error if the name is too long.
     if record.exists() if "://" in name else os.path.isfile(record):
         from gemma_jax.checkpoint.record import run_record
 
         return from_record(run_record(folder).config, name)
-    if os.path.lexists(folder) and not os.path.isfile(folder):  # a file may be a config
+    if os.path.lexists(folder) and not os.path.isfile(folder):  # a file can be a config
         from gemma_jax.pretrained.checkpoint import is_published, open_checkpoint, refuse_others
 
         refuse_others(name, Path(folder))

@@ -1,4 +1,4 @@
-"""`gemma plan CONFIG --topology v5e-256`: what a run would need on TPUs that are not here."""
+"""`gemma plan CONFIG --topology v5e-256`: prints what a run would need on TPUs that are not here."""
 
 import dataclasses
 import itertools
@@ -56,7 +56,7 @@ class PlanOptions(PretrainConfig):
     dump_hlo: str = setting("", "A file for the text of the compiled program.")
 
     def config(self) -> PretrainConfig:
-        """The config without the options of planning, over as many slices as those say."""
+        """Returns the config without the planning options, with the mesh over as many slices as they set."""
         own = {field.name: getattr(self, field.name) for field in dataclasses.fields(PretrainConfig)}
         config = PretrainConfig(**own)
         return replace(config, {"mesh.slice": self.slices}) if config.mesh.slice == 1 else config
@@ -109,10 +109,10 @@ def _validate(options: PlanOptions) -> None:
 
 
 def token_count(text: str) -> float:
-    """20B as 20,000,000,000; K, M, B and T are thousands, millions, billions and trillions.
+    """Parses a number such as 20B (20,000,000,000); K, M, B, T: thousands, millions, billions, trillions.
 
     Raises:
-      UserError: it is no such number.
+      UserError: The text is not such a number.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMBT]?)", text.strip().upper().replace(",", "").replace("_", ""))
     if match is None or not float(match[1]):
@@ -121,7 +121,7 @@ def token_count(text: str) -> float:
 
 
 def variants(config: TrainingConfig, devices: int, options: PlanOptions) -> Iterator[TrainingConfig]:
-    """The possible configs of a sweep; of each mesh and policy those with fewest rows first."""
+    """Yields the valid configs of a sweep. For each mesh and policy, those with fewest rows come first."""
     remat = options.sweep_remat or REMAT_POLICIES
     rows = sorted(options.sweep_rows)
     for data, tensor, policy, row in itertools.product(options.sweep_data, options.sweep_tensor, remat, rows):
@@ -139,7 +139,7 @@ def variants(config: TrainingConfig, devices: int, options: PlanOptions) -> Iter
             validate(variant)
             validate_on_devices(variant, devices)
         except UserError:
-            continue  # this combination cannot be; others can
+            continue  # this combination is invalid; others may be valid
         yield variant
 
 
@@ -160,11 +160,11 @@ def _sweep(
         kind = (variant.mesh, variant.compute.remat)
         rows = variant.data.batch_size
         if rows >= too_large.get(kind, rows + 1):
-            continue  # fewer rows of the same did not fit
+            continue  # fewer rows with the same mesh and policy did not fit
         plan = planner.plan(variant)
         if plan.analysis is None:
             too_large[kind] = rows
         found.append((variant, plan))
         print(f"{number} of {len(to_try)}: {summary(variant, plan)}", file=sys.stderr, flush=True)
-    # Those that fit first, most tokens a second before all others.
+    # The fastest plan (most tokens per second) comes first; plans that do not fit come last.
     return sorted(found, key=lambda item: -item[1].estimate.tokens_per_second if item[1].estimate else 0)

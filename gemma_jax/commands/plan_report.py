@@ -1,4 +1,4 @@
-"""A plan as a page for people and as a record for programs."""
+"""Reports a plan as a page for people, or as a JSON record for programs."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ GIB = 2**30
 
 
 def record(name: str, config: TrainingConfig, plan: Plan, tokens: float, price: float) -> dict[str, Any]:
-    """A plan as JSON. Memory, bytes and cycles are of one device and one step."""
+    """Returns a plan as JSON values. Memory, bytes and cycles are for one device and one step."""
     analysis, figures, topology = plan.analysis, plan.estimate, plan.topology
     told: dict[str, Any] = {
         "config": name,
@@ -52,7 +52,7 @@ def record(name: str, config: TrainingConfig, plan: Plan, tokens: float, price: 
 
 
 def print_plan(name: str, plan: Plan, mode: str, tokens: float, price: float, explain: bool) -> None:
-    """A page: does it fit, memory, traffic, time, and what a whole run comes to."""
+    """Print a page: whether the plan fits, its memory, traffic and time, and the cost of a whole run."""
     console = report_console()
     topology, analysis, figures = plan.topology, plan.analysis, plan.estimate
     chips = f"{topology.chips} chip" + ("s" if topology.chips > 1 else "")
@@ -146,7 +146,7 @@ def _collectives(plan: Plan, explain: bool) -> Table:
 
 
 def _costs(plan: Plan) -> Table:
-    """What takes the time: the places in the code that have 1% of it or more."""
+    """Returns a table of the places in the code that take 1% of the time or more."""
     assert plan.analysis and plan.estimate
     shown = table(["time", "share", "in", "operation", "asked for by"], right=("time", "share"))
     total = plan.analysis.cycles
@@ -162,7 +162,7 @@ def _costs(plan: Plan) -> Table:
 
 
 def print_sweep(name: str, found: Sequence[tuple[TrainingConfig, Plan]], tokens: float, price: float) -> None:
-    """A line for each plan, best first."""
+    """Print one line per plan, in the order of `found` (best first)."""
     console = report_console()
     first = found[0][1]
     console.print(f"[bold]{name}[/] on {first.topology} ({first.topology.chips} chips; {compiler_version()})")
@@ -187,7 +187,7 @@ def print_sweep(name: str, found: Sequence[tuple[TrainingConfig, Plan]], tokens:
 
 
 def summary(config: TrainingConfig, plan: Plan) -> str:
-    """A plan of a sweep in a few words."""
+    """Returns a short summary of one plan of a sweep."""
     settings = f"{_mesh(plan)}, remat {config.compute.remat}, batch {config.data.batch_size}"
     if plan.analysis is None or plan.estimate is None:
         return f"{settings}: does not fit, {_lack(plan)}"

@@ -1,4 +1,4 @@
-"""`gemma pretrain CONFIG`: train a model from random weights, or go on where a run was left."""
+"""`gemma pretrain CONFIG`: trains a model from random weights, or resumes a run."""
 
 import time
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def run(arguments: Sequence[str], prog: str) -> int:
-    """Train to the end of the config's steps; status 75 if a signal asked for a stop before it."""
+    """Train to the config's last step. Returns status 75 if a signal stopped the run before it."""
     _, config = read_command(arguments, prog, "CONFIG", PretrainConfig(), load=_load, validate=validate)
     if not config.run_dir:
         raise UserError("run_dir is empty; name the directory of the run.")
@@ -29,7 +29,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
             check_source(source)
         config = as_existing(config)
 
-        # It imports jax, so only after all mistakes that can be found without.
+        # This imports jax, so it comes after all checks that do not need jax.
         from gemma_jax.training.run import run_training
 
         return run_training(config, choose, started)
@@ -41,7 +41,7 @@ def _load(name: str) -> PretrainConfig:
 
 
 def choose(config: PretrainConfig, mesh: "Mesh") -> "Task":
-    """All parameters, from random values, towards the next token of documents."""
+    """Returns the task: train all parameters from random values to predict the next token of documents."""
     from gemma_jax.commands.replay_report import show_failure
     from gemma_jax.memory import require_memory
     from gemma_jax.training.corpus import corpus_tokenizer, held_out_evaluators, prepare_corpus

@@ -1,4 +1,4 @@
-"""`gemma replay RUN STEP`: the batch of a step as a person would read it, to find what made the loss jump."""
+"""`gemma replay RUN STEP`: prints the batch of a step in readable form, to find what made the loss jump."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ class ReplayOptions:
 
 def run(arguments: Sequence[str], prog: str) -> int:
     """Print the batch of a step, or a JSON object for the step and one for each row with `--json`."""
-    # The run's own mesh, where it fits, makes the run's own numbers.
+    # The default is the run's own mesh, because the same mesh computes the same numbers.
     (name, number), options = read_command(
         arguments,
         prog,

@@ -1,4 +1,4 @@
-"""What `gemma replay` prints: a batch with its losses, for a person or for a program."""
+"""Prints the result of `gemma replay`: a batch with its losses, as a report for people or as JSON."""
 
 import dataclasses
 import itertools
@@ -21,20 +21,20 @@ from gemma_jax.training.metrics import RunLog
 from gemma_jax.training.replay import Replay, mean_loss, replay_batch
 from gemma_jax.training.run import Task
 
-# Enough to see what is in a batch that ends a run.
+# Number of rows printed when a batch ends a run.
 _ROWS_OF_A_FAILURE = 4
 
 
 def show_failure(task: Task, log: RunLog, step: int, first_row: int, params: nnx.State) -> str:
-    """Print the batch of a step that makes a run end. A replay that fails must not hide why the run ends.
+    """Print the batch of a step that ends a run. A replay that fails must not hide why the run ends.
 
     Args:
-      task, log: of the run.
-      step, first_row: of the batch.
-      params: with which the step began.
+      task, log: The task and the log of the run.
+      step, first_row: The step of the batch, and the index of its first row in the data.
+      params: The parameters before the step.
 
     Returns:
-      Which gradients are not finite, as the rest of a sentence.
+      The gradients that are not finite, as the end of a sentence.
     """
     try:
         shown = replay_batch(task.recipe, task.dataset, params, step, first_row, step - 1)
@@ -49,11 +49,11 @@ def print_report(replay: Replay, loader: Loader, tokenizer: Tokenizer, limit: in
     """Print a replay for a person.
 
     Args:
-      replay: the step.
-      loader: that its rows come from.
-      tokenizer: of the run.
-      limit: how many rows, of highest loss first; 0 prints all.
-      console: where.
+      replay: The result of recomputing the step.
+      loader: The loader of the batch's rows.
+      tokenizer: The tokenizer of the run.
+      limit: The number of rows to print, highest loss first; 0 prints all.
+      console: The console to print to.
     """
     rows, weights = replay.rows_by_loss(limit), replay.batch.loss_weights
     B = len(weights)
@@ -103,7 +103,7 @@ def print_report(replay: Replay, loader: Loader, tokenizer: Tokenizer, limit: in
 
 
 def parameters_used(replay: Replay) -> str:
-    """Which parameters a replay was computed with, in words."""
+    """Returns a phrase that says which parameters a replay was computed with."""
     if replay.params_step == replay.step - 1:
         return f"with the very parameters that the step began with (step {replay.params_step})"
     return (
@@ -113,7 +113,7 @@ def parameters_used(replay: Replay) -> str:
 
 
 def not_finite(replay: Replay) -> str:
-    """Which gradients of a batch are not finite, by parameter and layer, as the rest of a sentence."""
+    """Returns the gradients that are not finite, by parameter and layer, as the end of a sentence."""
     found = []
     for name, norms in replay.gradient_norms.items():
         bad = np.flatnonzero(~np.isfinite(np.atleast_1d(norms)))
@@ -128,9 +128,9 @@ def not_finite(replay: Replay) -> str:
 
 
 def print_json(replay: Replay, loader: Loader, tokenizer: Tokenizer, limit: int) -> None:
-    """Print a replay for a program: an object for the step, then one for each row.
+    """Print a replay as JSON: one object for the step, then one for each row.
 
-    A number that is not finite is null: JSON has none.
+    A number that is not finite is printed as null, because JSON has no such numbers.
     """
     summary = {
         "step": replay.step,
@@ -162,7 +162,7 @@ def print_json(replay: Replay, loader: Loader, tokenizer: Tokenizer, limit: int)
 class _Segment(NamedTuple):
     number: int
     origin: Any
-    token_ids: NDArray[np.int32]  # what was to be predicted
+    token_ids: NDArray[np.int32]  # the targets
     losses: NDArray[np.float32]
     weights: NDArray[np.float32]
 
@@ -183,11 +183,11 @@ def _segments(replay: Replay, loader: Loader, row: int) -> Iterator[_Segment]:
 
 
 class _Span(NamedTuple):
-    """A token as text, or several that are bytes of one piece of text."""
+    """The text of one token, or of several consecutive byte tokens decoded together."""
 
     text: str
-    loss: float  # the highest
-    weight: float
+    loss: float  # the highest of its tokens
+    weight: float  # the highest of its tokens
 
 
 def _spans(segment: _Segment, tokenizer: Tokenizer) -> Iterator[_Span]:
@@ -201,7 +201,7 @@ def _spans(segment: _Segment, tokenizer: Tokenizer) -> Iterator[_Span]:
 
 
 def _marked_text(segment: _Segment, tokenizer: Tokenizer, marked_from: float) -> Text:
-    # Where most losses are not finite, marks on all of them would hide the text.
+    # If most losses are not finite, those are not marked, because so many marks would hide the text.
     spoilt = segment.not_finite > len(segment.losses) / 2
     text, weighted = Text(), True
     for span in _spans(segment, tokenizer):
@@ -220,7 +220,7 @@ def _marked_text(segment: _Segment, tokenizer: Tokenizer, marked_from: float) ->
 
 
 def _printable(text: str) -> str:
-    """Without what would control the terminal: the data may hold anything."""
+    """Escapes characters that would control the terminal, because the data may contain anything."""
     return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
 
 

@@ -1,4 +1,4 @@
-"""`gemma runs DIRECTORY`: the runs under a directory as a table, and their curves in one picture."""
+"""`gemma runs DIRECTORY`: prints a table of the runs under a directory, and plots their loss curves."""
 
 import dataclasses
 import os
@@ -26,7 +26,7 @@ class RunsOptions:
 
 
 def run(arguments: Sequence[str], prog: str) -> int:
-    """Print a line a run: step, losses, tokens and time."""
+    """Print one line per run: step, losses, tokens and time."""
     (name,), options = read_command(arguments, prog, "DIRECTORY", RunsOptions())
     if options.plot and not options.plot.lower().endswith(".png"):
         raise UserError(f"plot is {options.plot}, but pictures are PNG; give it a name that ends in .png.")
@@ -46,7 +46,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
     titles = ["run", "step", "loss", "held-out", "bits/byte", "tokens", "time"]
     rows = table(titles, right=titles[1:])
     for label, (config, entries) in runs.items():
-        # The newest line that has it: training and held-out numbers are on lines of their own.
+        # For each key, the newest entry that has it: training and held-out numbers are in separate entries.
         last = {key: (value, entry["step"]) for entry in entries for key, value in entry.items()}
         step = last["step"][0] if last else 0
         losses = [last.get(key) for key in ("loss", "held_out_loss", "held_out_bits_per_byte")]
@@ -69,21 +69,21 @@ def run(arguments: Sequence[str], prog: str) -> int:
 
 
 def _find(folder: "epath.Path", seen: set[str]) -> "Iterator[tuple[epath.Path, TrainingConfig, list[Entry]]]":
-    """The runs at and below a directory, by name. Nothing is looked for inside a run.
+    """Yields the runs at and below a directory, sorted by name. It does not search inside a run.
 
-    What cannot be read is reported on standard error, and the others are found all the same.
+    A run or directory that cannot be read is reported on standard error and skipped.
     """
     from gemma_jax.training.metrics import read_metrics
 
     place = os.path.realpath(folder)
-    if place in seen:  # a link that leads back
+    if place in seen:  # a symbolic link to a directory that was already visited
         return
     seen.add(place)
     path = folder / CONFIG_FILE
     if path.exists():
         try:
             record = read_json(path)
-            # Another program's config.json may be there, such as that of a published model.
+            # The config.json may be another program's, such as that of a published model.
             if isinstance(record, dict) and "experiment" in record:
                 yield folder, from_record(record, str(path)), read_metrics(folder)
                 return

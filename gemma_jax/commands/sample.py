@@ -1,4 +1,4 @@
-"""`gemma sample CHECKPOINT --prompt TEXT`: continue prompts."""
+"""`gemma sample CHECKPOINT --prompt TEXT`: continues prompts."""
 
 import dataclasses
 import json
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def load_gemma(checkpoint: str, config: LoadConfig) -> "Gemma":
-    """A model that reads and writes text.
+    """Loads a model with its tokenizer.
 
     Raises:
-      UserError: the checkpoint has no tokenizer, or as `Gemma.from_pretrained`.
+      UserError: The checkpoint has no tokenizer, or for the same reasons as in `Gemma.from_pretrained`.
     """
     from gemma_jax.api import Gemma
     from gemma_jax.pretrained.checkpoint import require_tokenizer
@@ -30,9 +30,9 @@ def load_gemma(checkpoint: str, config: LoadConfig) -> "Gemma":
 
 
 def run(arguments: Sequence[str], prog: str) -> int:
-    """Print each prompt with its continuation, or a JSON object a line with `--json`.
+    """Print each prompt with its continuation, or one JSON object per line with `--json`.
 
-    An instruction-tuned model gets each prompt as a turn of the user, unless `--raw` is given.
+    For an instruction-tuned model, each prompt is a turn of the user, unless `--raw` is passed.
     """
     (checkpoint,), config = read_command(
         arguments, prog, "CHECKPOINT", SampleConfig(), validate=validate_sample
@@ -66,7 +66,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
         if config.json:
             print(json.dumps({"prompt": prompt, "turn": as_turn, **dataclasses.asdict(generation)}))
             continue
-        if len(repeated) > 1:  # a text may hold empty lines, so it needs more than one to end it
+        if len(repeated) > 1:  # a text may contain empty lines, so these cannot separate texts
             number, sample = divmod(index, config.samples)
             print(f"--- prompt {number + 1}, sample {sample + 1} ---")
         print(prompt + ("\n" if as_turn else "") + generation.text)

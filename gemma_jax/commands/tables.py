@@ -7,13 +7,13 @@ from rich.table import Table
 
 
 def report_console() -> Console:
-    """Standard output, wide where it is a file or a pipe: rows must not be folded there."""
+    """Returns a console on standard output. In a file or a pipe it is wide, so that rows are not folded."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=200)
 
 
 def table(titles: Sequence[str], right: Collection[str] = ()) -> Table:
-    """An empty table with these columns, some of which are aligned right and never folded."""
+    """Returns an empty table with these columns; those in `right` are right-aligned and never folded."""
     made = Table(box=None, header_style="bold", pad_edge=False)
     for title in titles:
         if title in right:

@@ -1,4 +1,4 @@
-"""`gemma verify CHECKPOINT [--against DIRECTORY]`: what is in a checkpoint, and whether to trust it."""
+"""`gemma verify CHECKPOINT [--against DIRECTORY]`: reports on a checkpoint and whether to trust it."""
 
 import dataclasses
 import importlib.util
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from gemma_jax.pretrained.layout import Weights
     from gemma_jax.verification import Statistics
 
-# Relative L2 difference to transformers that rounding explains, in the dtype of the activations.
+# The largest relative L2 difference to transformers that rounding can explain, by dtype of the activations.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
-SHOWN = 20  # differing arrays
+SHOWN = 20  # number of differing arrays that are printed
 
 
 class Report:
-    """Lines and tables on standard output, and what spoke against the checkpoint."""
+    """Prints lines and tables on standard output, and collects the faults of the checkpoint."""
 
     def __init__(self) -> None:
         from gemma_jax.commands.tables import report_console
@@ -42,7 +42,7 @@ class Report:
         self._console.print()
 
     def verdict(self, checked: Sequence[str]) -> int:
-        """Print it and return the exit status: 1 where there is a fault."""
+        """Print the verdict and return the exit status: 1 if there is a fault, otherwise 0."""
         for fault in self.faults:
             self.line("fault", fault)
         text = "not to be trusted" if self.faults else f"sound, as far as this looked: {', '.join(checked)}"
@@ -51,7 +51,7 @@ class Report:
 
 
 def run(arguments: Sequence[str], prog: str) -> int:
-    """Print the report. The status is 0 where nothing speaks against the checkpoint, otherwise 1."""
+    """Print the report. Returns status 0 if no fault was found in the checkpoint, otherwise 1."""
     (name,), config = read_command(arguments, prog, "CHECKPOINT", VerifyConfig(), validate=validate_verify)
 
     from gemma_jax.pretrained.checkpoint import open_checkpoint
@@ -61,12 +61,12 @@ def run(arguments: Sequence[str], prog: str) -> int:
         found = open_checkpoint(name)
     except UserError as error:
         if not os.path.exists(os.path.expanduser(name)):
-            raise  # there is nothing that a verdict could be of
+            raise  # there is no checkpoint to judge
         report.faults.append(str(error))
         return report.verdict(checked)
     other = open_checkpoint(config.against) if config.against else None
     _show_shape(report, name, found)
-    # Anything that is wrong with what is on disk is a fault of the checkpoint, not a mistake of the user.
+    # Any error in the files on disk is a fault of the checkpoint, not a mistake of the user.
     try:
         weights = _weights(found, config)
         _show_statistics(report, weights, found.config)
@@ -81,7 +81,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
 
 
 def _weights(found: "Checkpoint", config: VerifyConfig) -> "Weights":
-    """As they are on disk; those of a run are read to the mesh."""
+    """Returns the weights as they are on disk. The weights of a run are loaded onto the mesh."""
     if found.weights is not None:
         return found.weights
     from gemma_jax.model import ModelSpec
@@ -120,7 +120,7 @@ def _show_shape(report: Report, name: str, found: "Checkpoint") -> None:
 
 
 def _named_shape(config: TransformerConfig) -> str:
-    """The preset that a shape is of; or how it differs from the nearest one; or itself, with nothing near."""
+    """Describes a shape by its preset, by its differences from the nearest preset, or by all its fields."""
     fields = [f.name for f in dataclasses.fields(config) if f.name != "vocab_multiple"]
 
     def unlike(preset: TransformerConfig) -> list[str]:
@@ -181,7 +181,7 @@ def _show_statistics(report: Report, weights: "Weights", config: TransformerConf
 
 
 def _compared(report: Report, found: "Checkpoint", config: VerifyConfig) -> bool:
-    """Show the differences to transformers; False where they cannot be had."""
+    """Print the differences to transformers. Returns False if they cannot be computed."""
     from pathlib import Path
 
     import numpy as np
@@ -204,9 +204,9 @@ def _compared(report: Report, found: "Checkpoint", config: VerifyConfig) -> bool
     tokenizer = found.tokenizer()
     ids = [tokenizer.bos_id, *tokenizer.encode_typed(config.prompt)] if tokenizer else [2, *range(4, 32)]
     ids = [token for token in ids if token < found.config.vocab_size]
-    tokens = np.tile(np.array(ids, np.int32), (mesh.size, 1))  # every device has a row
+    tokens = np.tile(np.array(ids, np.int32), (mesh.size, 1))  # one row per device
     compute = replace(config.compute, {"param_dtype": dtype})
-    # One model in memory after the other.
+    # Only one of the two models is in memory at once.
     spec = ModelSpec(found.config, compute, mesh)
     ours = layer_outputs(spec, found.params(spec), tokens)
     theirs = transformers_outputs(Path(found.folder), dtype, tokens)
