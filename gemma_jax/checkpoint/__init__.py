@@ -1,1 +1,1 @@
-"""The checkpoints of runs: written while training continues, whole or absent, checked when they are read."""
+"""Checkpoints of runs: written while training continues, never visible half-written, verified when read."""

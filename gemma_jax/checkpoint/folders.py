@@ -1,10 +1,11 @@
-"""The folders of a run's checkpoints: which are whole, how one becomes whole, and how one is deleted.
+"""The folders of a run's checkpoints: which are complete, how one is completed, and how one is deleted.
 
-RUN/checkpoints has a folder for each step, and what is not whole is named STEP.unfinished. On a disk that is
-the folder itself, which is renamed at last. A bucket has no rename, only copies of every object, one after
-the other; so there the folder has its name from the start, and STEP.unfinished is an object beside it that is
-written first and deleted last. Either way one operation makes a checkpoint, or ends one, and a kill at any
-moment leaves only what the next start removes.
+RUN/checkpoints has a folder for each step. The name STEP.unfinished marks a step that is incomplete. On a
+disk it is the name of the folder itself until a final rename. A bucket has no rename (every object would be
+copied, one after the other), so there the folder has its final name from the start, and STEP.unfinished is an
+object beside it that is written first and deleted last. Either way a single operation makes a checkpoint
+complete, or incomplete again, and a process that is killed at any moment leaves only files that the next
+start removes.
 """
 
 import os
@@ -19,28 +20,28 @@ UNFINISHED = ".unfinished"
 
 
 def saved_steps(run_dir: epath.PathLike) -> list[int]:
-    """Steps that have a checkpoint, whole or damaged, ascending."""
+    """The steps with a completed checkpoint, ascending. The contents are not verified; one may be damaged."""
     names = {child.name for child in children(epath.Path(run_dir) / STEPS_FOLDER)}
     return sorted(int(name) for name in names if _is_step(name) and f"{name}{UNFINISHED}" not in names)
 
 
 def begin(folder: epath.Path) -> None:
-    """To be called before anything of a step is written, by the first process alone.
+    """Prepare for writing a step. Only the first process calls this, before any file of the step is written.
 
     Args:
-      folder: that the step will have when it is whole.
+      folder: The folder that the step will have when it is complete.
     """
     if in_bucket(folder):
         _unfinished(folder).write_text(f"{folder.name} is being written or deleted\n")
 
 
 def written_to(folder: epath.Path) -> epath.Path:
-    """Where a step is written that will be in `folder` when it is whole."""
+    """The folder to write a step to; `finish` makes it available as `folder`."""
     return folder if in_bucket(folder) else _unfinished(folder)
 
 
 def finish(folder: epath.Path) -> None:
-    """Make a step whole, of which all is written."""
+    """Mark a step as complete once all its files are written."""
     if in_bucket(folder):
         _unfinished(folder).unlink()
     else:
@@ -48,7 +49,7 @@ def finish(folder: epath.Path) -> None:
 
 
 def remove(folder: epath.Path) -> None:
-    """Delete a step. It ends at once, before the first of its files."""
+    """Delete a step. It is marked as incomplete before the first of its files is deleted."""
     if in_bucket(folder):
         begin(folder)
     else:
@@ -57,11 +58,11 @@ def remove(folder: epath.Path) -> None:
 
 
 def rename(folder: epath.Path, target: epath.Path) -> None:
-    """Give a step's folder another name. A kill in the middle of that leaves both in a bucket."""
+    """Rename a step's folder. In a bucket, a kill in the middle of this leaves files under both names."""
     if not os.fspath(folder).startswith("s3://"):
         folder.rename(target)
         return
-    # fsspec's own renaming asks S3 for the folders too, which are no objects there, and fails.
+    # fsspec's own rename fails here: it also requests the folders, which do not exist as objects on S3.
     filesystem, path = fsspec.url_to_fs(os.fspath(folder))
     files = filesystem.find(path)
     filesystem.copy(files, [f"{target}{name.removeprefix(path)}" for name in files])
@@ -69,7 +70,7 @@ def rename(folder: epath.Path, target: epath.Path) -> None:
 
 
 def remove_unfinished(steps_folder: epath.Path) -> None:
-    """Delete what is not whole."""
+    """Delete every incomplete step."""
     for child in children(steps_folder):
         if UNFINISHED in child.name:
             _remove_unfinished(child)

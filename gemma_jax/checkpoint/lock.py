@@ -1,4 +1,4 @@
-"""Keeping two processes from training into one run directory."""
+"""A lock that keeps two processes from training in the same run directory."""
 
 import errno
 import fcntl
@@ -14,17 +14,17 @@ LOCK_FILE = "lock"
 
 
 class RunLock:
-    """Held by the process that trains into a run directory, until `release` or its end, however it ends.
+    """The lock that a training process holds on its run directory until `release` or until the process ends.
 
-    A lock of the operating system on RUN/lock, which names the holder. Buckets and file systems without
-    locks are not guarded.
+    It is an operating system lock on the file RUN/lock, which names the holder, so it is freed however the
+    process ends. Buckets and file systems without locks are not protected.
     """
 
     def __init__(self, run_dir: epath.Path) -> None:
-        """Take the lock of a directory that exists.
+        """Take the lock of an existing directory.
 
         Raises:
-          UserError: another process trains there.
+          UserError: Another process is training there.
         """
         self._file: BinaryIO | None = None
         if "://" in os.fspath(run_dir):
@@ -49,7 +49,7 @@ class RunLock:
         self._file = file
 
     def release(self) -> None:
-        """Let others train there. The file stays: deleting it could hide another's lock."""
+        """Release the lock. The file stays: deleting it could hide the lock of another process."""
         if self._file is not None:
             self._file.close()
             self._file = None

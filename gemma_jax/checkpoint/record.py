@@ -1,8 +1,9 @@
-"""What a checkpoint says of itself, and whether it still is what was saved.
+"""The record of a checkpoint, and the checks that the checkpoint is still what was saved.
 
-Three checks, each of what the others cannot see: a digest of the record; of orbax's files, sizes and the
-beginnings, before orbax reads them, because it answers damage in its small files with pages of log; and of
-the values, once they are on the devices, fingerprints.
+There are three checks, and each finds damage that the others miss: a digest protects the record; the size and
+the first bytes of each of orbax's files are compared before orbax reads them, because orbax reports damage in
+its small files with pages of log; and the array values are compared by fingerprint once they are on the
+devices.
 """
 
 import contextlib
@@ -25,12 +26,12 @@ from gemma_jax.errors import UserError
 from gemma_jax.paths import LARGE_FILE, children, in_bucket, open_regular, read_json
 
 RECORD_FILE = "run/data.json"
-FORMAT = 2  # of runs; 1 had no number
+FORMAT = 2  # version of the run format; records of version 1 have no such field
 CHECKED_BYTES = 2**20
 
 
 class DamagedCheckpoint(UserError):
-    """A checkpoint that is not, or no longer, what was saved."""
+    """Raised when a folder holds no valid checkpoint or its contents differ from what was saved."""
 
     def __init__(self, folder: epath.PathLike, reason: str) -> None:
         super().__init__(f"the checkpoint {folder} is damaged: {reason}; choose another step.")
@@ -39,7 +40,7 @@ class DamagedCheckpoint(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class ArrayRecord:
-    """What is known of an array that was saved."""
+    """The recorded properties of a saved array."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -48,19 +49,19 @@ class ArrayRecord:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """The record of a checkpoint: the position of its run, and what its arrays and files must be."""
+    """The record of a checkpoint: the position of the run, and the arrays and files that were saved."""
 
     step: int
-    rows_seen: int  # rows of the data that were consumed: the whole position in the data
-    config: dict[str, Any]  # the resolved config, from gemma_jax.config.to_dict
+    rows_seen: int  # rows of data consumed so far; this alone is the position in the data
+    config: dict[str, Any]  # the resolved config, as returned by gemma_jax.config.to_dict
     evaluations: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
-    """By evaluator, where there was one at this step: its numbers by name."""
+    """Results of the evaluators that ran at this step: for each evaluator, its metrics by name."""
     history: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """What the run remembers of its losses, as JSON."""
+    """The loss history that the run keeps, as JSON."""
     arrays: dict[str, dict[str, ArrayRecord]] = dataclasses.field(default_factory=dict)
-    """By part, such as `params`, and name. These and the files are known when all is written."""
+    """By part, such as `params`, then by name. Like `files`, filled in when everything is written."""
     files: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
-    """Of orbax: size in bytes, and CRC-32 of the first CHECKED_BYTES."""
+    """By path of each file of orbax: its size in bytes and the CRC-32 of its first CHECKED_BYTES."""
     format: int = FORMAT
 
 
@@ -71,27 +72,27 @@ def _fingerprint(x: jax.Array) -> jax.Array:
     for axis in reversed(range(bits.ndim)):
         place += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(stride % 2**32)
         stride *= bits.shape[axis]
-    # Mixed with the place, so that swapped values show, by the last steps of MurmurHash3 (fmix32). Each is
-    # invertible, so a change of one word always shows.
+    # Each word is mixed with its position, so that swapped values are detected, by the final steps of
+    # MurmurHash3 (fmix32). Each step is invertible, so a change of a single word is always detected.
     mixed = bits ^ (place * jnp.uint32(0x9E3779B1))
     mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)
     mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
-    # A sum modulo 2**32 is exact in any order, so the number does not depend on the mesh.
+    # A sum modulo 2**32 is exact in any order, so the fingerprint does not depend on the mesh.
     return jnp.sum(mixed ^ (mixed >> 16), dtype=jnp.uint32)
 
 
 @jax.jit
 def fingerprints(arrays: Any) -> Any:
-    """A 32-bit checksum of every array of a tree, computed on its own devices: a tree of uint32 scalars.
+    """Returns a 32-bit checksum of every array in a tree, computed on the array's devices, as uint32 scalars.
 
-    orbax writes zarr3 with a checksum of each index but none of the values, so that a flipped bit on
-    disk would be loaded without a word.
+    orbax writes zarr3 with a checksum of each index but none of the values, so a flipped bit on disk would
+    otherwise be loaded without an error.
     """
     return jax.tree.map(_fingerprint, arrays)
 
 
 def array_records(shapes: Any, prints: Any) -> dict[str, dict[str, ArrayRecord]]:
-    """The records of arrays, from their abstract values and fingerprints by part and name."""
+    """Builds the records of arrays from their shapes, dtypes and fingerprints, all by part and name."""
     return {
         part: {
             name: ArrayRecord(tuple(x.shape), str(x.dtype), int(prints[part][name]))
@@ -102,7 +103,7 @@ def array_records(shapes: Any, prints: Any) -> dict[str, dict[str, ArrayRecord]]
 
 
 def _checksums(folder: epath.Path) -> dict[str, tuple[int, int]]:
-    """Size in bytes and CRC-32 of the first CHECKED_BYTES of every file in a folder and below, by path."""
+    """Size in bytes and CRC-32 of the first CHECKED_BYTES of each file below a folder, by relative path."""
     sums: dict[str, tuple[int, int]] = {}
     for path in children(folder):
         if path.is_dir():
@@ -119,7 +120,7 @@ def _digest(record: dict[str, Any]) -> str:
 
 
 def write_record(folder: epath.Path, record: RunRecord) -> None:
-    """Write the record of a checkpoint whose other files are all there, and with it what those are."""
+    """Write the record of a checkpoint, with the checksums of its other files, which must all exist."""
     fields = dataclasses.asdict(dataclasses.replace(record, files=_checksums(folder)))
     path = folder / RECORD_FILE
     path.parent.mkdir()
@@ -127,11 +128,11 @@ def write_record(folder: epath.Path, record: RunRecord) -> None:
 
 
 def run_record(step_folder: epath.PathLike) -> RunRecord:
-    """What the checkpoint in a step's folder says of itself.
+    """Read and verify the record of the checkpoint in a step's folder.
 
     Raises:
-      DamagedCheckpoint: the folder holds no checkpoint of gemma_jax, or its record is damaged.
-      UserError: the checkpoint is of another format.
+      DamagedCheckpoint: The folder holds no checkpoint of gemma_jax, or its record is damaged.
+      UserError: The checkpoint has another format.
     """
     path = epath.Path(step_folder) / RECORD_FILE
     try:
@@ -161,15 +162,15 @@ def run_record(step_folder: epath.PathLike) -> RunRecord:
 
 
 def _array_record(shape: list[int], dtype: str, fingerprint: int) -> ArrayRecord:
-    jax.dtypes.canonicalize_dtype(dtype)  # raises TypeError for what jax has no arrays of
+    jax.dtypes.canonicalize_dtype(dtype)  # raises TypeError for a dtype that jax does not support
     return ArrayRecord(tuple(shape), dtype, fingerprint)
 
 
 def check_files(folder: epath.Path, record: RunRecord, parts: Collection[str]) -> None:
-    """Check the files that reading these parts needs.
+    """Check the files that are needed to read the given parts.
 
     Raises:
-      DamagedCheckpoint: one of them is missing or has changed; it is named.
+      DamagedCheckpoint: A file is missing or has changed; the message names it.
     """
     try:
         now = _checksums(folder)
@@ -183,11 +184,11 @@ def check_files(folder: epath.Path, record: RunRecord, parts: Collection[str]) -
 
 
 def storage_failure(error: Exception) -> str:
-    """Why a disk or bucket failed, for a sentence; empty where an exception does not say that."""
+    """The reason of a disk or bucket failure, for use in a message; empty if the error is of another kind."""
     # tensorstore raises ValueErrors that begin with a status.
     if not isinstance(error, OSError) and not re.match("[A-Z_]+: ", str(error)):
         return ""
-    # What the system says is enough: tensorstore's own message names a temporary file, twice.
+    # The system's error text is enough: tensorstore's own message names a temporary file, twice.
     reasons = (
         os.strerror(code) for code in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EIO)
     )
@@ -195,15 +196,16 @@ def storage_failure(error: Exception) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The beginning of a message, for a sentence: orbax's go on for pages."""
+    """The first line of an error's message, for use in a message: orbax's errors are pages long."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 @contextlib.contextmanager
 def without_echo() -> Iterator[None]:
-    """Leave out what tensorstore prints after an error of orbax's: its other answers find nobody waiting.
+    """Suppress the "Event loop is closed" reports that follow an error in orbax.
 
-    They come late, so after an error this stays so until the process ends.
+    tensorstore's remaining results then arrive after the event loop that awaits them has closed. They arrive
+    late, so after an error the suppression stays until the process ends.
     """
     shown = sys.unraisablehook
 

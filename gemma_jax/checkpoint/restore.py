@@ -1,4 +1,4 @@
-"""Reading a checkpoint that a run saved: this process's own run or any other."""
+"""Reads checkpoints that were saved by this process's run or by any other run."""
 
 import os
 from collections.abc import Callable
@@ -33,13 +33,13 @@ Result = TypeVar("Result")
 
 
 def step_folder(checkpoint: epath.PathLike) -> tuple[epath.Path, epath.Path]:
-    """The folder of the step that a path means, and the run directory that it belongs to.
+    """Returns the step folder that a path refers to, and the run directory that it belongs to.
 
     Args:
-      checkpoint: a run directory (its newest step is meant) or the folder of one step.
+      checkpoint: A run directory, which stands for its newest step, or the folder of one step.
 
     Raises:
-      UserError: nothing there, or nothing saved there yet.
+      UserError: The path does not exist, or no checkpoint has been saved there yet.
     """
     path = user_path(checkpoint)
     if not path.exists():
@@ -60,26 +60,26 @@ def load_params(
     record: RunRecord,
     spec: ModelSpec,
 ) -> nnx.State:
-    """The parameters of a checkpoint, as the spec describes them.
+    """Load the parameters of a checkpoint with the dtypes and shardings of the spec.
 
     Raises:
-      DamagedCheckpoint, UserError: as `load_arrays` does.
+      DamagedCheckpoint, UserError: See `load_arrays`.
     """
     require_memory(spec.params, "the model")
     return load_arrays(step_folder, {"params": spec.params}, record)["params"]
 
 
 def load_arrays(step_folder: epath.PathLike, abstract: dict[str, Any], record: RunRecord) -> dict[str, Any]:
-    """Trees of arrays from a checkpoint, each array placed and cast as its abstract one says.
+    """Load trees of arrays from a checkpoint, each with the sharding and dtype of its abstract array.
 
     Args:
-      step_folder: the checkpoint of one step.
-      abstract: by part, such as `params`: trees of jax.ShapeDtypeStruct with shardings.
-      record: of this checkpoint.
+      step_folder: The checkpoint of one step.
+      abstract: For each part, such as `params`, a tree of jax.ShapeDtypeStruct with shardings.
+      record: The record of this checkpoint.
 
     Raises:
-      DamagedCheckpoint: an array is missing or is not what was saved; it is named where that is known.
-      UserError: the checkpoint belongs to another model.
+      DamagedCheckpoint: An array is missing or differs from what was saved; the message names it if known.
+      UserError: The checkpoint belongs to another model.
     """
     wanted = {part: named_arrays(tree) for part, tree in abstract.items()}
     saved = {}
@@ -87,7 +87,7 @@ def load_arrays(step_folder: epath.PathLike, abstract: dict[str, Any], record: R
         if part not in record.arrays:
             raise UserError(f"the checkpoint {step_folder} holds no {part}; choose one that has it.")
         _compare(arrays, record.arrays[part], step_folder)
-        # As they were saved, and cast only after the fingerprints have been compared.
+        # Arrays are loaded in the dtypes of the checkpoint, and cast after their fingerprints are compared.
         dtypes = {name: jax.numpy.dtype(array.dtype) for name, array in record.arrays[part].items()}
         saved[part] = {
             name: jax.ShapeDtypeStruct(x.shape, dtypes[name], sharding=x.sharding)
@@ -106,16 +106,16 @@ def load_arrays(step_folder: epath.PathLike, abstract: dict[str, Any], record: R
 
 
 def check_readable(step_folder: epath.Path) -> None:
-    """Read back what can be read quickly of a checkpoint that was just written: all but the arrays' numbers.
+    """Read back a checkpoint that was just written, except the values of its arrays, which would be slow.
 
     Raises:
-      DamagedCheckpoint: a file is missing, or orbax finds other arrays there than the record says.
+      DamagedCheckpoint: A file is missing, or orbax finds other arrays than those in the record.
     """
     record = run_record(step_folder)
     check_files(step_folder, record, record.arrays)
     for part, arrays in record.arrays.items():
         with orbax_context(step_folder):
-            # None where orbax cannot read one of the arrays' headers, which it logs.
+            # metadata is None if orbax cannot read the header of an array; orbax logs that.
             found: dict[str, Any] = ocp.metadata(absolute(step_folder), part).metadata or {}
         read = {name: (tuple(array.shape), str(np.dtype(array.dtype))) for name, array in found.items()}
         if read != {name: (array.shape, array.dtype) for name, array in arrays.items()}:
@@ -126,7 +126,7 @@ def in_all_processes(step_folder: epath.PathLike, read: Callable[[], Result]) ->
     """Run `read` in every process; if it fails in any, raise in all, so that none hangs in a collective.
 
     Raises:
-      DamagedCheckpoint: it failed.
+      DamagedCheckpoint: `read` failed in this process or in another.
     """
     problem = ""
     try:
@@ -159,5 +159,5 @@ def _compare(wanted: Arrays, saved: dict[str, ArrayRecord], origin: epath.PathLi
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-    """As orbax wants paths; a bucket address is absolute already."""
+    """The absolute form of a path, which orbax requires; the address of a bucket is absolute already."""
     return epath.Path(path if "://" in os.fspath(path) else os.path.abspath(path))

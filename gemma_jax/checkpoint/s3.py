@@ -1,9 +1,10 @@
-"""orbax's way to s3://.
+"""Makes orbax read and write s3:// addresses.
 
-Below orbax, tensorstore reads and writes S3. orbax 0.12.8 does not let an address through: of `s3://a` it
-makes the path `s3:/a`. No option of orbax's changes that, so the one function that makes tensorstore's
-specs of paths is wrapped, once an address of S3 comes up: it is asked for the same path in Google's storage,
-about which it knows the same things (no renames, smaller files), and the driver is changed in the answer.
+tensorstore, on which orbax is built, supports S3. But orbax 0.12.8 does not pass such an address on: it turns
+`s3://a` into the path `s3:/a`, and no option of orbax changes that. So the one function that makes
+tensorstore's specs from paths is wrapped, when the first address of S3 is used. The wrapper requests the spec
+of the same path in Google's storage, for which orbax makes the same choices (no renames, smaller files), and
+replaces the driver in the result.
 """
 
 import functools
@@ -20,19 +21,19 @@ from gemma_jax.errors import UserError
 Spec = dict[str, Any]
 
 FUNCTION = "build_kvstore_tspec"
-MANGLED = {"driver": "file", "path": "s3:/bucket/folder"}  # what that function makes of s3://bucket/folder
+MANGLED = {"driver": "file", "path": "s3:/bucket/folder"}  # its result for s3://bucket/folder
 
 
 def orbax_context(path: epath.PathLike) -> ocp.Context:
-    """With which orbax is to be called for this path, on a disk or in any bucket.
+    """The context in which orbax must be called for this path, on a disk or in any bucket.
 
-    Several processes need nothing more on S3 than on gs://. Each writes objects of its own, whose names hold
-    its number; the first joins them by one more object, after a barrier, and neither S3 nor we (see
-    `user_path`) give it an outdated list of objects. What orbax makes sure of by a rename on a disk, it
-    does by an object that it writes last, as on gs://.
+    On S3, several processes need nothing beyond what they need on gs://. Each writes its own objects, whose
+    names contain its process index. After a barrier, the first process joins them with one more object; the
+    list of objects that it reads is never outdated, because S3 lists consistently and we cache no lists (see
+    `user_path`). Where orbax commits with a rename on a disk, it writes a last object here, as on gs://.
 
     Raises:
-      UserError: this orbax is another, and how it writes to S3 is not known.
+      UserError: This version of orbax works differently, so that it cannot be made to write to S3.
     """
     context = ocp.Context()
     if os.fspath(path).startswith("s3://"):
@@ -43,7 +44,7 @@ def orbax_context(path: epath.PathLike) -> ocp.Context:
 
 def _let_s3_through(path: epath.PathLike) -> None:
     try:
-        # Here, because what is private may go, and disks do not need it.
+        # Imported here because the module is private, so it may disappear, and disks do not need it.
         from orbax.checkpoint._src.serialization import tensorstore_utils
 
         build = getattr(tensorstore_utils, FUNCTION)
@@ -68,7 +69,7 @@ def _with_s3(build: Callable[..., Spec]) -> Callable[..., Spec]:
 
 
 def _in_s3(spec: Any) -> Any:
-    """`spec` with S3 in the place of Google's storage, however deep: stores contain stores."""
+    """Returns `spec` with S3 in place of Google's storage at every depth; the specs of stores are nested."""
     if isinstance(spec, list):
         return [_in_s3(part) for part in spec]
     if not isinstance(spec, dict):
@@ -79,14 +80,14 @@ def _in_s3(spec: Any) -> Any:
 
 
 def _service() -> Spec:
-    """What s3fs reads from the environment itself, and tensorstore does not.
+    """The settings that s3fs reads from the environment but tensorstore does not.
 
-    The region of Amazon's buckets is left out: tensorstore asks for it, and would refuse another.
+    The region is left out for Amazon's own buckets: tensorstore looks it up and would reject a wrong one.
     """
     service: Spec = {}
     if endpoint := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
         service |= {"endpoint": endpoint, "aws_region": region}
-    if "AWS_ACCESS_KEY_ID" in os.environ:  # else it says of each array that there is no ~/.aws
+    if "AWS_ACCESS_KEY_ID" in os.environ:  # otherwise it reports for each array that ~/.aws is missing
         service["aws_credentials"] = {"type": "environment"}
     return service

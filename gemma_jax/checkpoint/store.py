@@ -1,9 +1,9 @@
-"""Checkpoints of a run: named parts of its state, its position in the data, and the config.
+"""Saves and restores the checkpoints of a run: parts of its state, its position in the data, and its config.
 
-Under RUN/checkpoints, a folder for each step (`folders` describes how it becomes whole). Each part of the
-state, such as `params` and `opt_state`, is a folder of orbax with arrays by their dotted names; run/data.json
-is the record, which also says what all the rest must be. A folder that turned out to be damaged is kept as
-STEP.damaged.
+RUN/checkpoints has a folder for each step (`folders` describes how one is completed). In it, each part of the
+state, such as `params` and `opt_state`, is an orbax folder that holds the arrays by their dotted names.
+run/data.json is the record, which also describes all the other files and arrays. A folder that is found to be
+damaged is kept as STEP.damaged.
 """
 
 import contextlib
@@ -42,21 +42,21 @@ from gemma_jax.startup import wait_for_all
 
 Parts = dict[str, Any]  # trees of arrays
 
-# orbax's threads log the traceback of a full disk once for each file; `CheckpointStore.wait` raises it too.
+# On a full disk, orbax's threads log a traceback for each file; `CheckpointStore.wait` raises the error.
 logging.getLogger("absl").addFilter(lambda record: "_SignalingThread.run() raised" not in str(record.msg))
 
 
 def kept_steps(losses: dict[int, float | None], config: CheckpointConfig) -> set[int]:
-    """Which of the steps that have a checkpoint are kept.
+    """Returns the steps whose checkpoints are kept.
 
     Args:
-      losses: for each of them, the number that `keep_best_by` names, if it was measured.
-      config: `keep_last`, `keep_every` and `keep_best`; what any of them keeps is kept.
+      losses: For each step that has a checkpoint, the metric that `keep_best_by` names, None if not measured.
+      config: Its `keep_last`, `keep_every` and `keep_best` apply; a step that any of them keeps is kept.
     """
     best = sorted((loss, step) for step, loss in losses.items() if loss is not None and np.isfinite(loss))
     return {
         *sorted(losses)[-config.keep_last :],
-        # What a stop saved besides must not push out what a run without it would have.
+        # An extra checkpoint, saved at a stop, must not displace one that an unstopped run would keep.
         *sorted(step for step in losses if step % config.every == 0)[-config.keep_last :],
         *(step for step in losses if config.keep_every and step % config.keep_every == 0),
         *(step for _, step in best[: config.keep_best]),
@@ -66,19 +66,21 @@ def kept_steps(losses: dict[int, float | None], config: CheckpointConfig) -> set
 class CheckpointStore:
     """The checkpoints of the run that this process trains. `restore.py` reads those of any run.
 
-    One at a time: it holds the run's lock, and removes what a killed process left unfinished. In a job of
-    several processes each has a store and calls the same methods in the same order: all write and read their
-    own arrays, and the first one alone does the rest.
+    A run has only one store at a time, which holds the run's lock and removes what a killed process left
+    unfinished. In a job of several processes, each has a store and calls the same methods in the same order:
+    every process writes and reads its own arrays, and only the first does everything else.
     """
 
     def __init__(self, run_dir: epath.PathLike, config: CheckpointConfig, *, overwrite: bool = False) -> None:
-        """Args:
-        run_dir: made if it is not there.
-        config: what to keep.
-        overwrite: delete the checkpoints that are there first.
+        """Take the run's lock and remove unfinished checkpoints.
+
+        Args:
+          run_dir: The run directory; created if it does not exist.
+          config: Which checkpoints to keep.
+          overwrite: Whether to delete the existing checkpoints first.
 
         Raises:
-          UserError: another process trains there, or the directory cannot be written.
+          UserError: Another process is training there, or the directory cannot be written.
         """
         check_writable_path(run_dir)
         self._run_dir, self._config = absolute(run_dir), config
@@ -89,7 +91,7 @@ class CheckpointStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             if self._first:
                 self._lock = RunLock(self._run_dir)
-                if overwrite and self.folder.exists():  # a bucket has no empty folder
+                if overwrite and self.folder.exists():  # a bucket has no empty folders
                     self.folder.rmtree()
                     self.folder.mkdir()
                 folders.remove_unfinished(self.folder)
@@ -107,14 +109,14 @@ class CheckpointStore:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None and jax.process_count() > 1:
-            # What is being written may never be whole: another process may be gone, and this one must end.
+            # The checkpoint being written may never complete: another process may be gone. This one must end.
             return
         self.close()
 
     def _loss(self, step: int) -> float | None:
         try:
             return self._best_by(run_record(self.folder / str(step)))
-        except DamagedCheckpoint:  # reported when it is needed
+        except DamagedCheckpoint:  # reported when the checkpoint is needed
             return None
 
     def _best_by(self, record: RunRecord) -> float | None:
@@ -122,23 +124,23 @@ class CheckpointStore:
         return numbers.get(self._config.keep_best_by)
 
     def save(self, record: RunRecord, parts: Parts) -> None:
-        """Start writing a checkpoint; returns when the arrays have been copied off the devices.
+        """Start writing a checkpoint, and return when the arrays have been copied off the devices.
 
-        Waits for the checkpoint before it, if that is still being written.
+        Waits for the previous checkpoint first, if that is still being written.
 
         Args:
-          record: of the run; its arrays and files are filled in.
-          parts: trees of arrays on the mesh, by name.
+          record: The record of the run; its `arrays` and `files` are filled in here.
+          parts: Trees of arrays on the mesh, by name of the part.
 
         Raises:
-          UserError: this checkpoint or the one before it could not be written.
+          UserError: This checkpoint or the previous one could not be written.
         """
         self.wait()
         arrays = {part: named_arrays(tree) for part, tree in parts.items()}
-        prints = fingerprints(arrays)  # only started here: they are computed while the next steps run
+        prints = fingerprints(arrays)  # dispatched only: they are computed while the next steps run
         if jax.process_count() > 1:
-            # orbax now compares paths between the processes by a collective of its own, and two programs with
-            # collectives that run at once have been seen to mix them up (gloo, on CPU).
+            # orbax next compares paths between the processes with a collective of its own. Two programs whose
+            # collectives ran at once have been seen to mix them up (gloo, on CPU).
             jax.block_until_ready(prints)
         folder = self.folder / str(record.step)
         unfinished = folders.written_to(folder)
@@ -170,19 +172,21 @@ class CheckpointStore:
             del self._losses[step]
 
     def steps(self) -> list[int]:
-        """Steps that have a checkpoint, ascending, when all that was saved is on disk.
+        """Wait until everything is on disk, and return the steps that have a checkpoint, ascending.
 
         Raises:
-          UserError: as `wait` does.
+          UserError: See `wait`.
         """
         self.wait()
         return sorted(self._losses)
 
     def remove_after(self, step: int) -> None:
-        """Remove the checkpoints of later steps, the latest first: a kill leaves a run that did not go back.
+        """Remove the checkpoints of later steps.
+
+        The latest is removed first, so a kill in between leaves a valid run that has not fully rolled back.
 
         Raises:
-          UserError: as `wait` does.
+          UserError: See `wait`.
         """
         for later in reversed([saved for saved in self.steps() if saved > step]):
             if self._first:
@@ -191,17 +195,17 @@ class CheckpointStore:
         wait_for_all("later checkpoints are removed")
 
     def restore(self, abstract: Parts, optional: Collection[str] = ()) -> tuple[Parts, RunRecord] | None:
-        """The newest whole checkpoint; None if nothing has been saved.
+        """Load the newest intact checkpoint; returns None if nothing has been saved.
 
-        Damaged ones that are newer are reported on standard error and renamed to STEP.damaged: the run will
-        come to their steps again.
+        Newer checkpoints that are damaged are reported on standard error and renamed to STEP.damaged, because
+        the run will reach their steps again.
 
         Args:
-          abstract: by part, trees of jax.ShapeDtypeStruct with the shardings that arrays are to have.
-          optional: parts that are left out where the checkpoint does not hold them.
+          abstract: For each part, a tree of jax.ShapeDtypeStruct with the shardings of the loaded arrays.
+          optional: Parts that are skipped if the checkpoint does not hold them.
 
         Raises:
-          UserError: there are checkpoints but none is whole, or they belong to another model.
+          UserError: There are checkpoints but none is intact, or they belong to another model.
         """
         damaged: list[tuple[int, str]] = []
         for step in reversed(saved_steps(self._run_dir)):
@@ -240,10 +244,10 @@ class CheckpointStore:
         print(f"{found}, and the run resumes from step {instead}", file=sys.stderr, flush=True)
 
     def wait(self) -> None:
-        """Return when everything that was saved is on disk.
+        """Wait until everything that was saved is on disk.
 
         Raises:
-          UserError: the disk is full or cannot be written; checkpoints from before are as they were.
+          UserError: The disk is full or cannot be written; earlier checkpoints are unchanged.
         """
         writing, self._writing = self._writing, None
         if writing is None:
@@ -253,7 +257,7 @@ class CheckpointStore:
         except (OSError, ValueError, DamagedCheckpoint) as error:
             if not isinstance(error, DamagedCheckpoint) and not storage_failure(error):
                 raise
-            if self._first and not in_bucket(self.folder):  # on a disk it takes room that is short
+            if self._first and not in_bucket(self.folder):  # on a disk it takes up scarce space
                 with contextlib.suppress(OSError):  # another thread may still be writing there
                     folders.remove_unfinished(self.folder)
             raise self._not_written(error) from error
@@ -266,10 +270,10 @@ class CheckpointStore:
         )
 
     def close(self) -> None:
-        """Wait, and let other processes train in this run.
+        """Wait for the last checkpoint, and release the lock so that other processes can train in this run.
 
         Raises:
-          UserError: as `wait` does.
+          UserError: See `wait`.
         """
         try:
             self.wait()
