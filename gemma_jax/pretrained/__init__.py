@@ -1,1 +1,1 @@
-"""Published weights: Hugging Face and Flax directories, read from disk to the mesh and written again."""
+"""Published weights: reads Hugging Face and Flax directories from disk to the mesh, and writes them."""

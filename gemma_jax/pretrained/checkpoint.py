@@ -1,7 +1,7 @@
-"""What CHECKPOINT means, wherever a command or `Gemma.from_pretrained` takes one.
+"""Resolves the CHECKPOINT argument of the commands and of `Gemma.from_pretrained`.
 
-A run directory, one of its steps, a Hugging Face directory, a published Flax directory, a name on the
-Hugging Face Hub or on Kaggle, or `random:PRESET`.
+It can be a run directory, one of its steps, a Hugging Face directory, a published Flax directory, a name on
+the Hugging Face Hub or on Kaggle, or `random:PRESET`.
 """
 
 import dataclasses
@@ -28,38 +28,40 @@ from gemma_jax.tokenizer import Tokenizer
 
 RANDOM = "random:"
 TOKENIZER_FILE = "tokenizer.model"
-RUN_RECORD = "run/data.json"  # of a step of a run, in record.py
-FLAX_METADATA = "_METADATA"  # orbax's, in the directory of the arrays
+RUN_RECORD = "run/data.json"  # in the folder of a step of a run; see record.py
+FLAX_METADATA = "_METADATA"  # written by orbax in the directory of the arrays
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was found and checked, with its numbers still on disk."""
+    """A checkpoint that was found and checked, but whose weights have not been read yet."""
 
     name: str  # as the user gave it
-    folder: str  # where it is, which may have more files beside the weights; empty: nowhere
+    folder: str  # its directory, which may hold more files beside the weights; empty if there is none
     config: TransformerConfig
-    dtype: str  # of the numbers on disk; the widest, where there are several
-    tokenizer_path: str  # empty where there is none
+    dtype: str  # of the weights on disk; the widest if there are several
+    tokenizer_path: str  # empty if there is none
     terms_source: (
-        str  # what a NOTICE says of where weights under Google's terms are from; empty: not under them
+        str  # the source that a NOTICE names for weights under Google's terms; empty if not under them
     )
     params: Callable[[ModelSpec], nnx.State]
-    """Reads the parameters to their place on the mesh; UserError where they are damaged or do not fit."""
+    """Reads the parameters onto the mesh; raises UserError if they are damaged or do not fit into memory."""
 
-    weights: Weights | None = None  # of the published forms: the arrays as they are on disk
+    weights: Weights | None = None  # the arrays on disk; only for published forms
 
     def tokenizer(self) -> Tokenizer | None:
-        """Raises:
-        UserError: there is one, but it is none of Gemma's kind.
+        """Load the tokenizer; returns None if the checkpoint has none.
+
+        Raises:
+          UserError: The file is not a tokenizer of Gemma's kind.
         """
         return Tokenizer.load(self.tokenizer_path) if self.tokenizer_path else None
 
     def end_tokens(self, instruction_tuned: bool | None = None) -> tuple[int, ...]:
-        """The ids that end an answer; see `pretrained.end_tokens`.
+        """Returns the token ids that end an answer; see `pretrained.end_tokens`.
 
         Raises:
-          UserError: one of them is outside the vocabulary, or as `pretrained.end_tokens`.
+          UserError: An id is outside the vocabulary, or `pretrained.end_tokens` raises it.
         """
         ids = end_tokens(self.name, self.folder, instruction_tuned=instruction_tuned)
         if max(ids) >= self.config.vocab_size:
@@ -71,16 +73,16 @@ class Checkpoint:
 
 
 def open_checkpoint(name: str | os.PathLike[str]) -> Checkpoint:
-    """Find a checkpoint and check what can be checked without reading its numbers.
+    """Find a checkpoint and check everything that can be checked without reading its weights.
 
     Args:
-      name: a run directory (its newest step is meant), one of its steps, a Hugging Face directory, a
+      name: A run directory (which stands for its newest step), one of its steps, a Hugging Face directory, a
         published Flax directory or the one that holds it beside its tokenizer, a name on the Hub
         (google/gemma-2b-it, or with @REVISION) or on Kaggle (google/gemma/flax/2b-it), or `random:PRESET`
         for random weights of a preset.
 
     Raises:
-      UserError: nothing there, or not a whole checkpoint of a Gemma that is supported.
+      UserError: The name does not lead to a complete checkpoint of a supported Gemma.
     """
     name = os.fspath(name)
     if name.startswith(RANDOM):
@@ -95,8 +97,10 @@ def open_checkpoint(name: str | os.PathLike[str]) -> Checkpoint:
 
 
 def refuse_others(name: str, path: Path) -> None:
-    """Raises:
-    UserError: something is there that cannot be a checkpoint, such as the file of weights or an adapter.
+    """Refuse a path that exists but cannot be a checkpoint.
+
+    Raises:
+      UserError: The path is, for example, a single file of weights or the directory of an adapter.
     """
     if os.path.isfile(path) and path.suffix in (".safetensors", ".json", ".model"):
         raise UserError(f"{name} is a file of a checkpoint; give the directory that holds it, {path.parent}.")
@@ -113,10 +117,10 @@ def refuse_others(name: str, path: Path) -> None:
 
 
 def require_tokenizer(name: str | os.PathLike[str]) -> None:
-    """Make sure that a checkpoint reads and writes text, before its numbers are read or made.
+    """Make sure that a checkpoint has a tokenizer before its weights are read or created.
 
     Raises:
-      UserError: it comes without a tokenizer, or as `open_checkpoint`.
+      UserError: It has no tokenizer, or `open_checkpoint` raises it.
     """
     if not open_checkpoint(name).tokenizer_path:
         raise UserError(
@@ -131,14 +135,14 @@ def _random(name: str) -> Checkpoint:
 
 
 def is_published(folder: str | os.PathLike[str]) -> bool:
-    """Whether a directory is one of published weights, whole or not, rather than a run's."""
+    """Whether a directory holds published weights, complete or not, rather than a run."""
     folder = Path(folder)
     if not os.path.isdir(folder) or os.path.exists(folder / RUN_RECORD):
         return False
     if _has_safetensors(folder):
         return True
     config = folder / CONFIG_FILE
-    # A run has a config.json too, of another kind. A file that is no text is reported elsewhere.
+    # A run has a config.json too, of another kind. A file that is not text is reported elsewhere.
     if os.path.isfile(config):
         with open_regular(config) as file:
             if b'"model_type"' in file.read(SMALL_FILE):
@@ -147,7 +151,7 @@ def is_published(folder: str | os.PathLike[str]) -> bool:
 
 
 def holds_checkpoint(folder: Path) -> bool:
-    """Whether a run, one of its steps or published weights are directly in a folder."""
+    """Whether a folder itself is a run, a step of a run, or a directory of published weights."""
     is_run = os.path.isdir(folder / STEPS_FOLDER) and os.path.exists(folder / CONFIG_FILE)
     marks = (RUN_RECORD, FLAX_METADATA)
     return is_run or _has_safetensors(folder) or any(os.path.exists(folder / mark) for mark in marks)
@@ -158,10 +162,12 @@ def _has_safetensors(folder: Path) -> bool:
 
 
 def flax_folder(folder: Path) -> Path | None:
-    """Where the arrays of a Flax directory are: itself or, beside the tokenizer, its one such child.
+    """Returns the folder with the arrays of a Flax directory, or None if there is none.
+
+    It is the directory itself or the only child with such arrays, beside the tokenizer.
 
     Raises:
-      UserError: there are several.
+      UserError: Several children hold arrays.
     """
     if os.path.lexists(folder / FLAX_METADATA):
         return folder
@@ -180,9 +186,9 @@ def _published(name: str, folder: Path) -> Checkpoint:
         huggingface = HuggingFaceDirectory(folder)
         weights, config, dtype = huggingface, huggingface.config, huggingface.dtype
     else:
-        from gemma_jax.pretrained.flax import FlaxDirectory  # late: orbax costs a second
+        from gemma_jax.pretrained.flax import FlaxDirectory  # late: importing orbax takes a second
 
-        # Of the arrays themselves: the rest is beside them.
+        # The user named the folder of the arrays: the tokenizer and config.json are in its parent.
         if arrays == folder and not os.path.lexists(tokenizer):
             folder, tokenizer = folder.parent, folder.parent / TOKENIZER_FILE
         described = folder / CONFIG_FILE
@@ -190,7 +196,7 @@ def _published(name: str, folder: Path) -> Checkpoint:
         size = Tokenizer.load(tokenizer).vocab_size if known is None and os.path.lexists(tokenizer) else None
         flax = FlaxDirectory(arrays, known, size)
         weights, config, dtype = flax, flax.config, flax.dtype
-    # A model with further tokens derives from Google's as well.
+    # A model with additional tokens is derived from Google's weights too.
     shape = replace(config, {"vocab_size": 256_000})
     named = name.startswith("google/") or "models--google--" in os.path.abspath(folder)
     from_google = named or has_notice(folder) or shape in PUBLISHED_SHAPES
@@ -207,7 +213,7 @@ def _published(name: str, folder: Path) -> Checkpoint:
 
 
 def _run(name: str) -> Checkpoint:
-    from gemma_jax.checkpoint.restore import load_params, step_folder  # late: orbax costs a second
+    from gemma_jax.checkpoint.restore import load_params, step_folder  # late: importing orbax takes a second
 
     folder, run_dir = step_folder(name)
     record = run_record(folder)

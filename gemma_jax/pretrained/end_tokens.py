@@ -1,7 +1,8 @@
-"""Which tokens end an answer, and so whether a checkpoint is an instruction-tuned one.
+"""Finds the tokens that end an answer, which also show whether a checkpoint is instruction-tuned.
 
-A model is instruction-tuned where `<end_of_turn>` is among its end tokens. Published checkpoints do not say
-so in one place: generation_config.json lists the token in newer ones only, and the Flax form has no mark.
+A model counts as instruction-tuned if `<end_of_turn>` is among its end tokens. Published checkpoints do not
+record this in one place: only newer ones list the token in generation_config.json, and the Flax form does not
+record it at all.
 """
 
 import os
@@ -13,30 +14,32 @@ from gemma_jax.pretrained.published_config import CONFIG_FILE, GENERATION_FILE, 
 from gemma_jax.tokenizer import Tokenizer
 
 EOS = Tokenizer.eos_id
-# Behind the name may stand a revision of the Hub (@main) or a version of Kaggle's (/2).
+# The name may be followed by a revision on the Hub (@main) or a version on Kaggle (/2).
 _NAMED_SO = re.compile(r"-it(@[\w./-]+|/\d+)?/*$", re.IGNORECASE)
-END_OF_TURN = 107  # in Gemma's tokenizer, and in those that we train
+END_OF_TURN = 107  # the id in Gemma's tokenizer and in those that we train
 
 
 def end_tokens(name: str, folder: str = "", *, instruction_tuned: bool | None = None) -> tuple[int, ...]:
-    """The ids that end an answer.
+    """Returns the token ids that end an answer.
 
     Args:
-      name: what the checkpoint is called. Names of instruction-tuned weights end in `-it`, as Google's do.
-      folder: that may hold a generation_config.json or else a config.json, whose `eos_token_id` is one id or
-        a list; its name counts too. Empty: nowhere.
-      instruction_tuned: what the caller knows; None decides by the file and the names.
+      name: The name of the checkpoint. If it ends in `-it`, as Google's names do, the weights count as
+        instruction-tuned.
+      folder: The directory of the checkpoint, or empty. Its name is examined like `name`. The `eos_token_id`
+        (one id or a list) is read from its generation_config.json or, without one, from its config.json.
+      instruction_tuned: Whether the weights are instruction-tuned, if the caller knows; None decides by the
+        file and the names.
 
     Raises:
-      UserError: the file cannot be read, or its eos_token_id is no token id or list of them.
+      UserError: The file cannot be read, or its eos_token_id is neither a token id nor a list of them.
     """
     ids = {EOS}
-    # Only published weights come with the file, and those are never read from a bucket in place.
+    # Only published weights have these files, and those are never read directly from a bucket.
     files = [Path(folder) / file for file in (GENERATION_FILE, CONFIG_FILE) if folder]
-    for path in [file for file in files if os.path.lexists(file)][:1]:  # transformers has this order too
+    for path in [file for file in files if os.path.lexists(file)][:1]:  # transformers uses the same order
         ids |= set(_listed(path))
     if instruction_tuned is None:
-        # The Hub's cache has OWNER/NAME as models--OWNER--NAME/snapshots/REVISION.
+        # The Hub's cache stores OWNER/NAME as models--OWNER--NAME/snapshots/REVISION.
         parts = Path(os.path.abspath(folder)).parts if folder else ()
         places = (name, *parts[-1:], *(part for part in parts if part.startswith("models--")))
         named = any(_NAMED_SO.search(place) for place in places)

@@ -1,4 +1,4 @@
-"""Weights written as a Hugging Face directory, a published Flax one, or a run's."""
+"""Writes weights as a Hugging Face directory, a published Flax directory, or a run directory."""
 
 import contextlib
 import functools
@@ -46,7 +46,7 @@ from gemma_jax.weights import EMBEDDING, Weight
 
 Form = Literal["huggingface", "flax", "run"]
 FLAX_FOLDER = "params"
-# The dialogue of Gemma's instruction-tuned models, for tools that read it from here.
+# The dialogue format of Gemma's instruction-tuned models, for other tools that read it from the directory.
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('Gemma has no system role') }}{% endif %}"
@@ -61,11 +61,13 @@ CHAT_TEMPLATE = (
 
 
 class PlacedWeights:
-    """Parameters on a mesh as `Weights`."""
+    """Makes the parameters on a mesh readable as `Weights`."""
 
     def __init__(self, params: nnx.State, spec: ModelSpec) -> None:
-        """Raises:
-        UserError: other processes hold parts of them.
+        """Take the parameters that `spec` describes.
+
+        Raises:
+          UserError: Other processes hold parts of them.
         """
         self._model, self._vocab_size = spec.merge(params), spec.config.vocab_size
         if not all(x.is_fully_addressable for x in jax.tree.leaves(params)):
@@ -87,20 +89,20 @@ class PlacedWeights:
 
 
 class CastWeights:
-    """Weights cast to a dtype, or as they are where it is empty, each checked to be finite there."""
+    """Casts weights to a dtype (an empty one changes nothing) and checks that the results are finite."""
 
     def __init__(self, weights: Weights, dtype: str) -> None:
         self._weights, self._dtype = weights, np.dtype(jnp.dtype(dtype)) if dtype else None
-        self.dtypes: set[str] = set()  # of the arrays so far
+        self.dtypes: set[str] = set()  # of the arrays returned so far
 
     def get(self, parameter: str, layer: int | None) -> np.ndarray:
-        """As `gemma_jax.pretrained.layout.Weights`.
+        """See `gemma_jax.pretrained.layout.Weights`.
 
         Raises:
-          UserError: a number is NaN, infinity, or too large for the dtype.
+          UserError: A number is NaN, infinity, or too large for the dtype.
         """
         array = self._weights.get(parameter, layer)
-        with np.errstate(all="ignore"):  # what it would warn of is looked for here
+        with np.errstate(all="ignore"):  # non-finite numbers are checked here instead
             cast = array if self._dtype is None else array.astype(self._dtype, copy=False)
             finite, was_finite = np.isfinite(cast).all(), np.isfinite(array).all()
         if not finite:
@@ -127,24 +129,26 @@ def export(
     tokenizer: Tokenizer | None,
     terms_source: str,
 ) -> str:
-    """Write a directory: all of it or, where anything fails, nothing.
+    """Write weights as a directory; if anything fails, nothing is left behind.
 
     Args:
-      destination: not there yet, or empty.
-      form: huggingface, flax, or run: a directory as of training, at step 0 and without optimizer state.
-      weights: what to write.
-      config: their shape.
-      dtype: float32, bfloat16 or float16; empty: each array keeps its own, which a run cannot.
-      end_tokens: ids that end a generation.
-      tokenizer: None writes none.
-      terms_source: where weights under the Gemma terms of use come from, for the NOTICE; empty: no NOTICE.
+      destination: The directory to create; it must not exist yet, or must be empty.
+      form: huggingface, flax, or run, which writes a run directory at step 0 without optimizer state.
+      weights: The weights to write.
+      config: The config of the model.
+      dtype: float32, bfloat16 or float16. If empty, each array keeps its dtype; `run` does not allow that,
+        nor float16.
+      end_tokens: The token ids that end a generation.
+      tokenizer: The tokenizer to write, or None.
+      terms_source: For weights under the Gemma terms of use, their source, which the NOTICE names. If empty,
+        no NOTICE is written.
 
     Returns:
-      The dtypes that were written, for a sentence.
+      The dtypes that were written, joined for use in a message.
 
     Raises:
-      UserError: something is there, it is inside another checkpoint, the disk is full, or the weights are not
-        finite in this dtype.
+      UserError: The destination is not empty or is inside another checkpoint, the disk is full, the weights
+        are not finite in this dtype, or an argument is not allowed.
     """
     own = ("",) if form != "run" else ()
     for name, value, known in (("format", form, typing.get_args(Form)), ("dtype", dtype, DTYPES + own)):
@@ -198,7 +202,7 @@ def _write_run(folder: Path, weights: Weights, config: TransformerConfig, dtype:
 
 
 def _write_tokenizer_config(folder: Path, config: TransformerConfig, dialogues: bool) -> None:
-    """What transformers needs beside tokenizer.model to make its GemmaTokenizer of it."""
+    """Write the file that transformers needs beside tokenizer.model to build its GemmaTokenizer."""
     data: dict[str, Any] = {
         "tokenizer_class": "GemmaTokenizer",
         **{f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk")},
@@ -215,14 +219,14 @@ def _write_tokenizer_config(folder: Path, config: TransformerConfig, dialogues: 
 
 @contextlib.contextmanager
 def new_directory(destination: Path, size: int) -> Iterator[Path]:
-    """A directory to write into, which gets its name when all is written and is removed where that fails.
+    """Yields a temporary directory that is renamed to `destination` at the end, or removed after an error.
 
     Args:
-      destination: its name; not there yet, or empty.
-      size: bytes that will be written, nearly.
+      destination: The final name; it must not exist yet, or must be an empty directory.
+      size: The approximate number of bytes that will be written.
 
     Raises:
-      UserError: something is there, or the disk is full or cannot be written.
+      UserError: The destination is not empty, or the disk is full or cannot be written.
     """
     if os.path.exists(destination) and not (os.path.isdir(destination) and not os.listdir(destination)):
         raise UserError(f"{destination} is there already; give another destination, or remove it first.")
@@ -246,7 +250,7 @@ def new_directory(destination: Path, size: int) -> Iterator[Path]:
             "and give the same command again."
         ) from error
     finally:
-        # After an error threads of orbax write on for a moment, and make the folder again.
+        # After an error, orbax's threads keep writing for a moment and create the folder again.
         for _ in range(5 if os.path.exists(unfinished) else 0):
             shutil.rmtree(unfinished, ignore_errors=True)
             time.sleep(0.2)

@@ -1,8 +1,10 @@
-"""The published Flax form: an orbax directory with one array a key, flat or nested.
+"""The published Flax form: an orbax directory with one array per key, flat or nested.
 
 Both forms occur: `{"transformer/layer_0/attn/q_einsum": {"w": ...}}`, and the same keys as nested
-dictionaries. Multi-query models have `q_einsum` and `kv_einsum`; where every query head has a key/value
-head of its own, `qkv_einsum` holds all three. Shape legend as in layout.py; R embedding rows.
+dictionaries. Multi-query models have `q_einsum` and `kv_einsum`; if every query head has its own key/value
+head, `qkv_einsum` holds all three.
+
+Shape legend: D embed, F hidden, N query heads, K key/value heads, H head dim.
 """
 
 import os
@@ -23,17 +25,17 @@ from gemma_jax.paths import open_regular
 from gemma_jax.pretrained.layout import Weights, check_tensors, parameter_shapes, widest
 from gemma_jax.weights import EMBEDDING, FINAL_NORM
 
-PUBLISHED_ROWS = 256_128  # of which 128 pad a vocabulary of 256,000
+PUBLISHED_ROWS = 256_128  # rows of the embedding: a vocabulary of 256,000 and 128 rows of padding
 _Q, _KV, _QKV = "attn/q_einsum", "attn/kv_einsum", "attn/qkv_einsum"
 _OUT, _GATING, _DOWN = "attn/attn_vec_einsum", "mlp/gating_einsum", "mlp/linear"
 _ATTENTION_NORM, _FEED_FORWARD_NORM = "pre_attention_norm/scale", "pre_ffw_norm/scale"
-# Files of metadata, which orbax reads whole; all others hold numbers.
+# Names of metadata files, which orbax reads whole; all other files hold array values.
 _DESCRIBING = re.compile(r"[._].*|.*\.json|manifest\.ocdbt|process_\d+")
 _TABLE, _LAST_NORM = "embedder/input_embedding", "final_norm/scale"
 
 
 def tensors_of(config: TransformerConfig) -> dict[str, tuple[str, ...]]:
-    """The names in one layer, each with the parameters that it holds, on a leading axis where several."""
+    """Maps each array name of a layer to its parameters; several are stacked on a leading axis."""
     q, k, v = (f"blocks.attention.{name}" for name in "qkv")
     split = {_QKV: (q, k, v)} if config.num_heads == config.num_kv_heads else {_Q: (q,), _KV: (k, v)}
     return split | {
@@ -46,12 +48,12 @@ def tensors_of(config: TransformerConfig) -> dict[str, tuple[str, ...]]:
 
 
 def _turned(parameter: str, array: np.ndarray) -> np.ndarray:
-    """From our axes to theirs or back: theirs have the head before the width, [N, D, H]."""
+    """Convert from our axis order to the published one, [N, D, H] for q, k and v, or back."""
     return array.swapaxes(0, 1) if parameter.split(".")[-1] in "qkv" else array
 
 
 def tensor_shapes(config: TransformerConfig, rows: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name, without `transformer/` and a last `/w`, and shape of every array of a model."""
+    """Yields the name, without `transformer/` and a final `/w`, and the shape of every array of a model."""
     ours = parameter_shapes(config)
     yield _TABLE, (rows, config.embed_dim)
     for layer in range(config.num_layers):
@@ -65,16 +67,16 @@ class FlaxDirectory:
     """The weights in a published Flax directory, read one array at a time."""
 
     def __init__(self, folder: Path, config: TransformerConfig | None, vocab_size: int | None) -> None:
-        """Check names and shapes.
+        """Read the metadata, and check the names, shapes and dtypes of the arrays.
 
         Args:
-          folder: of the arrays.
-          config: what a config.json beside it says; without one the shapes decide, and Gemma's context,
-            positions and epsilon are taken.
-          vocab_size: of the tokenizer beside it.
+          folder: The folder of the arrays.
+          config: The config from a config.json beside it. If None, it is inferred from the shapes, with
+            Gemma's values for context length, positions and epsilon.
+          vocab_size: The vocabulary size of the tokenizer beside it, if known.
 
         Raises:
-          UserError: not a whole Flax checkpoint of a Gemma, or it contradicts the config.
+          UserError: The folder is not a complete Flax checkpoint of a Gemma, or it contradicts the config.
         """
         self.folder = folder
         self._leaves = self._read_metadata()
@@ -90,10 +92,10 @@ class FlaxDirectory:
             for name, parts in tensors_of(self.config).items()
             for index, parameter in enumerate(parts)
         }
-        self._last: tuple[str, np.ndarray] | None = None  # what was read last: it may hold several parameters
+        self._last: tuple[str, np.ndarray] | None = None  # last array read: it may hold several parameters
 
     def _read_metadata(self) -> dict[str, tuple[tuple[str, ...], Any]]:
-        """Path in the tree and metadata of each array, by its name."""
+        """For each array by name, returns its path in the tree and its metadata."""
         _check_files(self.folder)
         try:
             with without_echo():
@@ -106,7 +108,7 @@ class FlaxDirectory:
                 if name in leaves:
                     raise ValueError(f"{name} stands there twice")
                 leaves[name] = (keys, leaf)
-                np.dtype(leaf.dtype), tuple(leaf.shape)  # what is no array raises here
+                np.dtype(leaf.dtype), tuple(leaf.shape)  # raises for anything that is not an array
             return leaves
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise self._broken(first_line(error)) from error
@@ -117,7 +119,7 @@ class FlaxDirectory:
         )
 
     def _infer(self, shapes: Mapping[str, tuple[int, ...]], vocab_size: int | None) -> TransformerConfig:
-        """The config that the shapes of the table and of the first layer mean."""
+        """Infers the config from the shapes of the embedding table and of the first layer."""
 
         def axes(name: str, count: int) -> tuple[int, ...]:
             if name not in shapes:
@@ -148,9 +150,9 @@ class FlaxDirectory:
 
     def _read(self, name: str) -> np.ndarray:
         if self._last is None or self._last[0] != name:
-            self._last = None  # before the next one is read: both need not fit into memory
+            self._last = None  # freed before the next read, so that both need not fit into memory
             keys, leaf = self._leaves[name]
-            # An array that takes no memory shows orbax what is wanted: numpy, of this shape and dtype.
+            # A broadcast zero takes no memory and makes orbax return a numpy array of this shape and dtype.
             tree: Any = np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
             for key in reversed(keys):
                 tree = {key: tree}
@@ -182,31 +184,31 @@ class FlaxDirectory:
 
 
 def _check_files(folder: Path) -> None:
-    """Make sure that orbax will meet nothing but files and folders: it would wait for a pipe for ever.
+    """Make sure that a folder holds only regular files and folders: orbax would wait for a pipe forever.
 
     Raises:
-      UserError: there is something else, a file that is too large, or a link to a folder, which could lead
-        anywhere, also back.
+      UserError: There is anything else, a file that is too large, or a link to a folder, which could point
+        anywhere, even to a parent.
     """
     for place, folders, files in os.walk(folder):
-        # os.walk follows no link to a folder, and open_regular refuses it.
+        # os.walk does not follow links to folders, and open_regular refuses them.
         for name in files + [name for name in folders if os.path.islink(os.path.join(place, name))]:
-            most = 2**24 if _DESCRIBING.fullmatch(name) else 2**36  # a 7B in float32 has less than 2**35
+            most = 2**24 if _DESCRIBING.fullmatch(name) else 2**36  # a 7B in float32: under 2**35 bytes
             open_regular(os.path.join(place, name), most).close()
 
 
 def write_flax(folder: Path, weights: Weights, config: TransformerConfig) -> str:
-    """Write weights as published: the flat form, the embedding with its padding rows.
+    """Write weights in the published format: flat keys, and the embedding with its padding rows.
 
-    All of them are in memory at once: orbax saves whole trees.
+    All weights are in memory at once, because orbax saves whole trees.
 
     Args:
-      folder: made here; its parent is there.
-      weights: of the dtypes that are to be written.
-      config: their shape.
+      folder: The folder to create; its parent must exist.
+      weights: The weights, already in the dtypes to write.
+      config: The config of the model.
 
     Returns:
-      The widest of the dtypes.
+      The widest of the dtypes that were written.
     """
     rows = PUBLISHED_ROWS if config.vocab_size == 256_000 else config.vocab_rows
     embedding = weights.get(EMBEDDING, None)
@@ -221,7 +223,7 @@ def write_flax(folder: Path, weights: Weights, config: TransformerConfig) -> str
             array = np.stack(arrays) if len(arrays) > 1 else np.ascontiguousarray(arrays[0])
             path, leaf = name.split("/scale")[0], "scale" if name.endswith("/scale") else "w"
             tree[f"transformer/layer_{layer}/{path}"] = {leaf: array}
-    # The older interface: the newer one writes another layout than the published one.
+    # The older interface of orbax is used: the newer one does not write the published layout.
     with without_echo(), orbax.PyTreeCheckpointer() as checkpointer:
         checkpointer.save(folder.absolute(), tree)
     return widest(str(array.dtype) for array in jax.tree.leaves(tree))

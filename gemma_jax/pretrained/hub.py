@@ -1,4 +1,4 @@
-"""Checkpoints by their names on the Hugging Face Hub and on Kaggle: downloaded once, then found in the cache.
+"""Downloads checkpoints by name from the Hugging Face Hub and from Kaggle, and finds them in the cache later.
 
 The clients' own settings are honoured: HF_TOKEN or `hf auth login`, HF_HOME, HF_HUB_OFFLINE, and Kaggle's.
 """
@@ -10,33 +10,34 @@ from pathlib import Path
 from gemma_jax.checkpoint.record import first_line
 from gemma_jax.errors import UserError
 
-# What is read of a repository: no pickled .bin, no .gguf, no second copy of the weights.
+# The files downloaded from a repository: no pickled .bin, no .gguf, no second copy of the weights.
 FILES = (
     *("config.json", "generation_config.json", "tokenizer.model", "NOTICE"),
     *("model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors"),
 )
-# The published Flax form is a folder such as 2b/, beside the tokenizer.
+# Files not downloaded with the published Flax form, which is a folder such as 2b/ beside the tokenizer.
 NOT_FLAX = ("*.bin", "*.gguf", "*.h5", "*.msgpack", "*.safetensors")
-SECONDS = 20  # without an answer to the first question, the Hub is taken to be out of reach
+SECONDS = 20  # if the first request gets no answer within this time, the Hub counts as unreachable
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[\w./-]{1,200})?")
 _KAGGLE = re.compile(r"[\w-]+/[\w.-]+/(flax|transformers)/[\w.-]+(/\d+)?", re.IGNORECASE)
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether a name could be one of the Hub (`owner/model`, `owner/model@revision`) or of Kaggle."""
-    # A run that is not there, such as runs/demo, has the same form; its folder is there, an owner's is not.
+    """Whether a name could be on the Hub (`owner/model`, `owner/model@revision`) or on Kaggle."""
+    # The path of a missing run, such as runs/demo, has the same form; but its parent folder exists here.
     owner = name.split("/")[0]
     return not os.path.exists(owner) and bool(_HUB_ID.fullmatch(name) or _KAGGLE.fullmatch(name))
 
 
 def download(name: str) -> Path:
-    """The local directory of a checkpoint's files, downloaded where they are not in the cache yet.
+    """Returns the local directory of a checkpoint's files, after downloading those not in the cache yet.
 
     Args:
-      name: `is_hub_name` said so.
+      name: A name for which `is_hub_name` is true.
 
     Raises:
-      UserError: it is not there, may not be read, cannot be reached, or does not fit on the disk.
+      UserError: The checkpoint does not exist, may not be read, cannot be reached, or does not fit on the
+        disk.
     """
     return _from_kaggle(name) if _KAGGLE.fullmatch(name) else _from_hub(name)
 
@@ -50,7 +51,7 @@ def _from_hub(name: str) -> Path:
     flax = model.lower().endswith("-flax")
     problem: Exception | None = None
     try:
-        # snapshot_download asks the same question, but waits for an answer for ever.
+        # snapshot_download makes the same request, but waits for an answer forever.
         HfApi().model_info(model, revision=revision or None, timeout=SECONDS)
     except (HfHubHTTPError, httpx2.HTTPError, OfflineModeIsEnabled) as error:
         problem = error
@@ -71,7 +72,7 @@ def _from_hub(name: str) -> Path:
 
 
 def _refusal(model: str, revision: str, error: Exception) -> UserError:
-    """The sentence for what went wrong, where the cache has no copy either."""
+    """The error to raise for a failed download if the cache has no copy either."""
     from huggingface_hub.errors import (
         GatedRepoError,
         OfflineModeIsEnabled,
@@ -108,7 +109,7 @@ def _from_kaggle(name: str) -> Path:
 
     try:
         return Path(kagglehub.model_download(name))
-    except Exception as error:  # of many kinds, most of its own
+    except Exception as error:  # of many kinds, mostly kagglehub's own
         owner, model, *_ = name.split("/")
         raise UserError(
             f"Kaggle refuses {name} ({first_line(error)[:200]}); accept its terms at "

@@ -17,7 +17,7 @@ from gemma_jax.weights import EMBEDDING, FINAL_NORM, parameter_table
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-SHARD_BYTES = 5_000_000_000  # a file has at most so many, if no tensor is larger
+SHARD_BYTES = 5_000_000_000  # at most so many bytes in one file, unless a single tensor is larger
 _TIED = "lm_head.weight"
 _PREFIX = "model."
 _IGNORED = ".rotary_emb.inv_freq"  # a buffer that old versions of transformers saved
@@ -35,25 +35,25 @@ _BLOCK_NAMES = {
 
 
 def tensor_name(parameter: str, layer: int | None) -> str:
-    """The name of an array of ours in the files."""
+    """Returns the name in the files of one of our arrays."""
     if layer is None:
         return {EMBEDDING: "model.embed_tokens.weight", FINAL_NORM: "model.norm.weight"}[parameter]
     return f"model.layers.{layer}.{_BLOCK_NAMES[parameter.removeprefix('blocks.')]}.weight"
 
 
-# Leading axes that a matmul contracts. torch keeps them last: a matrix is [outputs, inputs], each of them one
-# axis. 0 for what is stored as it is. The same for every size of model.
+# The number of leading axes that a matmul contracts. torch stores these last: its matrices are [outputs,
+# inputs], with a single axis each. 0 marks an array that is stored unchanged. All model sizes have the same.
 _INPUTS = {name: parameter.inputs for name, parameter in parameter_table(TransformerConfig()).items()}
 
 
 def stored_shape(parameter: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape in the files of an array of ours."""
+    """Returns the shape in the files of one of our arrays."""
     inputs = _INPUTS[parameter]
     return (math.prod(shape[inputs:]), math.prod(shape[:inputs])) if inputs else shape
 
 
 def from_stored(parameter: str, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """A tensor of the files as a view of our `shape`."""
+    """Returns a view, in our `shape` and axis order, of a tensor from the files."""
     inputs = _INPUTS[parameter]
     outputs = len(shape) - inputs
     split = tensor.reshape(shape[inputs:] + shape[:inputs])
@@ -61,25 +61,25 @@ def from_stored(parameter: str, tensor: np.ndarray, shape: tuple[int, ...]) -> n
 
 
 def to_stored(parameter: str, array: np.ndarray) -> np.ndarray:
-    """An array of ours as the files have it: the inverse of `from_stored`."""
+    """Converts one of our arrays to the shape in the files: the inverse of `from_stored`."""
     inputs = _INPUTS[parameter]
     turned = array.transpose(*range(inputs, array.ndim), *range(inputs))
     return turned.reshape(stored_shape(parameter, array.shape))
 
 
 class HuggingFaceDirectory:
-    """The weights in a Hugging Face directory: nothing but headers is read before they are asked for."""
+    """The weights in a Hugging Face directory. Only headers are read until an array is requested."""
 
     def __init__(self, folder: Path) -> None:
-        """Check that the files are there, are whole and hold the model that config.json describes.
+        """Check that the files exist, are complete, and hold the model that config.json describes.
 
         Raises:
-          UserError: otherwise; the file or the tensor is named.
+          UserError: A check fails; the message names the file or the tensor.
         """
         self.folder = folder
         self.config: TransformerConfig = read_config(folder / CONFIG_FILE)
         files = self._open()
-        # transformers saves a model without its head under the same names, without this in front.
+        # A model that transformers saves without its head has the same names without this prefix.
         self._prefix = _PREFIX if any(name.startswith(_PREFIX) for name in files) else ""
         self._files = {f"{_PREFIX[len(self._prefix) :]}{name}": file for name, file in files.items()}
         self._shapes = parameter_shapes(self.config)
@@ -89,7 +89,7 @@ class HuggingFaceDirectory:
         )
 
     def _open(self) -> dict[str, SafetensorsFile]:
-        """The file of each tensor."""
+        """Open the files, and return the file of each tensor by name."""
         if os.path.lexists(self.folder / WEIGHTS_FILE):
             file = SafetensorsFile(self.folder / WEIGHTS_FILE)
             return dict.fromkeys(file.tensors, file)
@@ -103,12 +103,12 @@ class HuggingFaceDirectory:
         if not isinstance(names, dict) or not names:
             raise UserError(f"{index} has no weight_map that names a file for each tensor; copy it again.")
         for name in names.values():
-            # A plain name: one with a folder in it could lead anywhere on this machine.
+            # Only a plain file name is allowed: a path could point anywhere on this machine.
             if not isinstance(name, str) or not name.endswith(".safetensors") or set(name) & set("/\\\0"):
                 raise UserError(
                     f"{index} names {str(name)[:100]!r}, but a shard is a .safetensors file beside it."
                 )
-            if not os.path.exists(self.folder / name):  # no exception where the name is too long
+            if not os.path.exists(self.folder / name):  # false, without an exception, if the name is too long
                 raise UserError(f"{index} names {name[:100]!r}, which is missing there; copy or download it.")
         shards = [SafetensorsFile(self.folder / name) for name in sorted(set(names.values()))]
         held = {(tensor, file.path.name): file for file in shards for tensor in file.tensors}
@@ -135,7 +135,7 @@ class HuggingFaceDirectory:
 
     def _check_tied(self) -> None:
         head, embedding = self._tensor(_TIED), self._tensor("model.embed_tokens.weight")
-        # As integers, so that NaN is equal to itself.
+        # Compared as integers, so that NaN is equal to itself.
         bits = [x.view(f"u{x.itemsize}") for x in (head, embedding)]
         if not np.array_equal(bits[0], bits[1]):
             raise UserError(
@@ -162,17 +162,17 @@ class HuggingFaceDirectory:
 
 
 def write_huggingface(folder: Path, weights: Weights, config: TransformerConfig) -> str:
-    """Write weights as safetensors: one file, or shards with an index where they are large.
+    """Write weights as safetensors: one file or, if they are large, shards with an index.
 
-    One tensor at a time is in memory.
+    Only one tensor is in memory at a time.
 
     Args:
-      folder: that is there.
-      weights: of the dtypes that are to be written.
-      config: their shape.
+      folder: An existing folder.
+      weights: The weights, already in the dtypes to write.
+      config: The config of the model.
 
     Returns:
-      The widest of the dtypes.
+      The widest of the dtypes that were written.
     """
     places = {tensor_name(parameter, layer): (parameter, layer) for parameter, layer in in_order(config)}
     ours = parameter_shapes(config)
@@ -180,7 +180,7 @@ def write_huggingface(folder: Path, weights: Weights, config: TransformerConfig)
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     held = 0
     for name, shape in shapes.items():
-        size = math.prod(shape) * 4  # bytes at most: the dtype is known when the tensor is read
+        size = math.prod(shape) * 4  # bytes at most: the dtype is not known before the tensor is read
         if held and held + size > SHARD_BYTES:
             shards.append({})
             held = 0

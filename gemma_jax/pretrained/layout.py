@@ -1,4 +1,4 @@
-"""Our parameters by name and layer: what the readers and writers of published forms speak of."""
+"""Identifies parameters by name and layer: the interface shared by readers and writers of published forms."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol
@@ -17,27 +17,27 @@ class Weights(Protocol):
     """The weights of a model wherever they are stored, one array at a time."""
 
     def get(self, parameter: str, layer: int | None) -> np.ndarray:
-        """An array of the shape that `parameter_shapes` says; often a view, of any strides.
+        """Returns an array of the shape in `parameter_shapes`; often a view, with any strides.
 
         Args:
-          parameter: as `gemma_jax.sharding.named_arrays` names it.
-          layer: of the blocks; None for the embedding and the final norm.
+          parameter: The name of the parameter, as in `gemma_jax.sharding.named_arrays`.
+          layer: The index of the layer; None for the embedding and the final norm.
         """
         ...
 
     def where(self, parameter: str, layer: int | None) -> str:
-        """The array in the words of the place that it comes from, for messages."""
+        """Describes an array by its name and location in the source, for messages."""
         ...
 
 
 def parameter_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter: those under `blocks` in one layer, the embedding without padding rows."""
+    """Returns each parameter's shape: for `blocks` in one layer, for the embedding without padding rows."""
     shapes = {name: parameter.shape for name, parameter in parameter_table(config).items()}
     return shapes | {EMBEDDING: (config.vocab_size, config.embed_dim)}
 
 
 def in_order(config: TransformerConfig) -> Iterator[tuple[str, int | None]]:
-    """Every array once: the embedding, which is the largest, the layers one after the other, the norm."""
+    """Yields every array once: the embedding, which is the largest, then each layer, then the final norm."""
     in_blocks = [name for name, parameter in parameter_table(config).items() if parameter.layers]
     yield EMBEDDING, None
     yield from ((name, layer) for layer in range(config.num_layers) for name in in_blocks)
@@ -45,7 +45,7 @@ def in_order(config: TransformerConfig) -> Iterator[tuple[str, int | None]]:
 
 
 def widest(dtypes: Iterable[str]) -> str:
-    """The dtype of these that holds the numbers of all: float32 where bfloat16 and float16 meet."""
+    """Returns the dtype that holds the numbers of all of these: float32 for bfloat16 and float16 together."""
     return str(jnp.result_type(*dtypes))
 
 
@@ -58,13 +58,15 @@ def check_tensors(
     """Compare the tensors in published files with those of the model that a config describes.
 
     Args:
-      found: shape and dtype of each tensor by its name.
-      wanted: names and shapes, read up to the first that is missing: a config can ask for any number.
-      place: the files, for messages.
-      described_by: where the config comes from, for messages.
+      found: The shape and dtype of each tensor, by name.
+      wanted: The expected names and shapes. It is read only up to the first missing tensor, because a config
+        can ask for any number of them.
+      place: The location of the files, for messages.
+      described_by: The source of the config, for messages.
 
     Raises:
-      UserError: a tensor is missing, has another shape, is no part of the model, or is not of `DTYPES`.
+      UserError: A tensor is missing, has the wrong shape, is not part of the model, or has a dtype that is
+        not in `DTYPES`.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in wanted:

@@ -1,4 +1,4 @@
-"""Weights from disk to their place on the mesh, one array at a time."""
+"""Moves weights from disk to the mesh, one array at a time."""
 
 import functools
 from collections.abc import Callable, Collection
@@ -18,19 +18,20 @@ from gemma_jax.pretrained.layout import Weights, in_order
 from gemma_jax.sharding import Arrays, named_arrays, partition_spec, with_arrays
 from gemma_jax.weights import Parameter, Weight, parameter_table
 
-# From one layer's dense array to the arrays that its weight stores, by their full names.
+# Converts one layer's dense array to the arrays that its weight stores, by their full names.
 Pack = Callable[[jax.Array], Arrays]
 
 
 def place(weights: Weights, spec: ModelSpec) -> nnx.State:
-    """The parameters on the mesh, each in the form of its kind.
+    """Place weights on the mesh, each stored as the spec's kind of weight.
 
-    Each device gets its shard of one layer's array at a time, packs it, and puts it into its shard of the
+    Each device receives its shard of one layer's array at a time, packs it, and writes it to its shard of the
     stack of all layers; no device and no host holds more of the dense model than that. An array is sent in
-    the order in which it is on disk, so that the disk is read straight through, and is turned on the device.
+    its axis order on disk, so that the disk is read sequentially, and is transposed on the device.
 
     Raises:
-      UserError: an array holds NaN or infinity, a mesh axis does not divide a parameter, or they do not fit.
+      UserError: An array holds NaN or infinity, a mesh axis does not divide a parameter, or the parameters do
+        not fit into memory.
     """
     require_memory(spec.params, "the model")
     abstract = named_arrays(spec.params)
@@ -47,7 +48,7 @@ def place(weights: Weights, spec: ModelSpec) -> nnx.State:
         order = tuple(int(axis) for axis in np.argsort([-stride for stride in part.strides], kind="stable"))
         about = table[name]
         split = list(partition_spec(about.axes, about.shape, spec.mesh, name))
-        # With the padding rows of the embedding, which the weights do not have.
+        # This shape includes the padding rows of the embedding, which `part` does not have.
         shape = [about.shape[axis] for axis in order]
         piece = _sent(part.transpose(order), shape, [split[axis] for axis in order], spec.mesh)
         if (name, order) not in fills:
@@ -59,7 +60,7 @@ def place(weights: Weights, spec: ModelSpec) -> nnx.State:
             stacks = {n: filled.pop(n) if n in filled else _zeros(abstract[n]) for n in stored[name]}
             arrays, finite = fills[name, order](piece, stacks, layer)
         filled |= arrays
-        if not finite:  # asking waits for the device, so that only one piece is on its way at a time
+        if not finite:  # reading this waits for the device, so only one piece is in transit at a time
             raise UserError(
                 f"{weights.where(name, layer)} holds NaN or infinity, so the weights are damaged; "
                 "copy or download them again."
@@ -80,7 +81,7 @@ def _pack(spec: ModelSpec, parameter: Parameter) -> Pack:
 
 
 def _initial(spec: ModelSpec, names: Collection[str]) -> Arrays:
-    """The initial values of the arrays that no dense array decides, such as those of an adapter."""
+    """Creates the initial values of arrays that have no dense source, such as those of an adapter."""
     if not names:
         return {}
     out = {name: x.sharding for name, x in named_arrays(spec.params).items() if name in names}
@@ -89,7 +90,7 @@ def _initial(spec: ModelSpec, names: Collection[str]) -> Arrays:
 
 
 def _sent(part: np.ndarray, shape: list[int], split: list[Any], mesh: Mesh) -> jax.Array:
-    """`part` on the mesh; where `shape` is larger, zeros follow."""
+    """Sends `part` to the mesh, padded at the end with zeros up to `shape`."""
 
     def shard(index: tuple[slice, ...] | None) -> np.ndarray:
         assert index is not None
@@ -97,7 +98,7 @@ def _sent(part: np.ndarray, shape: list[int], split: list[Any], mesh: Mesh) -> j
         wanted = [len(range(*s.indices(size))) for s, size in zip(index, shape, strict=True)]
         if list(held.shape) != wanted:
             return np.pad(held, [(0, most - some) for most, some in zip(wanted, held.shape, strict=True)])
-        # A copy: jax may keep what it is given, and this would be a view of a file that others can change.
+        # Copied, because jax may keep the array, and a view would change if others changed the file.
         return np.array(held)
 
     return jax.make_array_from_callback(tuple(shape), NamedSharding(mesh, P(*split)), shard)
@@ -109,7 +110,7 @@ def _zeros(abstract: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 def _fill(order: tuple[int, ...], pack: Pack, out: dict[str, NamedSharding]) -> Callable[..., Any]:
-    """A program that turns a piece sent in `order`, packs it and puts it into its place in the stacks."""
+    """Builds the program that transposes a piece sent in `order`, packs it, and writes it into the stacks."""
     back = tuple(int(axis) for axis in np.argsort(order))
 
     def fill(piece: jax.Array, stacks: Arrays | None = None, layer: Any = None) -> tuple[Arrays, jax.Array]:

@@ -1,7 +1,8 @@
-"""The config.json and generation_config.json that stand beside published weights, in and out.
+"""Reads and writes the config.json and generation_config.json beside published weights.
 
-They are untrusted, and were written by several versions of transformers, which say the same in different
-keys. What contradicts Gemma is refused by its name; what says nothing of the model's function is ignored.
+These files are untrusted, and come from several versions of transformers, which use different keys for the
+same setting. A key that contradicts Gemma is refused by name; keys that do not affect what the model computes
+are ignored.
 """
 
 import json
@@ -27,10 +28,10 @@ _KEYS = {
     "head_dim": "head_dim",
     "context_length": "max_position_embeddings",
 }
-# What transformers takes where a key is missing or null; the others have to be there.
+# The values that transformers uses if a key is missing or null; all other keys are required.
 _DEFAULTS = {"head_dim": 256, "context_length": 8192}
-# Each of these keys may be missing or null. The tanh approximation is meant by every value of hidden_act:
-# "gelu" stands in the first files that Google published.
+# Allowed values; each of these keys may also be missing or null. Every value of hidden_act means the tanh
+# approximation: the first files that Google published have "gelu".
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("gelu", TANH),
     "hidden_activation": (TANH,),
@@ -41,14 +42,14 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
 }
 _shown = reprlib.Repr()
 _shown.maxstring = _shown.maxother = 100
-shown = _shown.repr  # a value of an untrusted file, for a message
+shown = _shown.repr  # shortens a value from an untrusted file, for a message
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The object in a small JSON file.
+    """Read the object in a small JSON file.
 
     Raises:
-      UserError: as `read_json` does, or it is not an object.
+      UserError: The content is not an object, or `read_json` raises it.
     """
     data = read_json(path)
     if not isinstance(data, dict):
@@ -57,10 +58,10 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_config(path: Path) -> TransformerConfig:
-    """The shape that a config.json describes.
+    """Read the model config from a config.json.
 
     Raises:
-      UserError: no Gemma of the first generation, or a key that contradicts one; it is named.
+      UserError: It is not a Gemma of the first generation, or a key contradicts one; the message names it.
     """
     data = read_object(path)
     if data.get("model_type") != "gemma":
@@ -101,9 +102,9 @@ def _number(value: Any, key: str, path: Path) -> float:
 
 
 def _rope_base(data: dict[str, Any], path: Path) -> float:
-    """Of rope_theta, on its own (old files) or in rope_parameters (new ones); 10,000 where it is nowhere.
+    """Find rope_theta: at the top level in old files, in rope_parameters in new ones; 10,000 if absent.
 
-    The same object was called rope_scaling before, and its rope_type once type.
+    rope_parameters used to be called rope_scaling, and its rope_type used to be called type.
     """
     bases = {"rope_theta": data["rope_theta"]} if data.get("rope_theta") is not None else {}
     for section in ("rope_parameters", "rope_scaling"):
@@ -128,7 +129,7 @@ def _rope_base(data: dict[str, Any], path: Path) -> float:
 
 
 def write_config(folder: Path, config: TransformerConfig, dtype: str) -> None:
-    """Write config.json for weights of `dtype`, for old and new versions of transformers."""
+    """Write a config.json for weights of `dtype` that old and new versions of transformers can read."""
     data = {
         "architectures": ["GemmaForCausalLM"],
         "model_type": "gemma",
@@ -148,7 +149,7 @@ def write_config(folder: Path, config: TransformerConfig, dtype: str) -> None:
 
 
 def write_generation_config(folder: Path, end_tokens: tuple[int, ...]) -> None:
-    """Write generation_config.json, which says where a generation ends."""
+    """Write generation_config.json, which lists the tokens that end a generation."""
     ends = end_tokens[0] if len(end_tokens) == 1 else list(end_tokens)
     data = {"bos_token_id": 2, "eos_token_id": ends, "pad_token_id": 0}
     (folder / GENERATION_FILE).write_text(json.dumps(data, indent=2) + "\n")

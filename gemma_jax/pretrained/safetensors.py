@@ -1,8 +1,8 @@
-"""The safetensors file format: 8 bytes that say how long a JSON header is, the header, and raw numbers.
+"""The safetensors file format: 8 bytes with the length of a JSON header, the header, and raw array data.
 
-Reading maps the file into memory and returns views of it, so that a slice of a tensor costs that slice;
-writing takes one tensor at a time. The safetensors package does neither from Python: it copies what it reads,
-and writes what is all in memory. Nothing of a file is believed before it was checked.
+Reading maps the file into memory and returns views of it, so that reading a slice of a tensor costs only that
+slice; writing holds one tensor at a time. The safetensors package does neither from Python: it copies what it
+reads, and needs everything that it writes in memory. Nothing in a file is trusted before it is checked.
 
 Format: https://github.com/huggingface/safetensors#format
 """
@@ -30,30 +30,30 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 METADATA = "__metadata__"
-CHECKSUMS = "crc32"  # in the metadata of files that we wrote: JSON of CRC-32 by tensor
-# Room for 100,000 tensors, where a Gemma has 254. It bounds what a hostile header can cost; the reference
-# implementation takes up to 100,000,000 bytes.
+CHECKSUMS = "crc32"  # key in the metadata of files that we write: the CRC-32 of each tensor, as JSON
+# In bytes: enough for 100,000 tensors, while a Gemma has at most 254. It limits the cost of a hostile header;
+# the reference implementation accepts up to 100,000,000 bytes.
 LONGEST_HEADER = 2**24
 MOST_AXES = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """Where a tensor is in a file."""
+    """The shape, dtype and position of a tensor in a file."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
-    start: int  # byte in the file
+    start: int  # offset in the file, in bytes
 
 
 class SafetensorsFile:
     """The tensors of one file, mapped into memory."""
 
     def __init__(self, path: Path) -> None:
-        """Check the header; no number is read.
+        """Map the file and check its header; the tensors are not read.
 
         Raises:
-          UserError: no such file, cut short, or a header that does not describe it.
+          UserError: The file does not exist, is truncated, or is not what its header describes.
         """
         self.path = path
         with open_regular(path) as file:
@@ -79,7 +79,7 @@ class SafetensorsFile:
         return UserError(f"{self.path} is not a whole safetensors file: {reason}; copy or download it again.")
 
     def _header(self, raw: bytes) -> dict[str, Any]:
-        # A name that is not UTF-8 is none of a Gemma, and is refused as such.
+        # A tensor name that is not UTF-8 is refused later, because no Gemma has such a tensor.
         header = parse_json(raw.decode(errors="replace"), f"the header of {self.path}")
         if not isinstance(header, dict):
             raise self._broken("its header is not a JSON object")
@@ -109,7 +109,7 @@ class SafetensorsFile:
         return Stored(tuple(shape), DTYPES[dtype], begin + start)
 
     def _check_layout(self, begin: int, size: int) -> None:
-        """The tensors must cover the file without holes, as the format says: hidden bytes are a fault."""
+        """Check that the tensors cover the file without gaps: the format does not allow hidden bytes."""
         place = begin
         for name, stored in sorted(self.tensors.items(), key=lambda item: (item[1].start, item[1].shape)):
             if stored.start != place:
@@ -128,16 +128,16 @@ class SafetensorsFile:
         return checksums
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """A read-only view of a tensor; what is taken of it is read from disk then."""
+        """Returns a read-only view of a tensor. Data is read from disk when it is accessed."""
         stored = self.tensors[name]
         flat = np.frombuffer(self._bytes, stored.dtype, math.prod(stored.shape), stored.start)
         return flat.reshape(stored.shape)
 
     def check(self, name: str) -> None:
-        """Compare a tensor's numbers with the checksum that was written with them, where there is one.
+        """Compare a tensor's data with its checksum in the file, if there is one.
 
         Raises:
-          UserError: they have changed.
+          UserError: The data has changed.
         """
         expected = self._checksums.get(name)
         if expected is not None and zlib.crc32(_raw_bytes(self[name])) != expected:
@@ -145,12 +145,12 @@ class SafetensorsFile:
 
 
 def _naturals(value: Any) -> bool:
-    """Whether a value from JSON is a list of whole numbers that can be sizes or places."""
+    """Whether a value from JSON is a list of integers that can be sizes or offsets."""
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
 
 
 def _raw_bytes(array: np.ndarray) -> memoryview:
-    """The bytes of an array in C order; a view where it is in that order."""
+    """The bytes of an array in C order; a view if the array is already in that order."""
     return np.asarray(array, order="C").reshape(-1).view(np.uint8).data
 
 
@@ -159,18 +159,18 @@ def write_safetensors(
     shapes: Mapping[str, tuple[int, ...]],
     tensor: Callable[[str], np.ndarray],
 ) -> dict[str, str]:
-    """Write a file, one tensor in memory at a time, with a checksum of each.
+    """Write a file with a checksum of each tensor, holding only one tensor in memory at a time.
 
     Args:
-      path: of the file.
-      shapes: of its tensors by name, in their order.
-      tensor: returns the tensor of a name, of any of `DTYPES`.
+      path: The file to write.
+      shapes: The shapes of its tensors by name, in the order of the file.
+      tensor: Returns the tensor of a given name, in any of `DTYPES`.
 
     Returns:
-      The dtype of each tensor.
+      The dtype of each tensor, by name.
 
     Raises:
-      OSError: the disk is full, or cannot be written.
+      OSError: The disk is full or cannot be written.
     """
 
     def encoded(dtypes: dict[str, np.dtype[Any]], checksums: dict[str, int]) -> bytes:
@@ -180,12 +180,12 @@ def write_safetensors(
             end = place + math.prod(shape) * dtypes[name].itemsize
             header[name] = {"dtype": NAMES[dtypes[name]], "shape": list(shape), "data_offsets": [place, end]}
             place = end
-        # transformers refuses a file that does not say which framework's conventions it follows.
+        # transformers refuses a file without a `format`, which names the framework that it was written for.
         metadata = {"format": "pt", CHECKSUMS: json.dumps(checksums)}
         return json.dumps({METADATA: metadata, **header}, separators=(",", ":")).encode()
 
-    # As long as it can become (BF16 is a letter longer than F32), rounded up so that the tensors are aligned.
-    # JSON may end in spaces.
+    # Reserve room for the longest possible header (BF16 is a letter longer than F32), rounded up to align the
+    # tensors. The header is padded with spaces, which JSON allows at its end.
     widest = encoded(dict.fromkeys(shapes, np.dtype(np.float32)), dict.fromkeys(shapes, 2**32 - 1))
     length = -(-(len(widest) + len(shapes)) // 8) * 8
     dtypes: dict[str, np.dtype[Any]] = {}
