@@ -1,1 +1,1 @@
-"""Plan a run on TPUs that are not here: compile its program and read what the compiler made of it."""
+"""Plans a run on TPUs that are not present: compiles its program and analyses the compiled result."""

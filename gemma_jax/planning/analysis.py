@@ -1,4 +1,4 @@
-"""What a compiled program needs: memory, cycles, kernels, bytes between devices."""
+"""Measures what a compiled program needs: memory, cycles, kernels, and bytes sent between devices."""
 
 import dataclasses
 import math
@@ -10,55 +10,56 @@ from gemma_jax.planning.collectives import Collective, collectives
 from gemma_jax.planning.compiler import Compiled
 from gemma_jax.planning.hlo import ITEM_BYTES, Array, Execution, Module, executions, parse
 
-# Products of two matrices that each of splash attention's kernels has, by the identifying part of its name:
-# scores and values; scores, gradient of the weights, queries; those and gradients of keys and values. The
-# last kernel does the work of the second too where the backward pass is fused into one.
+# Number of matmuls in each of splash attention's kernels, by a part of the kernel's name. The forward kernel
+# computes scores and output; the dq kernel computes scores and the gradients of the attention weights and the
+# queries; the dkv kernel computes scores and the gradients of the attention weights, keys and values. If the
+# backward pass is fused into one kernel, dkv does the work of dq too.
 SPLASH_PRODUCTS = {"_fwd": 2, "_dq": 3, "_dkv": 4}
 FUSED_BACKWARD_PRODUCTS = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A Pallas kernel with all its executions in a step. The compiler has no cycles for it."""
+    """A Pallas kernel with all its executions in a step. The compiler estimates no cycles for it."""
 
     name: str
     attention: bool
-    count: int  # executions a step
-    flops: float  # in a step; of causal attention half of the products. 0 where it is not known
+    count: int  # executions per step
+    flops: float  # per step; for causal attention, half of the full matmuls; 0 if unknown
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Cycles of a step that come from one place in the code."""
+    """The cycles of a step that come from one place in the code."""
 
-    op_name: str  # jax's name of the operation
+    op_name: str  # jax's name for the operation
     source: str  # FILE:LINE, innermost first
     cycles: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
-    """A compiled program. Everything is of one device and one step."""
+    """The analysis of a compiled program. All figures are for one device and one step."""
 
-    memory: dict[str, int]  # bytes by what they are; their sum is what the program needs
-    cycles: int  # the compiler's estimates, loops counted, kernels not
-    uncounted_loops: int  # loops whose number of rounds is not in the program: counted once
+    memory: dict[str, int]  # bytes by purpose; their sum is what the program needs
+    cycles: int  # the compiler's estimates, with loop iterations but without Pallas kernels
+    uncounted_loops: int  # loops counted once, because the program does not state their trip count
     kernels: tuple[Kernel, ...]
     collectives: tuple[Collective, ...]
     costs: tuple[Cost, ...]  # most cycles first
 
 
 def analyse(compiled: Compiled, argument_bytes: Mapping[str, int], mesh_shape: Mapping[str, int]) -> Analysis:
-    """Read a compiled program.
+    """Analyse a compiled program.
 
     Args:
-      compiled: the program.
-      argument_bytes: of its arguments, by what they are, as shapes say.
-      mesh_shape: sizes of the mesh axes, in the order that numbers the devices.
+      compiled: The program.
+      argument_bytes: Bytes of its arguments by purpose, computed from their shapes.
+      mesh_shape: Sizes of the mesh axes, in the order that defines the device indices.
     """
     memory = dict(argument_bytes)
-    memory["padding"] = compiled.arguments - sum(memory.values())  # what layouts add to shapes
-    memory["outputs"] = compiled.outputs - compiled.aliased  # in a place of their own
+    memory["padding"] = compiled.arguments - sum(memory.values())  # bytes that the layouts add to the shapes
+    memory["outputs"] = compiled.outputs - compiled.aliased  # those not in the memory of arguments
     memory["temporaries"] = compiled.temporaries
     module = parse(compiled.text)
     executed = list(executions(module))
@@ -88,12 +89,12 @@ def _kernel(executed: Execution, fused_backward: bool) -> Kernel:
     name = re.sub(r"\.\d+$", "", instruction.name)
     products = next((n for part, n in SPLASH_PRODUCTS.items() if part in name), 0)
     if not name.startswith("splash") or not products:
-        # The author of a kernel may have stated its work (pallas.CostEstimate).
+        # The author of a kernel may have stated its FLOPs (pallas.CostEstimate).
         stated = re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', instruction.attributes)
         return Kernel(name, False, executed.count, float(stated[1]) * executed.count if stated else 0.0)
     if "_dkv" in name and fused_backward:
         products = FUSED_BACKWARD_PRODUCTS
-    # q [..., heads, L, H] and k [..., S, H] are the first two operands of a float dtype.
+    # q [..., heads, L, H] and k [..., S, H] are the first two float operands with more than one axis.
     q, k = [array for array in executed.operand_arrays if _is_float(array) and len(array.shape) > 1][:2]
     product = 2.0 * math.prod(q.shape) * k.shape[-2]
     return Kernel(name, True, executed.count, products * product / 2 * executed.count)

@@ -1,4 +1,4 @@
-"""What a program sends between devices: which collective, over which mesh axis, how many bytes a step."""
+"""Lists the collectives of a program: their kind, their mesh axis, and the bytes per step."""
 
 import dataclasses
 import math
@@ -25,31 +25,31 @@ class Collective:
     """One collective of a program, with all its executions in a step."""
 
     kind: str
-    axis: str  # mesh axes that its groups span, joined by ` x `
-    arrays: tuple[str, ...]  # whole arrays: what an all-gather makes, what a reduce-scatter takes
-    count: int  # executions a step
-    bytes: float  # that one device receives in a step
-    source: str  # the code that asked for it, innermost first
-    op_name: str  # jax's own name of the operation
+    axis: str  # the mesh axes that its groups span, joined by ` x `
+    arrays: tuple[str, ...]  # full arrays: the result of an all-gather, the operand of a reduce-scatter
+    count: int  # executions per step
+    bytes: float  # received by one device per step
+    source: str  # the code that caused it, innermost first
+    op_name: str  # jax's name for the operation
 
 
 def collectives(module: Module, mesh_shape: Mapping[str, int]) -> list[Collective]:
-    """All collectives that a step executes.
+    """Returns all collectives that a step executes.
 
-    Bytes are those that one device receives when the algorithm is the best for its bandwidth, n devices in a
-    group: (n - 1) / n of the result of an all-gather and of the operand of a reduce-scatter or all-to-all,
-    twice that of an all-reduce, all of a permute.
+    Their bytes are those that one device receives under the bandwidth-optimal algorithm. In a group of n
+    devices these are (n - 1) / n of the result of an all-gather or of the operand of a reduce-scatter or
+    all-to-all, twice that fraction for an all-reduce, and the whole array for a permute.
 
     Args:
-      module: the optimised program.
-      mesh_shape: sizes of the mesh axes, in the order that numbers the devices.
+      module: The optimised program.
+      mesh_shape: Sizes of the mesh axes, in the order that defines the device indices.
     """
     found: list[Collective] = []
     seen: set[tuple[str, str]] = set()
     for executed in executions(module):
         for instruction, kind in _inside(module, executed.instruction):
-            # The compiler lays a collective over several fusions, a chain with a copy of it in each: they are
-            # one. (channel_id does not show it: all collectives of a shard_map can have the same.)
+            # The compiler can spread a collective over a chain of fusions, each with a copy of it. The copies
+            # count as one. (channel_id does not identify it: all collectives of a shard_map can share one.)
             chain = re.search(r'chain_id="(\d+)"', instruction.attributes)
             key = (executed.computation.name, chain[0] if chain else instruction.name)
             if key in seen:
@@ -82,17 +82,17 @@ def collectives(module: Module, mesh_shape: Mapping[str, int]) -> list[Collectiv
 
 
 def _inside(module: Module, instruction: Instruction) -> Iterator[tuple[Instruction, str]]:
-    """Collectives in an instruction, each with its kind."""
+    """Yields the collectives in an instruction, each with its kind."""
     transfer = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
     if instruction.opcode == "recv" and transfer:
-        # Between slices a collective is a transfer through the hosts: a pair of send and recv.
+        # Between slices, a collective is a transfer through the hosts: a pair of send and recv.
         yield instruction, transfer[1].lower().replace("_", "-")
     inner = descend(module, instruction) if instruction.opcode == "fusion" else [instruction]
     for one in inner:
         kind = one.opcode.removesuffix("-start")
         if kind not in KINDS:
             continue
-        # A reduce-scatter is a fusion of an all-reduce and a slice.
+        # A reduce-scatter can appear as a fusion of an all-reduce and a slice.
         scatters = kind == "all-reduce" and "all-reduce-scatter" in "".join(instruction.called("calls"))
         yield one, "reduce-scatter" if scatters else kind
 
@@ -100,9 +100,9 @@ def _inside(module: Module, instruction: Instruction) -> Iterator[tuple[Instruct
 def _whole_arrays(instruction: Instruction, kind: str, size: int) -> tuple[Array, ...]:
     arrays = instruction.arrays
     if instruction.opcode == "recv":
-        return arrays[:1]  # what is received; then a counter
+        return arrays[:1]  # the received array; a counter follows
     if instruction.opcode.endswith("-start") and kind in ("all-gather", "collective-permute"):
-        # (operands, results, and counters of a permute): the results are wanted.
+        # The type is (operands, results, and counters for a permute); take the results.
         return arrays[len(instruction.operands) : 2 * len(instruction.operands)]
     if instruction.opcode == "reduce-scatter":
         return tuple(Array(a.dtype, (size, *a.shape)) for a in arrays)
@@ -110,7 +110,7 @@ def _whole_arrays(instruction: Instruction, kind: str, size: int) -> tuple[Array
 
 
 def _groups(attributes: str) -> list[list[int]]:
-    """Groups of device numbers, all of one size; each pair of a permute is one. None means all devices."""
+    """Parses groups of device indices, all of one size; a permute has pairs. No groups means all devices."""
     if found := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", attributes):
         return [[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", found[1])]
     if found := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes):
@@ -120,7 +120,7 @@ def _groups(attributes: str) -> list[list[int]]:
     )
     if found is None:
         return []
-    # mesh['a'=4,'b'=2] {'b'}: the groups run along the named axes; 'a':(2)2 is a part of an axis.
+    # In mesh['a'=4,'b'=2] {'b'} the groups run along the named axes; 'a':(2)2 is a part of an axis.
     axes = [(name, int(size)) for name, size in re.findall(r"'?([\w.]+)'?=(\d+)", found[1])]
     sizes: list[int] = []
     along: list[int] = []
@@ -141,7 +141,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def _iota(text: str) -> np.ndarray:
-    """`[2,4]T(1,0)`: the numbers from 0 in that shape, transposed."""
+    """Parses `[2,4]T(1,0)`: the integers from 0 in that shape, then transposed."""
     found = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
     if found is None:
         raise ValueError(f"device numbers {text} are in a form that is not known")
@@ -151,7 +151,7 @@ def _iota(text: str) -> np.ndarray:
 
 
 def _axis(groups: list[list[int]], mesh_shape: Mapping[str, int]) -> str:
-    """The mesh axes along which the members of a group differ."""
+    """Returns the mesh axes along which the members of a group differ."""
     places = np.unravel_index(np.array(groups), tuple(mesh_shape.values()))
     return " x ".join(
         name for name, along in zip(mesh_shape, places, strict=True) if (along != along[:, :1]).any()

@@ -1,4 +1,4 @@
-"""The TPU compiler on a machine without a TPU: topologies as devices, and programs compiled for them."""
+"""Runs the TPU compiler without a TPU: makes the devices of a topology and compiles programs for them."""
 
 import dataclasses
 import importlib.metadata
@@ -16,8 +16,8 @@ from gemma_jax.planning.topology import Topology
 if TYPE_CHECKING:
     import jax
 
-# libtpu would ask the metadata server of a TPU machine, which this is not, and wait; and it takes a lock that
-# is for the owner of a real TPU.
+# Without these, libtpu would wait for the metadata server of a TPU machine, which does not exist here, and
+# would take a lock that is meant for the owner of a real TPU.
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
@@ -28,12 +28,12 @@ ENVIRONMENT = {
 
 
 def compiler_version() -> str:
-    """Of libtpu and jax, which decide what a program is compiled to.
+    """Returns the versions of libtpu and jax, which determine what a program is compiled to.
 
     Raises:
       UserError: libtpu is not installed.
     """
-    given = os.environ.get("TPU_LIBRARY_PATH")  # jax looks there first, and sets it to the installed package
+    given = os.environ.get("TPU_LIBRARY_PATH")  # jax looks here first, and sets it to the installed package
     places = [str(Path(given).parents[1])] if given else sys.path
     package = next(iter(importlib.metadata.distributions(name="libtpu", path=places)), None)
     if package is None and not given:
@@ -46,7 +46,7 @@ def compiler_version() -> str:
 
 
 def prepare() -> None:
-    """Set up this process for compiling; to be called before jax is imported, or where it runs on CPU.
+    """Set up this process for compiling. Call it before jax is imported, unless jax already runs on CPU.
 
     Raises:
       UserError: libtpu is not installed.
@@ -54,14 +54,14 @@ def prepare() -> None:
     compiler_version()
     os.environ.update(ENVIRONMENT)
     if "jax" not in sys.modules:
-        os.environ["JAX_PLATFORMS"] = "cpu"  # a plan needs no accelerator, also where there is one
+        os.environ["JAX_PLATFORMS"] = "cpu"  # planning never needs an accelerator, even if there is one
 
 
 def devices_of(topology: Topology) -> "list[jax.Device]":
-    """The devices of slices that need not exist. A device is a chip, but of tpu7x one TensorCore.
+    """Returns the devices of slices that need not exist. A device is a chip, or a TensorCore for tpu7x.
 
     Raises:
-      UserError: the compiler knows no such slice.
+      UserError: The compiler knows no such slice.
     """
     import jax
     from jax.experimental import topologies
@@ -70,9 +70,9 @@ def devices_of(topology: Topology) -> "list[jax.Device]":
     host = (2, 2, 1)
     options: dict[str, object] = {}
     if any(size % along for size, along in zip(layout, host, strict=True)):
-        options["chips_per_host_bounds"] = list(layout)  # smaller than a host of four chips
+        options["chips_per_host_bounds"] = list(layout)  # the slice is smaller than a host of four chips
     if topology.generation.name == "v4":
-        # As real jobs run: both TensorCores of a chip as one device. jax makes meshes of v4 only so.
+        # As in real jobs, both TensorCores of a chip are one device; jax can build v4 meshes only this way.
         options["chip_config_name"] = "megacore"
     if topology.slices > 1:
         options["num_slices"] = topology.slices
@@ -87,37 +87,38 @@ def devices_of(topology: Topology) -> "list[jax.Device]":
 
 
 class OutOfMemory(Exception):
-    """A program needs more memory than a device has."""
+    """Raised when a program needs more memory than a device has."""
 
     def __init__(self, needed: int | None, available: int | None, message: str) -> None:
         super().__init__(message)
-        self.needed = needed  # bytes per device; None where the compiler does not say
+        self.needed = needed  # bytes per device; None if the compiler does not report them
         self.available = available
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A program as the compiler made it; sizes in bytes a device."""
+    """A compiled program; sizes are in bytes per device."""
 
     text: str
     arguments: int
     outputs: int
-    aliased: int  # of the outputs: those that take the place of arguments
+    aliased: int  # outputs that reuse the memory of arguments
     temporaries: int
 
 
 def compile_lowered(lowered: "jax.stages.Lowered", options: Mapping[str, str]) -> Compiled:
-    """Compile for the devices that a program was lowered for.
+    """Compile a program for the devices that it was lowered for.
 
-    Memory is what XLA's buffer assignment says. `cost_analysis` is not asked: it counts bodies of loops once.
+    Memory sizes come from XLA's buffer assignment. `cost_analysis` is not used, because it counts the body of
+    a loop only once.
 
     Raises:
-      OutOfMemory: it does not fit.
-      UserError: an option that the compiler does not know.
+      OutOfMemory: The program does not fit.
+      UserError: The compiler does not know an option.
     """
     import jax
 
-    # jax could keep what is compiled, but not read it again: there is no client of such devices.
+    # Turn off jax's cache: it could save the program but not load it again, as these devices have no client.
     keeps = jax.config.values["jax_persistent_cache_min_compile_time_secs"]
     jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)
     try:
@@ -147,7 +148,7 @@ _SIZE = r"([\d.]+)([KMGT]?)"
 
 
 def memory_told(message: str) -> tuple[int | None, int | None]:
-    """Bytes that a program needs and that there are, from the compiler's refusal; None where it has none."""
+    """Parses the needed and the available bytes from the compiler's error; None for each if not stated."""
     for form in (rf"Used {_SIZE} of {_SIZE} hbm", rf"\({_SIZE}\) exceeds available HBM \({_SIZE}\)"):
         if found := re.search(form, message):
             used, used_unit, of, of_unit = found.groups()

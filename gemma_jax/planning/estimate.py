@@ -1,4 +1,4 @@
-"""From cycles to seconds, utilisation, days and money: a model, with its assumptions stated."""
+"""Converts cycles to seconds, utilisation, days and cost: a model, whose assumptions are in ASSUMPTIONS."""
 
 import dataclasses
 import math
@@ -6,8 +6,9 @@ import math
 from gemma_jax.planning.analysis import Analysis
 from gemma_jax.planning.topology import Topology
 
-# Attention kernels have no cycles from the compiler; they are charged their floating-point operations at this
-# share of the chip's peak. Other kernels are charged what they state at the whole peak.
+# The compiler reports no cycles for Pallas kernels. The time of an attention kernel is its floating-point
+# operations at this fraction of the device's peak; that of any other kernel is its stated operations at the
+# full peak.
 ATTENTION_UTILISATION = 0.5
 
 ASSUMPTIONS = (
@@ -19,19 +20,19 @@ ASSUMPTIONS = (
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Estimated time and memory of a step. None where unknown."""
+    """The estimated time of a step and figures derived from it. None means unknown."""
 
-    calibrated: bool  # False where the clock is not published
+    calibrated: bool  # False if the clock is not published
     compiled_seconds: float  # without Pallas kernels
     kernel_seconds: float
-    unknown_kernels: int  # that state no work and are left out
-    utilisation: float | None  # of the peak, by what the model asks for (causal attention by half)
-    tokens_per_second: float  # of all chips
-    link_seconds: dict[str, float]  # least time for the bytes of a step, by network
+    unknown_kernels: int  # number of kernels that state no FLOPs; they are left out
+    utilisation: float | None  # model FLOPs as a fraction of peak; causal attention counts half
+    tokens_per_second: float  # of all chips together
+    link_seconds: dict[str, float]  # minimum time to send the bytes of a step, by network
 
     @property
     def seconds(self) -> float:
-        """Of a step."""
+        """The time of a step."""
         return self.compiled_seconds + self.kernel_seconds
 
 
@@ -43,15 +44,15 @@ def estimate(
     tokens: int,
     model_flops: float | None,
 ) -> Estimate:
-    """The time of a step.
+    """Estimate the time of a step.
 
     Args:
-      analysis: of the program.
-      topology: what it runs on.
-      peak_flops: dense bfloat16 FLOP/s of all devices together.
-      devices: how many there are.
-      tokens: that a step processes.
-      model_flops: floating-point operations that the model asks for in a step, or None.
+      analysis: The analysis of the program.
+      topology: The topology that the program runs on.
+      peak_flops: Dense bfloat16 FLOP/s of all devices together.
+      devices: The number of devices.
+      tokens: The number of tokens that a step processes.
+      model_flops: The floating-point operations of the model in a step, or None if unknown.
     """
     generation = topology.generation
     peak = peak_flops / devices
@@ -84,7 +85,7 @@ def estimate(
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """A whole run."""
+    """The time and cost of a whole run."""
 
     tokens: float
     days: float
@@ -93,7 +94,7 @@ class Budget:
 
 
 def budget(tokens: float, tokens_per_second: float, chips: int, price: float) -> Budget:
-    """Time and cost of so many tokens; `price` is of a chip and hour, 0 where it is not known."""
+    """Computes the time and cost of processing `tokens`; `price` is per chip and hour, 0 if unknown."""
     seconds = tokens / tokens_per_second
     chip_hours = seconds / 3600 * chips
     return Budget(tokens, seconds / 86_400, chip_hours, chip_hours * price if price else None)

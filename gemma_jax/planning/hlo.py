@@ -1,4 +1,4 @@
-"""The optimised program that XLA prints, read as text: computations, instructions, loops.
+"""Parses the text of an optimised XLA program into computations, instructions and loops.
 
 The format is that of `jax.stages.Compiled.as_text()`. An instruction is a line
 
@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterator
 
-# Bytes of an element; predicates are stored as bytes, 4-bit numbers as halves.
+# Bytes per element; predicates take a byte, 4-bit numbers half a byte.
 ITEM_BYTES = {
     "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "s64": 8,
     "u64": 8, "f16": 2, "bf16": 2, "f32": 4, "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1, "c64": 8, "c128": 16,
@@ -31,7 +31,7 @@ class Array:
 
     @property
     def bytes(self) -> float:
-        """Without the padding of a layout."""
+        """Size in bytes without the padding of a layout."""
         return ITEM_BYTES.get(self.dtype, 0) * math.prod(self.shape)
 
     def __str__(self) -> str:
@@ -46,13 +46,13 @@ class Instruction:
     opcode: str
     type: str
     operands: tuple[str, ...]  # names
-    attributes: str  # what follows the operands
-    arguments: str  # what stands between the parentheses: for a constant its value
+    attributes: str  # the text after the operands
+    arguments: str  # the text between the parentheses; for a constant, its value
 
     @functools.cached_property
     def arrays(self) -> tuple[Array, ...]:
-        """Of the result, in order; one unless its type is a tuple: `(f32[2,3]{1,0}, s32[])`."""
-        # Layouts, {1,0:T(8,128)S(1)}, hold nothing that looks like an array.
+        """Arrays of the result, in order; only one unless its type is a tuple: `(f32[2,3]{1,0}, s32[])`."""
+        # Layouts, such as {1,0:T(8,128)S(1)}, contain nothing that matches an array.
         return tuple(
             Array(m[1], tuple(int(n) for n in m[2].split(",") if n))
             for m in _ARRAY.finditer(self.type)
@@ -61,29 +61,29 @@ class Instruction:
 
     @property
     def cycles(self) -> int:
-        """The compiler's estimate for one execution; 0 where it has none."""
+        """The compiler's estimate for one execution; 0 if it has none."""
         found = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
         return int(found[1]) if found else 0
 
     @property
     def is_kernel(self) -> bool:
-        """Whether it is a Pallas kernel, for which the compiler has no cycles."""
+        """Whether this is a Pallas kernel, for which the compiler estimates no cycles."""
         return self.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in self.attributes
 
     def called(self, attribute: str) -> list[str]:
-        """Names of the computations under an attribute: `calls`, `body`, `branch_computations`."""
+        """Names of the computations in an attribute such as `calls`, `body` or `branch_computations`."""
         found = re.search(rf"\b{attribute}=(\{{[^}}]*\}}|%?[\w.\-]+)", self.attributes)
         return re.findall(r"[\w.\-]+", found[1]) if found else []
 
     def metadata(self, key: str) -> str:
-        """`op_name` or `stack_frame_id`; empty where it is not known."""
+        """Returns the value of a key such as `op_name` or `stack_frame_id`; empty if it is missing."""
         found = re.search(rf'(?<!\w)metadata=\{{[^}}]*?\b{key}=("(?:[^"\\]|\\.)*"|\d+)', self.attributes)
         return found[1].strip('"') if found else ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-    """A function of a program, in the order of execution."""
+    """A function of a program; its instructions are in the order of execution."""
 
     name: str
     instructions: dict[str, Instruction]
@@ -95,23 +95,23 @@ class Module:
 
     computations: dict[str, Computation]
     entry: str
-    frames: dict[int, tuple[str, ...]]  # FILE:LINE of a stack frame and of its callers, innermost first
+    frames: dict[int, tuple[str, ...]]  # by frame id: FILE:LINE of it and its callers, innermost first
 
     def source(self, instruction: Instruction) -> str:
-        """FILE:LINE of the code that an instruction comes from, and of its callers, innermost first."""
+        """Returns FILE:LINE of an instruction's code and of the callers of that code, innermost first."""
         return " < ".join(self.frames.get(int(instruction.metadata("stack_frame_id") or 0), ()))
 
 
 def parse(text: str) -> Module:
-    """Read a program.
+    """Parse a program.
 
     Raises:
-      ValueError: it has no entry computation.
+      ValueError: It has no entry computation.
     """
     computations: dict[str, Computation] = {}
     entry = ""
     current: dict[str, Instruction] = {}
-    lines: list[str] = []  # of one instruction: attributes that are text may hold line breaks
+    lines: list[str] = []  # lines of one instruction: strings in attributes may contain line breaks
 
     def end() -> None:
         if lines:
@@ -140,7 +140,7 @@ def parse(text: str) -> Module:
 
 
 def _frames(text: str) -> dict[int, tuple[str, ...]]:
-    """The tables in front of a program: files, functions, places in them, and who called whom."""
+    """Parses the tables of files, locations and frames before a program into call stacks by frame id."""
     files = {int(m[1]): m[2] for m in re.finditer(r'^(\d+) "([^"]*)"$', _table(text, "FileNames"), re.M)}
     places = {
         int(m[1]): f"{files[int(m[2])]}:{m[3]}"
@@ -154,7 +154,7 @@ def _frames(text: str) -> dict[int, tuple[str, ...]]:
             r"^(\d+) \{file_location_id=(\d+)(?: parent_frame_id=(\d+))?", _table(text, "StackFrames"), re.M
         )
     }
-    # The first frame has no caller: where it names itself, all numbers of callers are printed one too high.
+    # The first frame has no caller. If it names itself as caller, all caller ids are printed one too high.
     shift = 1 if parents.get(1, (0, 0))[1] == 1 else 0
     frames: dict[int, tuple[str, ...]] = {}
     for frame in parents:
@@ -174,7 +174,7 @@ def _table(text: str, title: str) -> str:
 
 
 def _instruction(rest: str, name: str) -> Instruction:
-    # A tuple's type stands in parentheses; any other has no space.
+    # The type of a tuple is in parentheses; any other type contains no space.
     end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
     opcode = _OPCODE.match(rest, end + 1)
     if opcode is None:
@@ -186,7 +186,7 @@ def _instruction(rest: str, name: str) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-    """Index of the parenthesis that closes the one at `start`; strings are passed over."""
+    """Returns the index of the parenthesis that closes the one at `start`; strings are skipped."""
     depth, quoted = 0, False
     for at in range(start, len(text)):
         letter = text[at]
@@ -202,11 +202,11 @@ def _closing(text: str, start: int) -> int:
 
 
 def trip_count(module: Module, computation: Computation, loop: Instruction) -> int | None:
-    """How often a while loop's body runs; None where the text does not say.
+    """Returns how often the body of a while loop runs; None if the text does not show it.
 
-    The compiler writes it down (`known_trip_count`) for some loops. Else it is read from a condition that
-    does nothing but compare the counter with a constant, if the counter starts from a constant; it is taken
-    to rise by one.
+    For some loops the compiler states it (`known_trip_count`). Otherwise it is inferred if the condition only
+    compares the counter with a constant and the counter starts from a constant. The counter is assumed to
+    increase by one.
     """
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(known[1])
@@ -232,31 +232,31 @@ def _through_copies(instructions: dict[str, Instruction], name: str) -> Instruct
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """An instruction in its place: how often a step executes it."""
+    """An instruction in its computation, and how often a step executes it."""
 
     instruction: Instruction
     computation: Computation
     count: int
-    counted: bool  # False where the trip count of a loop around it (of a loop: its own) is taken as 1
+    counted: bool  # False if a trip count (of an enclosing loop or its own) is unknown and taken as 1
 
     @property
     def operand_arrays(self) -> tuple[Array, ...]:
-        """Of all operands, in order."""
+        """The arrays of all operands, in order."""
         operands = (self.computation.instructions[name] for name in self.instruction.operands)
         return tuple(array for operand in operands for array in operand.arrays)
 
 
 def executions(module: Module, name: str = "", count: int = 1, counted: bool = True) -> Iterator[Execution]:
-    """Every instruction that a run of the program executes, with its number of executions.
+    """Yields every instruction that a run of the program executes, with its number of executions.
 
-    Bodies of loops, calls and asynchronous calls are entered; fusions are one instruction each. Of a
-    conditional's branches the one with most cycles is taken.
+    Bodies of loops, calls and asynchronous calls are entered; each fusion counts as one instruction. A
+    conditional is assumed to take the branch with the most cycles.
 
     Args:
-      module: the program.
-      name: of the computation to begin with; the program's entry if empty.
-      count: executions of that computation.
-      counted: whether this count is known.
+      module: The program.
+      name: The computation to start from; the program's entry if empty.
+      count: The number of executions of that computation.
+      counted: Whether that number is known.
     """
     computation = module.computations[name or module.entry]
     for instruction in computation.instructions.values():
@@ -285,7 +285,7 @@ def executions(module: Module, name: str = "", count: int = 1, counted: bool = T
 
 
 def descend(module: Module, instruction: Instruction, attribute: str = "calls") -> Iterator[Instruction]:
-    """The instructions of the computations under an attribute of one, and inside fusions in them."""
+    """Yields the instructions of the computations in an attribute, and recursively those inside fusions."""
     for name in instruction.called(attribute):
         for inner in module.computations[name].instructions.values():
             yield inner

@@ -1,4 +1,4 @@
-"""A plan: one config on one topology, compiled, read and put into figures."""
+"""Makes plans: compiles a config for a topology, analyses the program and estimates its speed."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from gemma_jax.training.hardware import peak_flops
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A program on a topology."""
+    """The plan of one program on one topology."""
 
     topology: Topology
     devices: int
@@ -26,21 +26,21 @@ class Plan:
     program: Program
     entry: Entry
     estimate: Estimate | None  # None if it does not fit
-    fsdp: tuple[float, float] | None  # bytes that a device receives over fsdp, and the least possible
+    fsdp: tuple[float, float] | None  # bytes per step that a device receives over fsdp, and the minimum
 
     @property
     def analysis(self) -> Analysis | None:
-        """None if the program does not fit."""
+        """The analysis of the program; None if it does not fit."""
         return self.entry.analysis
 
     @property
     def devices_a_chip(self) -> int:
-        """2 for tpu7x, whose TensorCores are devices of their own."""
+        """Devices per chip: 2 for tpu7x, where each TensorCore is a device."""
         return self.devices // self.topology.chips
 
 
 class Planner:
-    """Makes plans for one topology, whose devices are asked for once."""
+    """Makes plans for one topology, whose devices are created only once."""
 
     def __init__(self, topology: Topology, cache: PlanCache) -> None:
         self.topology = topology
@@ -54,16 +54,16 @@ class Planner:
         new_tokens: int = 128,
         dump_hlo: Path | None = None,
     ) -> Plan:
-        """Compile a config's program, or find what was learnt of it before.
+        """Compile a config's program, or use the cached result, and make a plan of it.
 
         Args:
-          config: what to run, and on which mesh of the topology's devices.
-          mode: which program of it.
-          new_tokens: room in the cache behind the prompts, where the mode is of sampling.
-          dump_hlo: a file for the compiled program's text, which is then compiled anew.
+          config: The config of the run, which includes the mesh of the topology's devices.
+          mode: Which program of the config to plan.
+          new_tokens: For prefill and decode, the room in the key/value cache after the prompts, in tokens.
+          dump_hlo: A file for the text of the compiled program, which is then always compiled again.
 
         Raises:
-          UserError: the config does not fit the devices, or the compiler refuses an option.
+          UserError: The config does not fit the devices, or the compiler refuses an option.
         """
         validate_on_devices(config, len(self.devices))
         mesh = make_mesh(config.mesh, self.devices)
@@ -77,7 +77,7 @@ class Planner:
             self._cache.put(key, entry)
         available = self.topology.generation.hbm_gib * 2**30 * self.topology.chips // len(self.devices)
         needed = sum(entry.analysis.memory.values()) if entry.analysis else 0
-        if needed > available:  # the compiler does not refuse every such program (benchmarks/LOG.md)
+        if needed > available:  # the compiler does not reject all such programs (benchmarks/LOG.md)
             entry = Entry(None, needed, available)
         figures, fsdp = None, None
         if entry.analysis:

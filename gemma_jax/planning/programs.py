@@ -1,4 +1,4 @@
-"""The programs that are planned: those of training and sampling, lowered with shapes instead of values."""
+"""Lowers the programs to plan, those of training and sampling, with shapes instead of values."""
 
 import dataclasses
 import math
@@ -25,27 +25,27 @@ Mode = Literal["pretrain", "prefill", "decode"]
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A program before it is compiled, and what is known of it."""
+    """A program before it is compiled, with what is known about it."""
 
     lowered: jax.stages.Lowered
-    argument_bytes: dict[str, int]  # of one device, by what they are
+    argument_bytes: dict[str, int]  # bytes on one device, by purpose
     parameters: list[Parameter]
-    tokens: int  # that one run of it processes or makes
-    model_flops: float | None  # that the model asks for in one run, of all devices; None where unknown
+    tokens: int  # tokens that one run of the program processes or generates
+    model_flops: float | None  # of the model, per run and for all devices; None if unknown
 
 
 def lower(mode: Mode, config: TrainingConfig, mesh: Mesh, new_tokens: int) -> Program:
-    """The program of a mode for a mesh whose devices need not be here.
+    """Lower the program of a mode for a mesh whose devices need not exist.
 
     Args:
-      mode: `pretrain` is the step of training; `prefill` takes data.batch_size prompts of
-        data.sequence_length tokens into the cache; `decode` makes one more token for each of them.
-      config: of the model, the batch and how it is computed.
-      mesh: what it is to run on.
-      new_tokens: that the cache has room for behind the prompts.
+      mode: `pretrain` is the training step; `prefill` writes data.batch_size prompts of data.sequence_length
+        tokens to the cache; `decode` generates one more token for each of them.
+      config: The config of the run: its model, batch and compute settings apply.
+      mesh: The mesh that the program runs on.
+      new_tokens: The number of tokens that the cache has room for after the prompts.
 
     Raises:
-      UserError: the mesh does not divide a parameter.
+      UserError: The mesh does not divide a parameter.
     """
     if mode == "pretrain":
         return _pretrain(config, mesh)
@@ -53,7 +53,7 @@ def lower(mode: Mode, config: TrainingConfig, mesh: Mesh, new_tokens: int) -> Pr
 
 
 def _bytes_a_device(tree: Any) -> int:
-    """Bytes of a tree of abstract arrays on the device that holds most, without padding of layouts."""
+    """Bytes of a tree of abstract arrays on the device that holds most, without the padding of layouts."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -70,9 +70,9 @@ def _pretrain(config: TrainingConfig, mesh: Mesh) -> Program:
     recipe = pretraining(config, mesh)
     state = abstract_train_state(recipe)
     shape = (config.data.batch_size, config.data.sequence_length)
-    dtypes = ("int32", "int32", "float32", "int32", "int32")  # as Batch declares its arrays
+    dtypes = ("int32", "int32", "float32", "int32", "int32")  # the dtypes of Batch's arrays, in order
     arrays = [jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh)) for dtype in dtypes]
-    batch = Batch(*arrays)  # type: ignore[arg-type]  # shapes in the place of values
+    batch = Batch(*arrays)  # type: ignore[arg-type]  # shapes instead of values
     step = cast(jax.stages.Wrapped, make_train_step(recipe))
     tokens = math.prod(shape)
     return Program(
@@ -111,7 +111,7 @@ def _sampling(mode: Mode, config: TrainingConfig, mesh: Mesh, new_tokens: int) -
         lowered = generator.prefill.lower(params, *prompts, size=size)
         return Program(lowered, held | {"batch": _bytes_a_device(batch)}, known, rows * length, None)
     state, _ = jax.eval_shape(lambda p, *args: generator.prefill(p, *args, size=size), params, *prompts)
-    # As prefill leaves it: the cache split by rows and heads, everything else by rows.
+    # The shardings that prefill produces: the cache is split by rows and heads, everything else by rows.
     where = jax.tree.map(lambda _: by_row, state)
     cache = NamedSharding(mesh, partition_spec(KEYS_AXES, state.cache.keys.shape, mesh, "cache"))
     where = where._replace(cache=dataclasses.replace(where.cache, keys=cache, values=cache))

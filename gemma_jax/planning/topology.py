@@ -1,4 +1,4 @@
-"""TPU slices by the names that people use, and what is published of their chips."""
+"""TPU slices by their common names, and the published figures of their chips."""
 
 import dataclasses
 import itertools
@@ -10,27 +10,28 @@ from gemma_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """A TPU generation. Figures are of one chip, from docs.cloud.google.com/tpu/docs/NAME."""
+    """A TPU generation. Figures are for one chip, from docs.cloud.google.com/tpu/docs/NAME."""
 
-    name: str  # as libtpu calls it
-    dimensions: int  # of the torus of chips
+    name: str  # the name that libtpu uses
+    dimensions: int  # number of dimensions of the torus of chips
     cores_a_chip: int  # TensorCores
     named_by_cores: bool  # v5p-128 has 128 TensorCores, so 64 chips; v5e-256 has 256 chips
     hbm_gib: int
     most_chips: int  # in one slice
-    clock: float  # cycles a second of a TensorCore
+    clock: float  # cycles per second of a TensorCore
     clock_is_published: bool
-    # Bytes a second that a chip receives over all its links, and its share of the data-centre network.
+    # Bytes per second that a chip receives over all its ICI links, and over its share of the DCN (the
+    # data-centre network).
     ici_bytes_a_second: float | None
     dcn_bytes_a_second: float | None
 
 
-# Published clocks follow from the published peak, by 4 matrix units a core; that of v4 is published too, 1.05
-# GHz (Jouppi et al., 2023, table 4). The documents name both 2 and 4 matrix units for v6e, and none for
-# tpu7x. Theirs is the clock at which the compiler's cycles (libtpu 0.0.42.1) for one large product, [8192,
-# 2048] by [2048, 16384] in bfloat16, are the published peak: for the other generations that is 2% too high
-# (benchmarks/LOG.md).
-_FLOPS_A_CYCLE = 4 * 128 * 128 * 2  # of a TensorCore
+# The clocks marked as published are computed from the published peak, with 4 matrix units per core; for v4
+# the clock itself is published too, 1.05 GHz (Jouppi et al., 2023, table 4). The documents name both 2 and 4
+# matrix units for v6e, and none for tpu7x. For these two, the clock is the one at which the compiler's cycles
+# (libtpu 0.0.42.1) for one large matmul, [8192, 2048] by [2048, 16384] in bfloat16, match the published peak.
+# For the other generations this method results in clocks that are 2% too high (benchmarks/LOG.md).
+_FLOPS_A_CYCLE = 4 * 128 * 128 * 2  # per TensorCore
 GENERATIONS = {
     "v4": Generation("v4", 3, 2, True, 32, 4096, 275e12 / (2 * _FLOPS_A_CYCLE), True, None, None),
     "v5e": Generation("v5e", 2, 1, False, 16, 256, 197e12 / _FLOPS_A_CYCLE, True, 200e9, 6.4e12 / 8 / 256),
@@ -44,7 +45,7 @@ OTHER_NAMES = {"v5litepod": "v5e", "v7x": "tpu7x"}
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """One slice of a generation, and how many of them a job has."""
+    """A slice of a TPU generation, and the number of such slices in a job."""
 
     generation: Generation
     layout: tuple[int, ...]  # chips along each dimension of the torus
@@ -52,12 +53,12 @@ class Topology:
 
     @property
     def chips(self) -> int:
-        """Chips of all slices."""
+        """The number of chips in all slices."""
         return self.slices * math.prod(self.layout)
 
     @property
     def compiler_name(self) -> str:
-        """As libtpu wants it: v5e:16x16."""
+        """The name of a slice for libtpu, such as v5e:16x16."""
         return f"{self.generation.name}:{'x'.join(map(str, self.layout))}"
 
     def __str__(self) -> str:
@@ -67,15 +68,15 @@ class Topology:
 
 
 def parse_topology(name: str, slices: int = 1) -> Topology:
-    """The slice that a name means.
+    """Returns the topology that a name stands for.
 
     Args:
-      name: as in the cloud's documents, `v5e-256`, `v5litepod-256`, `v5p-128` (which counts TensorCores, so
-        64 chips), or a generation and its layout of chips, `v5p-4x4x8`.
-      slices: how many of it, connected by the data-centre network.
+      name: A name as in the cloud's documents, such as `v5e-256`, `v5litepod-256` or `v5p-128` (which counts
+        TensorCores, so it has 64 chips), or a generation with a layout of chips, such as `v5p-4x4x8`.
+      slices: The number of such slices, connected by the data-centre network.
 
     Raises:
-      UserError: no such generation, or no slice of that size.
+      UserError: There is no such generation, or it has no slice of that size, or `slices` is out of range.
     """
     match = re.fullmatch(r"([a-z0-9]+)[-:](\d{1,18}(?:x\d{1,18})*)", name.strip().lower())
     generation = GENERATIONS.get(OTHER_NAMES.get(match[1], match[1])) if match else None
@@ -99,7 +100,7 @@ def parse_topology(name: str, slices: int = 1) -> Topology:
 
 
 def _layout(generation: Generation, number: int, name: str) -> tuple[int, ...]:
-    """The most cubic layout of a slice that is called by a number."""
+    """Returns the most cube-like layout of a slice that is named by a number."""
     per_chip = generation.cores_a_chip if generation.named_by_cores else 1
     chips, rest = divmod(number, per_chip)
     if rest:
@@ -115,7 +116,7 @@ def _layout(generation: Generation, number: int, name: str) -> tuple[int, ...]:
     ]
     if generation.dimensions == 3 and chips == 4:
         layouts = [(2, 2, 1)]  # one host
-    elif generation.dimensions == 3 and chips >= 64:  # built of cubes of 4 x 4 x 4 chips
+    elif generation.dimensions == 3 and chips >= 64:  # built from cubes of 4 x 4 x 4 chips
         layouts = [layout for layout in layouts if all(size % 4 == 0 for size in layout)]
     layouts = [layout for layout in layouts if max(layout) <= 2 * min(layout)]
     if not layouts:

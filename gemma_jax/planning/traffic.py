@@ -1,4 +1,4 @@
-"""Which parameter a collective is for, and the least that fully sharded data parallelism must send."""
+"""Finds the parameter behind each collective, and the minimum traffic of fully sharded data parallelism."""
 
 import dataclasses
 import math
@@ -16,22 +16,22 @@ from gemma_jax.planning.hlo import ITEM_BYTES
 from gemma_jax.sharding import RULES, logical_axes, parameter_name
 from gemma_jax.weights import EMBEDDING
 
-# How parameters and their gradients travel; activations change places by all-to-all.
+# The collectives that move parameters and their gradients; activations move by all-to-all.
 PARAMETER_KINDS = ("all-gather", "reduce-scatter", "all-reduce")
 
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """A parameter as the collectives see it."""
+    """A parameter, with the shape that it has in collectives."""
 
     name: str
-    axes: tuple[str, ...]  # logical, without the layers
-    shape: tuple[int, ...]  # of one layer, as a group of the fsdp axis holds it together
-    layers: int  # 1 for one that is not stacked
+    axes: tuple[str, ...]  # logical axes, without `layers`
+    shape: tuple[int, ...]  # of one layer, gathered over the fsdp axis
+    layers: int  # number of stacked layers; 1 if not stacked
 
 
 def parameters(params: Any, mesh: Mesh) -> list[Parameter]:
-    """The parameters of an abstract model with shardings."""
+    """Returns the parameters of an abstract model with shardings."""
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: isinstance(x, nnx.Variable))
     found = []
     for path, variable in leaves:
@@ -41,7 +41,7 @@ def parameters(params: Any, mesh: Mesh) -> list[Parameter]:
             sizes = []
             for axis, size, split in zip(axes, array.shape, array.sharding.spec, strict=True):
                 if axis != "layers":
-                    # What the fsdp axis splits is gathered; what another axis splits stays apart.
+                    # Splits over the fsdp axis are gathered; splits over other axes remain.
                     names = (split,) if isinstance(split, str) else split or ()
                     sizes.append(size // math.prod(mesh.shape[name] for name in names if name != "fsdp"))
             kept = tuple(axis for axis in axes if axis != "layers")
@@ -50,16 +50,16 @@ def parameters(params: Any, mesh: Mesh) -> list[Parameter]:
 
 
 def fsdp_minimum(params: Sequence[Parameter], parts: int, passes: int) -> float:
-    """Bytes that one device must receive in a step over an fsdp axis of `parts` devices, all in bfloat16.
+    """Returns the bytes that one device must receive per step over an fsdp axis, with all arrays in bfloat16.
 
-    Each parameter is gathered once a pass and its gradient is scattered once. A step has two passes over the
-    layers, forward and backward, and one over the embedding: the loss forms its gradients in the forward
-    pass, and a token's row is looked up on the device that has it.
+    Each parameter is gathered once for each use, and its gradient is scattered once. For each part of the
+    batch, the layers are used twice, forward and backward. The embedding is used once: the loss computes its
+    gradients in the forward pass, and a token's row is looked up on the device that holds it.
 
     Args:
-      params: of the model.
-      parts: size of the axis.
-      passes: over the whole model: the number of parts that a batch is computed in.
+      params: The parameters of the model.
+      parts: The size of the fsdp axis, in devices.
+      passes: The number of parts that a batch is computed in.
     """
     total = 0.0
     for parameter in params:
@@ -69,22 +69,22 @@ def fsdp_minimum(params: Sequence[Parameter], parts: int, passes: int) -> float:
 
 
 def fsdp_traffic(collectives: Sequence[Collective]) -> float:
-    """Bytes that one device receives over the fsdp axis in all-gathers and sums."""
+    """Returns the bytes that one device receives over the fsdp axis in all-gathers and reductions."""
     return sum(c.bytes for c in collectives if c.axis == "fsdp" and c.kind in PARAMETER_KINDS)
 
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Why a collective is there."""
+    """The reason for a collective."""
 
-    parameters: tuple[str, ...]  # those whose shape it has; none for activations
-    logical_axes: tuple[str, ...]  # of these, which the mesh axis of the collective splits
-    work: str  # forward, recompute, backward or update
+    parameters: tuple[str, ...]  # the parameters that match its shape; empty for activations
+    logical_axes: tuple[str, ...]  # those axes of the parameters that the collective's mesh axes split
+    work: str  # the part of the step: forward, recompute, backward or update
     source: str  # FILE:LINE in this package, innermost first
 
 
 def origin(collective: Collective, params: Sequence[Parameter]) -> Origin:
-    """What a collective is for, by jax's name for the operation and by the shapes of its arrays.
+    """Finds the reason for a collective from jax's name for the operation and the shapes of its arrays.
 
     The operations that read a weight are in a `jax.named_scope` with the name of its parameter.
     """
@@ -111,7 +111,7 @@ def origin(collective: Collective, params: Sequence[Parameter]) -> Origin:
 
 
 def work_of(op_name: str) -> str:
-    """Which part of a step an operation belongs to, by jax's name for it."""
+    """Returns the part of a step that an operation belongs to, from jax's name for it."""
     if "rematted_computation" in op_name:
         return "recompute"
     if "transpose(" in op_name:
@@ -120,7 +120,7 @@ def work_of(op_name: str) -> str:
 
 
 def places_of(source: str) -> str:
-    """The places of a source in this package, innermost first, at most three, without those of weights/."""
+    """Returns up to three places of a source in this package, innermost first, preferably not in weights/."""
     package = str(PurePath(__file__).parents[1]) + "/"
     places = [place.removeprefix(package) for place in source.split(" < ") if place.startswith(package)]
     return " < ".join(([p for p in places if not p.startswith("weights/")] or places)[:3])
@@ -131,7 +131,7 @@ def _shape(array: str) -> tuple[int, ...]:
 
 
 def _has_sides_of(shape: tuple[int, ...], parameter: Parameter) -> bool:
-    """Whether an array is a parameter of one layer or of all, with its axes in any order."""
+    """Whether an array has the shape of a parameter, in one layer or all, with its axes in any order."""
     sides = sorted(n for n in shape if n > 1)
     return any(
         sides == sorted(n for n in (layers, *parameter.shape) if n > 1) for layers in (1, parameter.layers)
@@ -139,7 +139,7 @@ def _has_sides_of(shape: tuple[int, ...], parameter: Parameter) -> bool:
 
 
 def _has_elements_of(shape: tuple[int, ...], parameter: Parameter, in_parts: bool) -> bool:
-    """Whether an array is as large as a parameter, padded a little, or as a part that is on its way."""
+    """Whether an array has the size of a parameter (plus up to 5% padding) or of a part of it in transit."""
     size, whole = math.prod(shape), math.prod(parameter.shape)
     if any(whole * layers <= size <= 1.05 * whole * layers for layers in (1, parameter.layers)):
         return True
