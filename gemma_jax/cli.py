@@ -23,6 +23,8 @@ COMMANDS = {
     "inspect": ("each parameter's shape and place on the mesh", "CONFIG_OR_CHECKPOINT"),
 }
 
+BUCKET_LIBRARIES = ("aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "s3fs")
+
 
 def main(arguments: Sequence[str] | None = None, prog: str = "gemma", commands: Sequence[str] = ()) -> int:
     """Run a command and return its exit status: 2 after a mistake of the user, which is one sentence.
@@ -47,7 +49,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "gemma", commands: 
 def _refuse(name: str, prog: str, known: Sequence[str]) -> NoReturn:
     from gemma_jax.config import suggestion
 
-    raise UserError(f"{prog} has no command {name!r}{suggestion(name, known)}; see `{prog} --help`.")
+    raise UserError(f"{prog} has no command {name!r}{suggestion(name, known) or '.'} See `{prog} --help`.")
 
 
 def _usage(prog: str, commands: Sequence[str]) -> str:
@@ -99,7 +101,15 @@ def _status(work: Callable[[], int | None]) -> int:
         except SystemExit as end:  # after --help
             status = int(end.code or 0)
         except UserError as error:
-            status = _tell(str(error))
+            status = _report(str(error))
+        except Exception as error:
+            # Whatever the libraries of buckets raise is about the address, the network or the access.
+            if type(error).__module__.partition(".")[0] not in BUCKET_LIBRARIES:
+                raise
+            reason = " ".join(str(error).split())[:200]
+            status = _report(
+                f"the bucket cannot be used ({reason}); check its address, your access and the network."
+            )
         except KeyboardInterrupt:
             status = 128 + signal.SIGINT
         sys.stdout.flush()
@@ -107,10 +117,10 @@ def _status(work: Callable[[], int | None]) -> int:
     except OutputLost as lost:
         if isinstance(lost.__cause__, BrokenPipeError):
             return 128 + signal.SIGPIPE
-        return _tell(f"standard output cannot be written ({lost.__cause__}); send it to another place.")
+        return _report(f"standard output cannot be written ({lost.__cause__}); send it to another place.")
 
 
-def _tell(mistake: str) -> int:
+def _report(mistake: str) -> int:
     # One line, whatever a file name or another library's message brought into it.
     print("error:", " ".join(mistake.splitlines()), file=sys.stderr)
     return 2

@@ -72,6 +72,12 @@ def _guarded(number: int, stream: TextIO | None) -> TextIO:
     return made
 
 
+def progress(text: str) -> None:
+    """Say on standard error what a step of several seconds does, where a person watches a terminal."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        print(f"{text} ...", file=sys.stderr, flush=True)
+
+
 def write_now(text: str) -> None:
     """Write to standard error past Python's buffers, as the handler of a signal must, which interrupts."""
     with contextlib.suppress(OSError):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from gemma_jax.sampling import Chat
 
 HELP = {
-    "/reset": "begin anew",
+    "/reset": "start a new dialogue",
     "/save FILE": "write the dialogue to a new file, as a line of JSON",
     "/help": "this list",
 }

@@ -45,7 +45,9 @@ class PlanOptions(PretrainConfig):
     )
     new_tokens: int = setting(128, "prefill and decode: room in the cache behind the prompts.", 1)
     tokens: str = setting("", "Tokens of the whole run, such as 20B or 6T; empty means those of the config.")
-    price: float = setting(0.0, "Of a chip and hour, for the cost of the run; 0 leaves it out.", 0)
+    price: float = setting(
+        0.0, "Price of one chip for one hour, for the cost of the run; 0 leaves the cost out.", 0
+    )
     explain: bool = setting(False, "Show which code and which parameter each collective is for.")
     sweep: bool = setting(False, "Try meshes, rematerialisation and rows a device, and rank what fits.")
     sweep_data: tuple[int, ...] = setting((1,), "Sizes of mesh.data to try.", 1)

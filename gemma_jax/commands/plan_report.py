@@ -86,7 +86,7 @@ def print_plan(name: str, plan: Plan, mode: str, tokens: float, price: float, ex
     _print_time(console, plan, analysis, figures, mode)
     if mode == "pretrain":
         run = budget(tokens, figures.tokens_per_second, topology.chips, price)
-        cost = "" if run.cost is None else f", {run.cost:,.0f} at {price:g} a chip and hour"
+        cost = "" if run.cost is None else f", {run.cost:,.0f} at {price:g} per chip-hour"
         console.print(
             f"{_count(run.tokens)} tokens: {run.days:,.2f} days, {run.chip_hours:,.0f} chip-hours{cost}"
         )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from gemma_jax.config import LoadConfig, SampleConfig, read_command, validate_sample
 from gemma_jax.errors import UserError
+from gemma_jax.streams import progress
 
 if TYPE_CHECKING:
     from gemma_jax.api import Gemma
@@ -24,6 +25,7 @@ def load_gemma(checkpoint: str, config: LoadConfig) -> "Gemma":
 
     require_tokenizer(checkpoint)
     tuned = config.is_instruction_tuned
+    progress(f"loading {checkpoint}")
     return Gemma.from_pretrained(
         checkpoint, mesh=config.mesh, compute=config.compute, instruction_tuned=tuned
     )
@@ -61,6 +63,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
         print()
         return 0
     repeated = [prompt for prompt in config.prompt for _ in range(config.samples)]
+    progress("compiling and generating")
     generations = gemma.generate(prompts, config)
     for index, (prompt, generation) in enumerate(zip(repeated, generations, strict=True)):
         if config.json:

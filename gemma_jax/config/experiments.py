@@ -28,7 +28,7 @@ class TrainingConfig:
 
     run_dir: str = setting("", "Where the run is kept, or a bucket address; empty means runs/NAME of CONFIG.")
     existing_run: Literal["resume", "overwrite"] = setting(
-        "resume", "What to do with a run that is there already: go on with it, or delete it and begin anew."
+        "resume", "What to do if run_dir holds a run already: resume it, or delete it and start again."
     )
     fork_from: str = setting(
         "",

@@ -52,7 +52,7 @@ def matching_files(spec: str, pattern: str) -> list[str]:
         ) from error
     if not files:
         raise UserError(
-            f"No corpus {spec!r}: no file and no known corpus has this name{_suggestion(pattern)}"
+            f"no corpus {spec!r}: no file and no known corpus has this name{_suggestion(pattern)}"
         )
     return files
 
@@ -122,7 +122,7 @@ def _matching_bucket_files(spec: str, pattern: str) -> list[str]:
     top, parts = _split_glob(pattern)
     files = [file for file in user_path(top).glob("/".join(parts)) if not file.is_dir()]
     if not files:
-        raise UserError(f"No corpus {spec!r}: nothing in the bucket matches it; check the address.")
+        raise UserError(f"no corpus {spec!r}: nothing in the bucket matches it; check the address.")
     return sorted(map(os.fspath, files))
 
 

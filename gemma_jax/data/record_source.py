@@ -136,7 +136,7 @@ def find_builder(spec: str) -> "tfds.core.DatasetBuilder":
         names = tfds.list_builders(with_community_datasets=False)
         near = difflib.get_close_matches(spec.removeprefix("tfds:"), names, 1)
         remedy = f"did you mean tfds:{near[0]}?" if near else "tfds.list_builders() lists the names."
-        raise UserError(f"No corpus {spec!r}: TFDS has no dataset of this name; {remedy}") from error
+        raise UserError(f"no corpus {spec!r}: TFDS has no dataset of this name; {remedy}") from error
     except (ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{spec} cannot be opened; TFDS says: {reason}") from error

@@ -14,7 +14,7 @@ ATTENTION_UTILISATION = 0.5
 ASSUMPTIONS = (
     "seconds are the compiler's own estimate for each instruction, times loop rounds, over the clock",
     f"attention kernels run at {ATTENTION_UTILISATION:.0%} of peak, and causality saves half of their work",
-    "collectives that the compiler lays beside computation cost nothing; neither do input and checkpoints",
+    "collectives that the compiler runs during computation cost nothing; neither do input and checkpoints",
 )
 
 
@@ -94,7 +94,7 @@ class Budget:
 
 
 def budget(tokens: float, tokens_per_second: float, chips: int, price: float) -> Budget:
-    """Computes the time and cost of processing `tokens`; `price` is per chip and hour, 0 if unknown."""
+    """Computes the time and cost of processing `tokens`; `price` is per chip-hour, 0 if unknown."""
     seconds = tokens / tokens_per_second
     chip_hours = seconds / 3600 * chips
     return Budget(tokens, seconds / 86_400, chip_hours, chip_hours * price if price else None)

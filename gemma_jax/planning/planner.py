@@ -13,6 +13,7 @@ from gemma_jax.planning.programs import Mode, Program, lower
 from gemma_jax.planning.topology import Topology
 from gemma_jax.planning.traffic import fsdp_minimum, fsdp_traffic
 from gemma_jax.sharding import make_mesh
+from gemma_jax.streams import progress
 from gemma_jax.training.hardware import peak_flops
 
 
@@ -73,6 +74,7 @@ class Planner:
         key = key_of(program.lowered.as_text(), name, options, compiler_version())
         entry = None if dump_hlo else self._cache.get(key)
         if entry is None:
+            progress(f"compiling for {self.topology}, which can take minutes")
             entry = self._compile(program, options, dict(mesh.shape), dump_hlo)
             self._cache.put(key, entry)
         available = self.topology.generation.hbm_gib * 2**30 * self.topology.chips // len(self.devices)

@@ -95,7 +95,7 @@ def _refusal(model: str, revision: str, error: Exception) -> UserError:
         reason = f"has no revision {revision!r}; see {page}/tree/main for those it has"
     else:
         reason = (
-            f"is not in the cache, and cannot be had from the Hub ({first_line(error)[:200]}); "
+            f"is not in the cache and could not be downloaded from the Hub ({first_line(error)[:200]}); "
             "check the connection, the disk and your access, or give a local directory"
         )
     return UserError(f"{model} {reason}.")

@@ -15,6 +15,7 @@ from gemma_jax.config import TrainingConfig, to_dict
 from gemma_jax.data.loader import BatchIterator
 from gemma_jax.errors import UserError
 from gemma_jax.sharding import put_batch
+from gemma_jax.streams import progress
 from gemma_jax.training.evaluation import Evaluator, Numbers, StopRequested
 from gemma_jax.training.goodput import Goodput
 from gemma_jax.training.hardware import peak_flops, peak_memory, training_flops_a_token
@@ -84,6 +85,7 @@ class Trainer:
         self.reader = StepReader(self.config, self.mesh, self.step, self.batches, self.services)
         try:
             self.evaluate_first()
+            progress("compiling the training step")
             while self.step < self.config.steps and not self.stopped:
                 self.do_step()
                 self.after_step()
