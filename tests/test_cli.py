@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import jax
 import pytest
@@ -41,6 +42,15 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, error: Excep
     monkeypatch.setattr("gemma_jax.commands.runs.run", run)
     with pytest.raises(type(error)):
         main(["runs"])
+
+
+def test_a_bucket_that_cannot_be_reached_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = type("HttpError", (Exception,), {"__module__": "gcsfs.retry"})("no route to\nhost")
+    monkeypatch.setattr(importlib.import_module("gemma_jax.commands.runs"), "run", Mock(side_effect=error))
+    assert main(["runs", "gs://somewhere"]) == 2
+    assert "no route to host" in capsys.readouterr().err
 
 
 def test_a_reader_that_has_gone_ends_the_command_quietly() -> None:
