@@ -1,4 +1,4 @@
-"""The Gemma decoder: modules over pure functions."""
+"""The Gemma decoder: Flax NNX modules that call pure functions."""
 
 from gemma_jax.model.cache import KVCache
 from gemma_jax.model.spec import ModelSpec

@@ -1,4 +1,4 @@
-"""Causal attention within segments: one mask for training, prefill and decode.
+"""Causal attention within segments. Training, prefill and decode use the same mask.
 
 Shape legend: B batch, L queries, S keys, N query heads, K key/value heads, G query heads for each
 key/value head, H head dim.
@@ -15,17 +15,17 @@ from gemma_jax.model.splash import fits_splash, splash_attend
 from gemma_jax.sharding import platform
 from gemma_jax.weights.matmul import precision
 
-PREFILL_CHUNK = 512  # tokens of each prompt, where attention has no kernel for whole rows
-QUERY_BLOCK = 64  # new tokens whose scores of the whole cache exist at one time
-ATTENDED = "attended"  # the output of self_attend, for a policy of jax.checkpoint
+PREFILL_CHUNK = 512  # tokens of each prompt per chunk, where no attention kernel for whole rows is available
+QUERY_BLOCK = 64  # new tokens whose scores against the whole cache are in memory at once
+ATTENDED = "attended"  # the name of self_attend's output in the policies of jax.checkpoint
 
 
 def attention_mask(
     query_positions: IntArray, query_segments: IntArray, key_positions: IntArray, key_segments: IntArray
 ) -> jax.Array:
-    """True where a query may see a key: the same segment, and not later than the query.
+    """Returns the mask: True where a query may attend to a key, in the same segment and not after the query.
 
-    Segment 0 is padding: no token of a document sees it, and it sees only itself.
+    Segment 0 is padding: no token of a document attends to it, and it attends only to itself.
 
     Args:
       query_positions, query_segments: [B, L] integers.
@@ -40,12 +40,12 @@ def attention_mask(
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """Softmax attention with the softmax in float32. The reference for every kernel.
+    """Computes attention with the softmax in float32. This is the reference for every kernel.
 
     Args:
       q: [B, L, N, H], already scaled.
       k, v: [B, S, K, H] with K a divisor of N.
-      mask: [B, L, S] booleans. A query that may see nothing gets the mean of all values.
+      mask: [B, L, S] booleans. A query whose mask is all False returns the mean of all values.
 
     Returns:
       [B, L, N, H] in q's dtype.
@@ -53,7 +53,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
     B, L, N, H = q.shape
     S, K = k.shape[1:3]
     G = N // K
-    # The queries that share a key head form one matrix: on CPU the products and their gradients then run
+    # The queries that share a key head form one matrix: on CPU the matmuls and their gradients then run
     # 1.2 times as fast as einsums over all axes (benchmarks/LOG.md).
     q = q.reshape(B, L, K, G, H).transpose(0, 2, 3, 1, 4).reshape(B, K, G * L, H)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
@@ -70,13 +70,13 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
 def self_attend(
     q: jax.Array, k: jax.Array, v: jax.Array, positions: IntArray, segments: IntArray, mesh: Mesh
 ) -> jax.Array:
-    """Attention of whole rows to themselves, by the kernel for the mesh's devices.
+    """Computes causal attention within whole rows, with the kernel for the mesh's devices.
 
     Args:
       q: [B, L, N, H], already scaled.
       k, v: [B, L, K, H].
-      positions, segments: [B, L]; within a segment positions rise from slot to slot.
-      mesh: that the arrays are placed on.
+      positions, segments: [B, L]; within a segment, positions increase from slot to slot.
+      mesh: The mesh that the arrays are placed on.
 
     Returns:
       [B, L, N, H] in q's dtype.
@@ -89,13 +89,14 @@ def self_attend(
 def causal_attend(
     q: jax.Array, k: jax.Array, v: jax.Array, positions: IntArray, segments: IntArray
 ) -> jax.Array:
-    """`self_attend` on any platform, without most of the products that the mask would throw away.
+    """Computes `self_attend` on any platform, and skips most of the scores that the mask would discard.
 
-    Queries go in blocks, each against the keys up to its own end: half of the work of `attend` on a long row.
-    Scores exist for one block at a time, in the backward pass too, which computes them again.
+    Queries are split into blocks, and each block attends only to the keys up to its own end. On a long row
+    this is half of the work of `attend`. The scores of only one block are in memory at once, also in the backward pass,
+    which recomputes them.
     """
     L = q.shape[1]
-    # Each block is a part of the compiled program: 128 queries, but at most 16 blocks.
+    # Each block adds code to the compiled program, so there are at most 16 blocks, of at least 128 queries.
     block = max(128, -(-L // 16))
     outputs = []
     for start in range(0, L, block):
@@ -108,9 +109,10 @@ def causal_attend(
 
 
 def prefill_chunk(length: int, head_dim: int, dtype: jax.typing.DTypeLike, mesh: Mesh) -> int:
-    """Tokens of each prompt that prefill takes at a time: all of them where a kernel for whole rows fits.
+    """Returns how many tokens of each prompt prefill processes at once.
 
-    Its memory is linear in the prompt, and each chunk would gather the weights anew that fsdp splits.
+    This is the whole prompt where a kernel for whole rows is available: its memory is linear in the prompt's
+    length, and each chunk would have to gather the weights again that fsdp splits.
     """
     q = jax.ShapeDtypeStruct((1, length, 1, head_dim), jnp.dtype(dtype))
     return length if platform(mesh) == "tpu" and fits_splash(q) else min(length, PREFILL_CHUNK)
@@ -119,13 +121,13 @@ def prefill_chunk(length: int, head_dim: int, dtype: jax.typing.DTypeLike, mesh:
 def cache_attend(
     q: jax.Array, k: jax.Array, v: jax.Array, positions: IntArray, segments: IntArray, cache: KVCache
 ) -> jax.Array:
-    """Attention of new tokens to the cache that holds them, on any platform.
+    """Computes attention of new tokens to the cache, which already contains them, on any platform.
 
     Args:
       q: [B, L, N, H], already scaled.
-      k, v: [B, S, K, H] of one layer of the cache.
-      positions, segments: [B, L] of the new tokens.
-      cache: says what is in each slot.
+      k, v: [B, S, K, H], one layer of the cache.
+      positions, segments: [B, L], those of the new tokens.
+      cache: The cache, which holds the position and segment of each slot.
 
     Returns:
       [B, L, N, H] in q's dtype.

@@ -1,4 +1,4 @@
-"""The key/value cache: what attention remembers of tokens it has seen.
+"""The key/value cache: the attention keys and values of earlier tokens.
 
 Shape legend: B rows, S slots, K key/value heads, H head dim.
 """
@@ -21,8 +21,8 @@ KEYS_AXES = ("layers", "batch", "length", "kv_heads", "head_dim")
 class KVCache:
     """Keys and values of all layers, with the position and segment of every slot.
 
-    Each row has a length of its own, so rows can join, end and be replaced independently. Slots at or
-    beyond a row's length hold segment 0, which no token sees.
+    Each row has its own length, so rows can start, end and be replaced independently. Slots at or beyond a
+    row's length hold segment 0, to which no token attends.
     """
 
     keys: jax.Array  # [layers, B, S, K, H]
@@ -35,7 +35,7 @@ class KVCache:
     def abstract(
         cls, config: TransformerConfig, rows: int, slots: int, dtype: jax.typing.DTypeLike, mesh: Mesh
     ) -> list[jax.ShapeDtypeStruct]:
-        """Shapes and shardings of the keys and values."""
+        """Returns the shapes and shardings of the keys and values."""
         shape = (config.num_layers, rows, slots, config.num_kv_heads, config.head_dim)
         sharding = NamedSharding(mesh, partition_spec(KEYS_AXES, shape, mesh, "cache"))
         return [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)] * 2
@@ -44,22 +44,22 @@ class KVCache:
     def empty(
         cls, config: TransformerConfig, rows: int, slots: int, dtype: jax.typing.DTypeLike, mesh: Mesh
     ) -> "KVCache":
-        """A cache of nothing, split over the mesh by rows and key/value heads."""
+        """Returns an empty cache, split over the mesh by rows and key/value heads."""
         zeros = jnp.zeros((rows, slots), jnp.int32)
         abstract = cls.abstract(config, rows, slots, dtype, mesh)
         keys, values = (constrain(jnp.zeros(x.shape, x.dtype), KEYS_AXES, mesh) for x in abstract)
         return cls(keys, values, zeros, zeros, jnp.zeros(rows, jnp.int32))
 
     def slots(self, new: int) -> jax.Array:
-        """Where the next `new` tokens of each row go: [B, new]. Out-of-range writes are dropped."""
+        """Returns the slots [B, new] of each row's next `new` tokens. Out-of-range writes are dropped."""
         return self.lengths[:, None] + jnp.arange(new, dtype=jnp.int32)
 
     def extended(self, positions: IntArray, segments: IntArray) -> "KVCache":
-        """The cache with the positions and segments of new tokens; their keys and values follow.
+        """Returns the cache with the positions and segments of new tokens; the caller adds keys and values.
 
         Args:
-          positions: [B, L] of the new tokens.
-          segments: [B, L]; 0 marks padding at the end of a row, whose slots are used again.
+          positions: [B, L], those of the new tokens.
+          segments: [B, L]; 0 marks padding at the end of a row, and its slots are reused.
         """
         rows = jnp.arange(positions.shape[0])[:, None]
         slots = self.slots(positions.shape[1])
@@ -71,9 +71,9 @@ class KVCache:
         )
 
     def with_rows(self, new: "KVCache", rows: jax.Array) -> "KVCache":
-        """The cache with the rows `rows` [R] replaced by those of a cache of as many or fewer slots.
+        """Returns the cache with the rows `rows` [R] replaced by those of `new`, which may have fewer slots.
 
-        A row number out of range leaves its new row out.
+        If a row index is out of range, its new row is dropped.
         """
         free = self.positions.shape[1] - new.positions.shape[1]
         used = slice(0, new.positions.shape[1])

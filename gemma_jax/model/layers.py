@@ -1,8 +1,8 @@
 """The layers of the Gemma decoder as Flax NNX modules.
 
 A module here holds the parameters of all layers, stacked on a leading axis, or those of one layer
-once the scan in transformer.py has cut it out. Shape legend: B batch, L length, D embed, F hidden,
-N query heads, K key/value heads, H head dim.
+after the scan in transformer.py has sliced it out of the stack. Shape legend: B batch, L length, D embed,
+F hidden, N query heads, K key/value heads, H head dim.
 """
 
 from collections.abc import Callable
@@ -17,17 +17,19 @@ from gemma_jax.model.ops import IntArray, gated_gelu, rms_norm, rope, unfused
 from gemma_jax.sharding import constrain, platform
 from gemma_jax.weights import NO_CONTEXT, Context, Weight
 
-# attention(q, k, v) -> output; the caller knows the mask, the cache and the kernel
+# attention(q, k, v) -> output; the caller supplies the mask, the cache and the kernel
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
-# From a parameter's name; the scale of a norm is an array, and no weight that anything is multiplied by.
+# Each makes a parameter from its name. The scale of a norm is a plain array, not a `Weight`, because no
+# matmul uses it.
 MakeWeight = Callable[[str], Weight]
 MakeScale = Callable[[str], nnx.Param[jax.Array]]
 
 RESIDUAL = ("batch", "length", "residual")
 
-# Up to this width the TPU compiler loses nothing by computing a norm or the gelu within the product after it.
-# At 3072 such products take a third longer; kept apart, the 2B would lose up to 1% (benchmarks/LOG.md).
+# Up to this width the TPU compiler loses nothing when it fuses a norm or the gelu into the matmul after it.
+# At 3072 a matmul with such a fusion takes a third longer. At the 2B's width, preventing the fusion would
+# cost up to 1% (benchmarks/LOG.md).
 FUSED_WIDTH = 2048
 
 
@@ -44,7 +46,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x: jax.Array, positions: IntArray, attend: Attend, context: Context = NO_CONTEXT
     ) -> jax.Array:
-        """[B, L, D], [B, L] -> [B, L, D]."""
+        """Returns [B, L, D] for activations [B, L, D] and positions [B, L]."""
         config = self.config
         q = rope(self.q.matmul(x, context), positions, config.rope_base) * config.head_dim**-0.5
         k = rope(self.k.matmul(x, context), positions, config.rope_base)
@@ -54,7 +56,7 @@ class Attention(nnx.Module):
 
 
 class FeedForward(nnx.Module):
-    """GeGLU: gelu(x gate) * (x up), then down (Shazeer, 2020)."""
+    """GeGLU: gelu(x @ gate) * (x @ up), then a matmul with `down` (Shazeer, 2020)."""
 
     def __init__(self, weight: MakeWeight, mesh: Mesh) -> None:
         self.gate = weight("blocks.feed_forward.gate")
@@ -63,7 +65,7 @@ class FeedForward(nnx.Module):
         self.mesh = mesh
 
     def __call__(self, x: jax.Array, context: Context = NO_CONTEXT) -> jax.Array:
-        """[B, L, D] -> [B, L, D]."""
+        """Returns [B, L, D] for activations [B, L, D]."""
         apart = x.shape[-1] > FUSED_WIDTH and platform(self.mesh) == "tpu"
         x = unfused(x) if apart else x
         gate = checkpoint_name(self.gate.matmul(x, context), "gate")
@@ -73,7 +75,7 @@ class FeedForward(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention and feed-forward, each on a normed copy of the residual stream."""
+    """Attention and feed-forward, each applied to a normed copy of the residual stream and added to it."""
 
     def __init__(self, config: TransformerConfig, mesh: Mesh, weight: MakeWeight, scale: MakeScale) -> None:
         self.attention_norm = scale("blocks.attention_norm")
@@ -86,7 +88,7 @@ class Block(nnx.Module):
     def __call__(
         self, x: jax.Array, positions: IntArray, attend: Attend, context: Context = NO_CONTEXT
     ) -> jax.Array:
-        """[B, L, D], [B, L] -> [B, L, D]."""
+        """Returns [B, L, D] for activations [B, L, D] and positions [B, L]."""
         x = constrain(x, RESIDUAL, self.mesh)
         x += self.attention(rms_norm(x, self.attention_norm[...], self.epsilon), positions, attend, context)
         x = checkpoint_name(constrain(x, RESIDUAL, self.mesh), "middle")

@@ -17,15 +17,15 @@ def _at_least_float32(dtype: jax.typing.DTypeLike) -> jnp.dtype:
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
-    """x / rms(x) * (1 + scale) over the last axis, computed in float32 (Zhang and Sennrich, 2019).
+    """Returns x / rms(x) * (1 + scale) over the last axis, computed in float32 (Zhang and Sennrich, 2019).
 
-    Gemma stores the scale minus one, so that zeros mean "leave as is". The mean of squares, the root
+    Gemma stores the scale minus one, so that zeros mean "do not scale". The mean of squares, the root
     and the product stay in float32; only the result is cast (huggingface/transformers #29402).
 
     Args:
       x: [..., D].
       scale: [D].
-      epsilon: added to the mean square.
+      epsilon: A constant that is added to the mean square.
 
     Returns:
       [..., D] in x's dtype.
@@ -37,24 +37,28 @@ def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
 
 @jax.custom_vjp
 def unfused(x: jax.Array) -> jax.Array:
-    """x as it is, for a product that the compiler would otherwise compute x within, again for every tile."""
+    """Returns x unchanged, behind an optimization barrier.
+
+    The barrier stops XLA from fusing the computation of x into the following matmul, where it would be
+    recomputed for every tile.
+    """
     return jax.lax.optimization_barrier(x)
 
 
-# What comes back is left to the compiler: kept apart as well it costs the 7B a third of the gain.
+# The gradient has no barrier: one in the backward pass as well would cost the 7B a third of the gain.
 unfused.defvjp(lambda x: (unfused(x), None), lambda _, d_out: (d_out,))
 
 
 def rope(x: jax.Array, positions: IntArray, base: float) -> jax.Array:
-    """Rotary position embedding in the split-halves convention (Su et al., 2021).
+    """Applies rotary position embedding in the split-halves convention (Su et al., 2021).
 
-    Angles and rotation are float32 whatever the activations are: bfloat16 does not distinguish position 4095
-    from 4096 (huggingface/transformers #29285).
+    Angles and rotation are computed in at least float32, whatever the dtype of the activations: bfloat16 does
+    not distinguish position 4095 from 4096 (huggingface/transformers #29285).
 
     Args:
       x: [B, L, N, H].
       positions: [B, L] integers.
-      base: wavelengths run from 2 pi to 2 pi * base.
+      base: The wavelengths range from 2 pi to 2 pi * base.
 
     Returns:
       [B, L, N, H] in x's dtype.
@@ -71,11 +75,11 @@ def rope(x: jax.Array, positions: IntArray, base: float) -> jax.Array:
 
 @jax.custom_vjp
 def gated_gelu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """gelu(gate) * up with the tanh approximation of GELU, which Gemma was trained with
-    (huggingface/transformers #29729), computed in at least float32.
+    """Returns gelu(gate) * up, computed in at least float32.
 
-    (1 + tanh(u)) / 2 is sigmoid(2 u). With the gradient written out the TPU compiler needs a tenth less time
-    for a whole feed-forward layer (benchmarks/LOG.md).
+    GELU is the tanh approximation, which Gemma was trained with (huggingface/transformers #29729), and
+    (1 + tanh(u)) / 2 is sigmoid(2 u). The gradient is written by hand: on TPU a whole feed-forward layer then
+    takes a tenth less time (benchmarks/LOG.md).
 
     Args:
       gate, up: [..., F].
@@ -88,7 +92,7 @@ def gated_gelu(gate: jax.Array, up: jax.Array) -> jax.Array:
 
 
 def _sigmoid_and_slope(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What gelu multiplies x by, sigmoid(s x + c x^3), and the derivative of the exponent."""
+    """Returns gelu(x) / x, which is sigmoid(s x + c x^3), and the derivative of the sigmoid's argument."""
     slope = 2 * math.sqrt(2 / math.pi)
     cubic = slope * 0.044715 * jnp.square(x)
     return jax.nn.sigmoid(x * (slope + cubic)), slope + 3 * cubic
@@ -105,7 +109,8 @@ def _gated_gelu_backward(saved: tuple[jax.Array, jax.Array], d_out: jax.Array) -
     sigmoid, slope = _sigmoid_and_slope(gate_wide)
     d_up = d_wide * (gate_wide * sigmoid)
     d_gate = d_wide * up.astype(gate_wide.dtype) * (sigmoid + sigmoid * (1 - sigmoid) * (gate_wide * slope))
-    # Both at once, in the product before: else each of the four products after computes them again.
+    # The barrier makes the preceding matmul compute both gradients once. Without it each of the four matmuls
+    # that follow would recompute them.
     return jax.lax.optimization_barrier((d_gate.astype(gate.dtype), d_up.astype(up.dtype)))
 
 

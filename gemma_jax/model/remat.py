@@ -1,12 +1,12 @@
-"""What a block keeps for its backward pass, and what it computes again (rematerialisation)."""
+"""Rematerialisation: which values a block keeps for its backward pass, and which it recomputes."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
-# Values of a block that have a name (`checkpoint_name` in layers.py and attention.py), by policy. What is not
-# kept is computed again from what is. The input of a block is always kept.
+# For each policy, the names of the values that a block keeps (`checkpoint_name` in layers.py and attention.py
+# assigns the names). All other values are recomputed from the kept ones. The input of a block is always kept.
 KEPT: dict[str, tuple[str, ...]] = {
     "full": (),
     "attention": ("attended", "middle"),
@@ -16,13 +16,13 @@ KEPT: dict[str, tuple[str, ...]] = {
 
 
 def rematerialized(block: Callable[..., Any], policy: str, looped: bool) -> Callable[..., Any]:
-    """`block`, whose backward pass computes again what the policy does not keep.
+    """Returns `block` with a backward pass that recomputes the values that the policy does not keep.
 
     Args:
-      block: a function of jax arrays.
-      policy: a choice of compute.remat.
-      looped: the block's gradient is in a loop of its own; otherwise the compiler would merge what is
-        computed again with the first time, and keep it after all.
+      block: A function of jax arrays.
+      policy: One of the choices of compute.remat.
+      looped: Whether the block's gradient runs in a loop of its own. If it does not, the compiler must be
+        kept from merging the recomputation with the first computation, which would keep the values after all.
     """
     if policy == "none":
         return block

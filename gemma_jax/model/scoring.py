@@ -1,10 +1,10 @@
-"""Log-probabilities of given tokens over a large vocabulary, in blocks of it.
+"""Log-probabilities of given tokens, computed one block of the vocabulary at a time.
 
-A float32 [B, L, V] tensor of logits is 8.4 GB for one row of 8192 tokens, so logits exist for one block of
-the vocabulary at a time. Each device has those of its own rows of the batch (`shard_map`).
+A float32 [B, L, V] tensor of logits is 8.4 GB for one row of 8192 tokens, so only the logits of one block of
+the vocabulary are in memory at once. Each device computes them for its own rows of the batch (`shard_map`).
 
-Shape legend: B batch, L length, n positions of a device, D embed, V stored vocabulary rows, v rows
-of a block.
+Shape legend: B batch, L length, n positions of a device, D embed, V stored vocabulary rows, v vocabulary
+rows of a block.
 """
 
 from collections.abc import Callable
@@ -21,59 +21,59 @@ from gemma_jax.sharding import partition_spec
 from gemma_jax.weights import Weight, fsdp, matmul
 from gemma_jax.weights.structure import Structure
 
-# Of logits, in nats. exp overflows float32 at 88 and gives 0 at -88, which is nothing beside the largest
-# logit of a block, at -SHIFT.
+# Logits are shifted by the largest logit of a few rows plus this margin, in nats, before exp. In float32, exp
+# overflows at 88 and underflows to 0 at -88, where a term is negligible beside that largest logit's, at -SHIFT.
 SHIFT = 20.0
-SHIFT_ROWS = 1024  # of the vocabulary: where that logit is looked for
+SHIFT_ROWS = 1024  # rows of the vocabulary that are searched for that largest logit
 LARGEST_EXPONENT = 80.0
-BLOCK_LOGITS = 2**25  # that exist at one time on a device when tokens are scored: 128 MiB in float32
+BLOCK_LOGITS = 2**25  # logits in a device's memory at once when tokens are scored: 128 MiB in float32
 
 
 class Logits(NamedTuple):
-    """Logits of some positions, and of vocabulary rows that are neighbours on this device."""
+    """Logits of some positions for a contiguous block of vocabulary rows on this device."""
 
     logits: jax.Array  # [n, v], -inf in rows that only pad the vocabulary
-    rows: jax.Array  # [v]: their numbers in the whole vocabulary
+    rows: jax.Array  # [v]: indices of these rows in the whole vocabulary
 
     @classmethod
     def of(cls, h: jax.Array, table: jax.Array, first: jax.Array | int, vocab_size: int) -> "Logits":
-        """Of hidden states [n, D] and the embedding's rows [v, D] from number `first` on."""
+        """Computes logits from hidden states [n, D] and embedding rows [v, D], the first at index `first`."""
         wide_dtype = jnp.promote_types(h.dtype, jnp.float32)
         rows = first + jnp.arange(table.shape[0])
         return cls(jnp.where(rows < vocab_size, matmul(h, table.T, dtype=wide_dtype), -jnp.inf), rows)
 
     def of_targets(self, targets: jax.Array) -> jax.Array:
-        """[n]: the logit of each target, 0 where it is not in this block."""
+        """Returns [n], the logit of each target, or 0 where the target is not in this block."""
         return jnp.sum(jnp.where(self.rows == targets[:, None], self.logits, 0), axis=-1)
 
 
 class Table(NamedTuple):
-    """Inside a `shard_map`: this device's part of an embedding."""
+    """This device's part of an embedding, for use inside a `shard_map`."""
 
     structure: Structure
-    specs: list[P]  # of the whole arrays
-    parts: list[jax.Array]  # each [V of this device, ...]
+    specs: list[P]  # partition specs of the whole arrays
+    parts: list[jax.Array]  # each [vocabulary rows on this device, ...]
     vocab_size: int
 
     @property
     def first(self) -> jax.Array:
-        """Number of this device's first row in the whole vocabulary."""
+        """The index of this device's first row in the whole vocabulary."""
         return lax.axis_index("tensor") * len(self.parts[0])
 
     def rows(self, parts: list[jax.Array], dtype: jax.typing.DTypeLike) -> jax.Array:
-        """[v, D] gathered and dense from some rows [v, ...] of `parts`."""
-        if self.structure.differentiable:  # what travels has the dtype of the activations
+        """Gathers some rows [v, ...] of `parts` and returns them as a dense array [v, D]."""
+        if self.structure.differentiable:  # the gather sends them in the activations' dtype
             parts = [part.astype(dtype) for part in parts]
         with jax.named_scope(self.structure.parameter.name):
             return self.structure.weight(self.structure.gather(parts, self.specs)).dense(dtype)
 
     def scattered(self, gradient: jax.Array, dimension: int) -> jax.Array:
-        """This device's part along `dimension` of a gradient's sum over the devices of a batch."""
+        """Sums a gradient over the devices of a batch; returns this device's part along `dimension`."""
         with jax.named_scope(self.structure.parameter.name):
             return fsdp.scatter_sum(gradient, dimension, fsdp.stages(self.structure.mesh))
 
     def blocks(self, most: int) -> tuple[list[jax.Array], jax.Array]:
-        """`parts` in blocks [blocks, v, ...] of at most `most` rows, and the first row of each block."""
+        """Returns `parts` as blocks [blocks, v, ...] of at most `most` rows, and each block's first row."""
         count = len(self.parts[0])
         block = next(size for size in range(min(most, count), 0, -1) if count % size == 0)
         blocks = [part.reshape(-1, block, *part.shape[1:]) for part in self.parts]
@@ -83,16 +83,16 @@ class Table(NamedTuple):
 def partition_and_targets(
     h: jax.Array, table: Table, blocks: tuple[list[jax.Array], jax.Array], targets: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Inside a `shard_map`: the log-partition of each of this device's positions, and its target's logit.
+    """Returns the log-partition and the target's logit of each position of this device (in a `shard_map`).
 
     Args:
       h: [n, D] hidden states.
-      table: the embedding.
-      blocks: from `table.blocks`.
+      table: This device's part of the embedding.
+      blocks: The blocks that `table.blocks` returns.
       targets: [n].
 
     Returns:
-      [n] each, in at least float32, over the rows of all devices.
+      Two arrays [n] in at least float32, which cover the vocabulary rows of all devices.
     """
     wide_dtype = jnp.promote_types(h.dtype, jnp.float32)
     mesh = table.structure.mesh
@@ -102,7 +102,7 @@ def partition_and_targets(
         return Logits.of(h, table.rows(block[0], h.dtype), block[1], table.vocab_size)
 
     def partition(shift: jax.Array) -> Partition:
-        """Largest logit, sum of exp(logit - shift), and the target's logit."""
+        """Returns the largest logit, the sum of exp(logit - shift), and the target's logit."""
 
         def body(carry: Partition, block: tuple[list[jax.Array], jax.Array]) -> tuple[Partition, None]:
             largest, summed, of_targets = carry
@@ -115,10 +115,10 @@ def partition_and_targets(
         (largest, summed, of_targets), _ = lax.scan(body, (zeros - jnp.inf, zeros, zeros), blocks)
         return lax.pmax(largest, "tensor"), *lax.psum((summed, of_targets), "tensor")
 
-    # With a shift that is known before the product, the compiler takes the sum within the product, and these
-    # logits never reach memory: a tenth of the loss's time on TPU. The largest logit of some rows is near
-    # enough; where it is not, the true largest is known after one round, and a second one takes it. All
-    # devices must turn alike, since they gather together.
+    # With a shift that is known before the matmul, the compiler fuses the sum into the matmul, and these
+    # logits are never written to memory: this saves a tenth of the loss's time on TPU. The largest logit of a
+    # few rows is normally close enough. Where it is not, the first round finds the true largest logit, and a
+    # second round uses it. All devices must run the same number of rounds, because they gather together.
     State = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
     def attempt(state: State) -> State:
@@ -137,16 +137,17 @@ def partition_and_targets(
 def log_partition_and_targets(
     hidden: jax.Array, embedding: Weight, targets: IntArray, vocab_size: int
 ) -> tuple[jax.Array, jax.Array]:
-    """The log-partition of each position, and the logit of its target.
+    """Returns the log-partition of each position, and the logit of its target.
 
     Args:
-      hidden: [B, L, D] after the final norm; the rows that a batch is split into must divide B, or B is 1.
-      embedding: the tied table.
+      hidden: [B, L, D] after the final norm. B is 1 or divisible by the number of parts that a batch is split
+        into.
+      embedding: The tied embedding table.
       targets: [B, L] integers below vocab_size.
-      vocab_size: tokens, without the rows that pad the table.
+      vocab_size: The number of tokens, without the rows that pad the table.
 
     Returns:
-      [B, L] each, in at least float32.
+      Two arrays [B, L], in at least float32.
     """
     structure, arrays = embedding.parts()
     mesh, specs = structure.mesh, structure.specs(arrays)
@@ -165,17 +166,18 @@ def log_partition_and_targets(
         mesh=mesh,
         in_specs=(spec, specs, spec_rows),
         out_specs=(P(*spec_rows), P(*spec_rows)),
-        check_vma=False,  # else sums over mesh axes of size 1 need annotations
+        check_vma=False,  # otherwise sums over mesh axes of size 1 need annotations
     )
     return mapped(hidden, arrays, jnp.asarray(targets))
 
 
 def token_log_probs(model: Transformer, hidden: jax.Array, targets: IntArray) -> jax.Array:
-    """Log-probability of each target, in nats.
+    """Returns the log-probability of each target, in nats.
 
     Args:
-      model: whose embedding computes the logits.
-      hidden: [B, L, D] after the final norm; the rows that a batch is split into must divide B, or B is 1.
+      model: The model; its embedding computes the logits.
+      hidden: [B, L, D] after the final norm. B is 1 or divisible by the number of parts that a batch is split
+        into.
       targets: [B, L] integers below vocab_size.
 
     Returns:

@@ -1,4 +1,4 @@
-"""A model without its numbers."""
+"""The description of a model, without the values of its parameters."""
 
 import dataclasses
 import functools
@@ -15,12 +15,12 @@ from gemma_jax.model.transformer import Transformer
 from gemma_jax.sharding import Arrays, named_arrays, with_arrays, with_shardings
 from gemma_jax.weights import Dense, Kind, Weight
 
-SMALL = 2**27  # parameters that are made in one program
+SMALL = 2**27  # up to so many parameters are initialised in one program
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSpec:
-    """What a model is, how it is computed, where, and what its weights are made of."""
+    """A model's config, how and on which mesh it is computed, and the kind of its weights."""
 
     config: TransformerConfig
     compute: ComputeConfig
@@ -36,40 +36,43 @@ class ModelSpec:
 
     @functools.cached_property
     def params(self) -> nnx.State:
-        """Shapes, dtypes and shardings of the parameters.
+        """The shapes, dtypes and shardings of the parameters.
 
         Raises:
-          UserError: the mesh does not divide a parameter.
+          UserError: a mesh axis does not divide a parameter's dimension.
         """
         return with_shardings(self._abstract[1], self.mesh)
 
     def merge(self, params: nnx.State) -> Transformer:
-        """The model with these parameters."""
+        """Returns the model with these parameters."""
         return nnx.merge(self._abstract[0], params)
 
     def weight(self, name: str) -> Weight | nnx.Param[Any]:
-        """The weight of a name in the table of parameters, all layers stacked, without numbers; or the scale
-        of a norm."""
+        """Returns the abstract weight (or a norm's scale) with this name in the table of parameters.
+
+        All layers are stacked, and there are no values.
+        """
         found: Any = self.merge(self.params)
         for attribute in name.split("."):
             found = getattr(found, attribute)
         return found
 
     def create(self, key: jax.Array, names: Collection[str] | None = None) -> Arrays:
-        """Random values of some arrays by their names, or of all, to be called under jit."""
+        """Returns random values of the named arrays, or of all arrays. Call it under jit."""
         arrays = named_arrays(nnx.state(self._create(key), nnx.Param))
         return arrays if names is None else {name: arrays[name] for name in names}
 
     def init(self, seed: int) -> nnx.State:
-        """Random parameters, each made in place on the mesh: no device or host ever holds the whole model.
+        """Returns random parameters, each made in place on the mesh: no device or host holds the whole model.
 
         Raises:
-          UserError: they do not fit into memory.
+          UserError: the parameters do not fit into memory.
         """
         require_memory(self.params, "the model")
         out = {name: x.sharding for name, x in named_arrays(self.params).items()}
         sizes = {name: x.size for name, x in named_arrays(self.params).items()}
-        # What runs at one time has all its temporaries at one time: several times the memory of a layer.
+        # One program holds the temporaries of all its arrays at once, several times the memory of a layer. So
+        # a large model is made one array at a time.
         groups = [[name] for name in out] if sum(sizes.values()) > SMALL else [[*out]]
         made: Arrays = {}
         for group in groups:

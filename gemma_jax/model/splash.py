@@ -1,6 +1,6 @@
-"""Attention of whole rows on TPU: the splash attention kernel that comes with jax.
+"""Attention of whole rows on TPU, with the splash attention kernel of jax.
 
-It holds the scores of a block at a time, and skips the blocks that the causal mask leaves empty.
+The kernel holds the scores of one block at a time, and skips the blocks that the causal mask leaves empty.
 Shape legend: B batch, L length, N query heads, K key/value heads, H head dim.
 """
 
@@ -14,14 +14,14 @@ from jax.sharding import Mesh
 from gemma_jax.model.ops import IntArray
 from gemma_jax.sharding import partition_spec
 
-LANES = 128  # of a TPU's vector unit; the kernel's blocks are multiples of it
-BLOCK = 512  # queries and keys of a block; larger ones do not fit v5e's vector memory at head dim 256
+LANES = 128  # lanes of a TPU's vector unit; the kernel's block sizes are multiples of this
+BLOCK = 512  # queries and keys per block; larger ones do not fit v5e's vector memory at head dim 256
 
 
 def fits_splash(q: jax.Array | jax.ShapeDtypeStruct) -> bool:
-    """Whether the kernel takes queries [B, L, N, H] of this shape and dtype.
+    """Returns whether the kernel supports queries [B, L, N, H] of this shape and dtype.
 
-    Its products of float32 run in bfloat16 passes, so it is for bfloat16 alone.
+    Only bfloat16 is supported, because the kernel computes float32 matmuls in bfloat16 passes.
     """
     return q.dtype == jnp.bfloat16 and q.shape[1] % LANES == 0 and q.shape[3] % LANES == 0
 
@@ -36,26 +36,27 @@ def splash_attend(
     residuals: str,
     interpret: bool = False,
 ) -> jax.Array:
-    """Attention of each slot to the earlier slots of its segment in its row.
+    """Computes attention of each slot to the slots of its row up to itself that have the same segment.
 
     Args:
       q: [B, L, N, H], already scaled.
       k, v: [B, L, K, H].
       segments: [B, L].
-      mesh: splits rows and heads.
-      residuals: name of the output and the log-partitions for a policy of jax.checkpoint.
-      interpret: run the kernel on any platform, slowly.
+      mesh: The mesh that rows and heads are split over.
+      residuals: The name of the output and the log-partitions in a policy of jax.checkpoint.
+      interpret: Whether to run the kernel in interpret mode, which works on any platform but is slow.
 
     Returns:
       [B, L, N, H] in q's dtype.
     """
-    # Late: Pallas takes half a second to import.
+    # Imported here because importing Pallas takes half a second.
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     L, N, K = q.shape[1], q.shape[2], k.shape[2]
     tensor = mesh.shape["tensor"]
     if K > 1 and K % tensor:
-        # Each device has all key heads, but must find those of its own query heads at their place.
+        # The key heads cannot be split over the tensor axis. Repeated once per query head, they split as the
+        # query heads do, so that each device has the key heads of its own query heads.
         k, v = (jnp.repeat(x, N // K, axis=2) for x in (k, v))
     block = next(size for size in range(min(BLOCK, L), 0, -LANES) if L % size == 0)
     names = [field.name for field in dataclasses.fields(splash.BlockSizes)]
@@ -82,6 +83,6 @@ def splash_attend(
         mesh=mesh,
         in_specs=(spec, spec_kv, spec_kv, spec_segments),
         out_specs=spec,
-        check_vma=False,  # the kernel's outputs do not say over which axes they vary
+        check_vma=False,  # the kernel's outputs do not declare over which mesh axes they vary
     )
     return attend(q, k, v, segments).swapaxes(1, 2)

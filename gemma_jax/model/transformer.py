@@ -26,10 +26,10 @@ from gemma_jax.weights import EMBEDDING, FINAL_NORM, NO_CONTEXT, Context, Kind, 
 
 
 def compute_dtype(compute: ComputeConfig, mesh: Mesh) -> jnp.dtype:
-    """Dtype of activations on this mesh.
+    """Returns the dtype of activations on this mesh.
 
     Raises:
-      UserError: float64, where jax would silently compute in float32.
+      UserError: the config asks for float64, but x64 is off, so jax would silently compute in float32.
     """
     if "float64" in (compute.dtype, compute.param_dtype) and jnp.result_type(float) != jnp.float64:
         raise UserError("compute.dtype float64 needs the environment variable JAX_ENABLE_X64=1; set it.")
@@ -39,7 +39,7 @@ def compute_dtype(compute: ComputeConfig, mesh: Mesh) -> jnp.dtype:
 
 
 class Transformer(nnx.Module):
-    """Decoder-only transformer with tied embeddings; the blocks are one stacked module, scanned."""
+    """A decoder-only transformer with tied embeddings. It scans over one module that stacks all blocks."""
 
     def __init__(
         self, config: TransformerConfig, compute: ComputeConfig, mesh: Mesh, rngs: nnx.Rngs, kind: Kind
@@ -64,13 +64,13 @@ class Transformer(nnx.Module):
     def __call__(
         self, tokens: IntArray, positions: IntArray, segments: IntArray, context: Context = NO_CONTEXT
     ) -> jax.Array:
-        """Hidden states of whole sequences, each token seeing the earlier ones of its segment.
+        """Returns the hidden states of whole sequences; a token attends to the earlier ones of its segment.
 
         Args:
           tokens: [B, L].
-          positions: [B, L], each token's place in its segment.
+          positions: [B, L], each token's position in its segment.
           segments: [B, L]; 0 is padding.
-          context: what every multiplication receives; each layer has a random key of its own.
+          context: The context that every matmul receives; each layer gets its own random key.
 
         Returns:
           [B, L, D] after the final norm.
@@ -102,15 +102,15 @@ class Transformer(nnx.Module):
         *,
         empty: bool = False,
     ) -> tuple[jax.Array, KVCache]:
-        """Hidden states of the next tokens of each row, which see what is in the cache too.
+        """Returns the hidden states of the next tokens of each row, which also attend to the cache.
 
         Args:
-          cache: what came before.
-          tokens, positions, segments: [B, L] as in `__call__`; padding stands at the end of a row.
-          layers: the blocks' parameters layer by layer (see `layer_views`), to be used instead of the stacked
-            ones, in a program that has each layer separately.
-          context: what every multiplication receives; a random key is the same in all layers.
-          empty: the cache holds nothing yet, so the tokens see only each other.
+          cache: The cache of the earlier tokens.
+          tokens, positions, segments: [B, L] as in `__call__`; padding is at the end of a row.
+          layers: The blocks' parameters as one entry per layer (see `layer_views`). They replace the stacked
+            parameters, and the compiled program then contains each layer separately instead of a scan.
+          context: The context that every matmul receives; a random key is the same in all layers.
+          empty: Whether the cache is still empty, so that the tokens attend only to each other.
 
         Returns:
           [B, L, D] after the final norm, and the cache with the new tokens in it.
@@ -147,7 +147,7 @@ class Transformer(nnx.Module):
         return self._normed(x), dataclasses.replace(cache, keys=keys, values=values)
 
     def logits(self, hidden: jax.Array, context: Context = NO_CONTEXT) -> jax.Array:
-        """[..., D] -> [..., V] float32; rows that only pad the vocabulary are -inf."""
+        """Returns float32 logits [..., V] of hidden states [..., D]; those of padding rows are -inf."""
         wide_dtype = jnp.promote_types(hidden.dtype, jnp.float32)
         logits = self.embedding.unembed(hidden, wide_dtype, context)
         if logits.shape[-1] == self.config.vocab_size:
@@ -155,7 +155,7 @@ class Transformer(nnx.Module):
         return jnp.where(jnp.arange(logits.shape[-1]) < self.config.vocab_size, logits, -jnp.inf)
 
     def embed(self, tokens: IntArray, context: Context = NO_CONTEXT) -> jax.Array:
-        """[B, L] -> [B, L, D]: rows of the table times sqrt(D), which is rounded to their dtype."""
+        """Returns [B, L, D]: table rows of tokens [B, L] times sqrt(D), which is rounded to their dtype."""
         rows = self.embedding.embedding_lookup(tokens, self.dtype, context)
         return constrain(rows * jnp.asarray(self.config.embed_dim**0.5, self.dtype), RESIDUAL, self.mesh)
 
@@ -164,19 +164,20 @@ class Transformer(nnx.Module):
 
 
 def layer_views(params: nnx.State, mesh: Mesh) -> list[nnx.State] | None:
-    """The blocks' parameters layer by layer, in the memory of the stacked ones.
+    """Returns the blocks' parameters as one entry per layer, which share the memory of the stacked arrays.
 
-    On one CPU device, where a scan copies the weights of each layer out of the stack before it multiplies:
-    most of the time of a decoding step. None elsewhere: there the copy is part of the product.
+    This is for one CPU device, where a scan copies the weights of each layer out of the stack before the
+    matmul: most of the time of a decoding step. On other meshes, where the copy is part of the matmul, the
+    function returns None.
 
     Args:
-      params: of a Transformer; must outlive what is returned, and must not be donated.
-      mesh: that they are placed on.
+      params: The parameters of a Transformer. They must outlive the returned views, and must not be donated.
+      mesh: The mesh that the parameters are placed on.
     """
     if platform(mesh) != "cpu" or mesh.size > 1:
         return None
     replicated = NamedSharding(mesh, PartitionSpec())
-    # A device's array as numpy's, a slice of that, and back: no step copies.
+    # Device array to numpy, slice, and back to a device array: none of these steps copies.
     stacked = jax.tree.map(np.asarray, params["blocks"])
     layers = len(jax.tree.leaves(stacked)[0])
     return [
