@@ -92,8 +92,8 @@ def causal_attend(
     """Computes `self_attend` on any platform, and skips most of the scores that the mask would discard.
 
     Queries are split into blocks, and each block attends only to the keys up to its own end. On a long row
-    this is half of the work of `attend`. The scores of only one block are in memory at once, also in the backward pass,
-    which recomputes them.
+    this is half of the work of `attend`. The scores of only one block are in memory at once, also in the
+    backward pass, which recomputes them.
     """
     L = q.shape[1]
     # Each block adds code to the compiled program, so there are at most 16 blocks, of at least 128 queries.

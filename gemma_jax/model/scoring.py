@@ -21,8 +21,9 @@ from gemma_jax.sharding import partition_spec
 from gemma_jax.weights import Weight, fsdp, matmul
 from gemma_jax.weights.structure import Structure
 
-# Logits are shifted by the largest logit of a few rows plus this margin, in nats, before exp. In float32, exp
-# overflows at 88 and underflows to 0 at -88, where a term is negligible beside that largest logit's, at -SHIFT.
+# Before exp, logits are shifted down by the largest logit of a few rows plus this margin, in nats. In float32
+# exp overflows at 88 and underflows to 0 at -88, where a term is negligible beside that of the largest logit,
+# at -SHIFT.
 SHIFT = 20.0
 SHIFT_ROWS = 1024  # rows of the vocabulary that are searched for that largest logit
 LARGEST_EXPONENT = 80.0

@@ -1,4 +1,4 @@
-"""From prompts to new tokens."""
+"""Generation of new tokens from prompts, and scoring of given tokens."""
 
 from gemma_jax.sampling.chat import Chat
 from gemma_jax.sampling.generate import Completion, FinishReason, Generator, Request

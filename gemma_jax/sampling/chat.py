@@ -1,4 +1,4 @@
-"""A dialogue with an instruction-tuned model, which remembers what was said."""
+"""A dialogue with an instruction-tuned model that keeps its history."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -9,17 +9,17 @@ from gemma_jax.errors import UserError
 from gemma_jax.sampling.generate import FinishReason
 from gemma_jax.tokenizer import Tokenizer
 
-# (prompt ids, settings) -> pieces of the continuation; the last comes with the reason of its end
+# (prompt ids, settings) -> pieces of the continuation; the last one comes with the finish reason
 Pieces = Callable[[Sequence[int], SamplingConfig], Iterator[tuple[str, FinishReason | None]]]
 
-MAX_NEW_TOKENS = 1024  # of an answer, where nobody says
+MAX_NEW_TOKENS = 1024  # per answer, unless the user sets another limit
 
 
 class Chat:
     """A dialogue: `send` a message and get the answer, or `stream` it.
 
     Make one with `Gemma.chat`. `history` is the list of messages so far, `{"role": "user" or "model",
-    "content": TEXT}` in turn; it may be read, stored, and changed between two messages.
+    "content": TEXT}` in turn; the caller may read, store and change it between two messages.
     """
 
     def __init__(
@@ -32,26 +32,26 @@ class Chat:
         config: SamplingConfig,
     ) -> None:
         """Args:
-        tokenizer: of the model.
-        pieces: continues a prompt.
-        context_length: of the model, tokens.
-        system: an instruction that stands in front of the first user turn.
-        history: messages of an earlier dialogue to go on from.
-        config: of every answer.
+        tokenizer: The model's tokenizer.
+        pieces: The function that continues a prompt.
+        context_length: The model's context length in tokens.
+        system: An instruction that is put in front of the first user turn.
+        history: The messages of an earlier dialogue to continue.
+        config: The sampling settings of every answer.
         """
         self.history: list[Message] = list(history)
         self.finish_reason: FinishReason | None = None
-        """Why the last answer ended: "stop", "length", "context"; None where it was stopped from outside."""
+        """Why the last answer ended: "stop", "length", "context"; None if it was stopped early."""
         self._tokenizer, self._pieces, self._context_length = tokenizer, pieces, context_length
         self._system = [{"role": SYSTEM, "content": system}] if system else []
         self._config = config
 
     def send(self, message: str, **settings: Any) -> str:
-        """The model's answer to a message; both go into the history.
+        """Returns the model's answer to a message, and appends both to the history.
 
         Args:
-          message: of the user; control tokens in it stay text.
-          **settings: those of `Gemma.generate` but for samples; they override those of the chat.
+          message: The user's message; control tokens in it are treated as text.
+          **settings: The settings of `Gemma.generate` except samples; they override those of the chat.
 
         Raises:
           UserError: the dialogue fills the context, or a setting is out of range; the history is unchanged.
@@ -59,9 +59,9 @@ class Chat:
         return "".join(self.stream(message, **settings))
 
     def stream(self, message: str, **settings: Any) -> Iterator[str]:
-        """The answer piece by piece while it is made; arguments and errors as for `send`.
+        """Yields the answer piece by piece as it is generated; arguments and errors as for `send`.
 
-        When it is left before its end, what was made so far is the answer that the history keeps.
+        If the caller stops early, the history keeps the text generated so far as the answer.
         """
         said = [*self.history, {"role": "user", "content": message}]
         prompt = encode_dialogue(self._tokenizer, [*self._system, *said], answer=True, merge_system=True)
@@ -70,7 +70,7 @@ class Chat:
                 f"with this message the dialogue has {len(prompt)} tokens, but the model's context holds "
                 f"{self._context_length}, the answer included; reset the dialogue or shorten the message."
             )
-        # Another seed for each turn: the same one would draw alike in every answer.
+        # Each turn has its own seed. With the same seed every answer would use the same random numbers.
         seed = (self._config.seed + len(self.history) // 2) % 2**32
         config = sampling_config(self._config, {"seed": seed, **settings})
         answer, finish_reason, ended = "", None, False
@@ -86,5 +86,5 @@ class Chat:
                 self.history = [*said, {"role": "model", "content": answer}]
 
     def reset(self) -> None:
-        """Forget what was said; the system instruction stays."""
+        """Clears the history; the system instruction stays."""
         self.history, self.finish_reason = [], None

@@ -1,4 +1,4 @@
-"""Prompts in, completions out: the compiled programs, and which prompt has which slot.
+"""Turns prompts into completions: the compiled programs, and the assignment of prompts to slots.
 
 Shape legend: B slots, R prompts of one prefill, P prompt length, E end tokens.
 """
@@ -25,43 +25,46 @@ from gemma_jax.sharding import batch_sharding, row_parts
 
 FinishReason = Literal["stop", "length", "context"]
 
-BYTES_OF_TOKEN = 64  # of a list of Python for an id and a log-probability, roughly
-REFILL_STRIDE = 16  # tokens between two looks for a free slot while prompts wait
+BYTES_OF_TOKEN = 64  # approximate size of a token's id and log-probability in Python lists
+REFILL_STRIDE = 16  # while prompts wait, tokens between two checks for a free slot
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A prompt to continue once."""
+    """A prompt for which to generate one continuation."""
 
     token_ids: Sequence[int]
     config: SamplingConfig
     end_tokens: Sequence[int]
-    prompt: int = 0  # its number; with the seed and `sample` it decides the random numbers
+    prompt: int = 0  # the prompt's index; with the seed and `sample` it determines the random numbers
     sample: int = 0
     adapter: int = 0
 
 
 @dataclasses.dataclass
 class Completion:
-    """The new tokens of one prompt, without the one that ended them."""
+    """The new tokens of one prompt, without the end token."""
 
     token_ids: list[int] = dataclasses.field(default_factory=list)
     log_probs: list[float] = dataclasses.field(default_factory=list)
     """Nats, under the model's own distribution."""
     finish_reason: FinishReason | None = None
-    """An end token came, max_new_tokens were made, or the context is full; None until then."""
+    """Why generation ended: an end token ("stop"), max_new_tokens ("length") or a full context ("context").
+
+    None until then.
+    """
 
     def add(
         self, token_ids: Sequence[int], log_probs: Sequence[float], finish_reason: FinishReason | None
     ) -> bool:
-        """Append new tokens.
+        """Appends new tokens.
 
         Args:
-          token_ids, log_probs: of the new tokens.
-          finish_reason: why these are the last ones, or None.
+          token_ids, log_probs: The ids and log-probabilities of the new tokens.
+          finish_reason: Why generation ends with these tokens, or None if it does not.
 
         Returns:
-          Whether the completion needs no further token.
+          Whether the completion itself stops here and needs no further token.
         """
         self.token_ids += token_ids
         self.log_probs += log_probs
@@ -72,7 +75,7 @@ class Completion:
 def requests_of(
     prompts: Sequence[Sequence[int]], config: SamplingConfig, end_tokens: Sequence[int]
 ) -> list[Request]:
-    """A request for every sample of every prompt; all samples of one prompt stand together."""
+    """Returns a request for every sample of every prompt; the samples of one prompt are adjacent."""
     return [
         Request(token_ids, config, end_tokens, prompt, sample)
         for prompt, token_ids in enumerate(prompts)
@@ -81,19 +84,19 @@ def requests_of(
 
 
 def bucket(size: int) -> int:
-    """The next power of two, 16 at least: a program is compiled for each bucket, not for each size."""
+    """Rounds up to a power of two, at least 16: a program is compiled for each bucket, not for each size."""
     return max(16, 1 << (size - 1).bit_length())
 
 
 def row_bucket(rows: int, parts: int) -> int:
-    """The next of 1, 2, 3, 4, 6, 8, 12, 16 ... rows for each of the parts that a batch is split into."""
+    """Rounds up to 1, 2, 3, 4, 6, 8, 12, 16 ... rows for each of the parts that a batch is split into."""
     rows = -(-rows // parts)
     step = 1 << max(0, (rows - 1).bit_length() - 2)
     return -(-rows // step) * step * parts
 
 
 class Generator:
-    """A model with its compiled prefill and decode."""
+    """A model with its compiled prefill and decode programs."""
 
     def __init__(self, spec: ModelSpec, params: nnx.State) -> None:
         self.config, self.mesh, self.params = spec.config, spec.mesh, params
@@ -109,17 +112,19 @@ class Generator:
 
     @functools.cached_property
     def layers(self) -> list[nnx.State] | None:
-        """The blocks' parameters layer by layer, where decoding wants them so."""
+        """The blocks' parameters as one entry per layer, where that makes decoding faster; None elsewhere."""
         return layer_views(self.params, self.mesh)
 
     def cache_size(self, prompt: int, new_tokens: int) -> int:
-        """Slots of a row's cache for the longest prompt and the most new tokens."""
+        """Returns the cache slots that a row needs for the longest prompt and the most new tokens."""
         context = self.config.context_length
         return min(min(bucket(prompt), context) + bucket(new_tokens), context)
 
     def check_memory(self, prompts: Sequence[Sequence[int]], config: SamplingConfig) -> None:
-        """Raises:
-        UserError: memory does not hold the cache of the slots, or what the continuations become.
+        """Checks that sampling these prompts fits into memory.
+
+        Raises:
+          UserError: the cache of the slots, or the finished continuations, do not fit.
         """
         total = len(prompts) * config.samples
         rows = row_bucket(min(config.batch_size or total, total), row_parts(self.mesh))
@@ -132,7 +137,7 @@ class Generator:
         require_memory([cache, results], f"sampling {total:,} continuations, {rows:,} at a time,", remedy)
 
     def chunk(self, length: int) -> int:
-        """Tokens of each prompt that prefill takes at a time."""
+        """Returns how many tokens of each prompt prefill processes at once."""
         return prefill_chunk(length, self.config.head_dim, self.dtype, self.mesh)
 
     def run(
@@ -143,19 +148,19 @@ class Generator:
         rows: int = 0,
         stride: int = MAX_STEPS,
     ) -> Iterator[None]:
-        """Continue prompts of any lengths.
+        """Continues prompts of any lengths.
 
         Args:
-          requests: what to continue; their tokens begin with <bos>.
-          completions: one of each request, which receives the new tokens.
-          rows: requests that are worked on at a time; 0 takes all.
-          stride: tokens made between two looks at them.
+          requests: The prompts to continue; their tokens begin with <bos>.
+          completions: One completion for each request, to which the new tokens are added.
+          rows: How many requests are processed at once; 0 means all.
+          stride: How many tokens are generated between two yields.
 
         Yields:
-          After the first token, after every further `stride`, and at the end.
+          None after the first token, after every further `stride` tokens, and at the end.
 
         Raises:
-          UserError: see `check_ids`; a prompt needs room for one new token.
+          UserError: an id or a length that `check_ids` refuses; a prompt needs room for one new token.
         """
         for request in requests:
             check_ids(request.token_ids, self.config, new=1)
@@ -167,7 +172,7 @@ class Generator:
 
 
 class Batch:
-    """Requests on a number of slots: each that is done makes room for the next."""
+    """Requests that share a fixed number of slots: when one is done, the next one takes its slot."""
 
     def __init__(
         self,
@@ -179,18 +184,18 @@ class Batch:
         self._generator, self._requests, self._completions = generator, requests, completions
         self._waiting = collections.deque(range(len(requests)))
         rows = row_bucket(min(rows, len(requests)), row_parts(generator.mesh))
-        self._active: dict[int, int] = {}  # the request in each slot that is in use
+        self._active: dict[int, int] = {}  # slot in use -> index of its request
         self._counts = np.zeros(rows, int)  # tokens that each slot's request has received
         self._size = generator.cache_size(
             max(len(request.token_ids) for request in requests),
             max(request.config.max_new_tokens for request in requests),
         )
-        # One width for all, so that a refill compiles nothing for it.
+        # The same width for all requests, so that a refill needs no new compilation.
         self._ends = bucket(max(len(request.end_tokens) for request in requests))
         self._slots: Slots | None = None
 
     def fill(self) -> bool:
-        """Put waiting requests into free slots; False if nothing is left to do."""
+        """Puts waiting requests into free slots; returns False if nothing is left to do."""
         total = len(self._counts)
         while self._waiting and len(self._active) < total:
             empty = [row for row in range(total) if row not in self._active]
@@ -202,7 +207,7 @@ class Batch:
         return bool(self._active)
 
     def decode(self, stride: int) -> None:
-        """At most `stride` further tokens for every slot in use."""
+        """Generates at most `stride` further tokens for every slot in use."""
         assert self._slots is not None
         generator = self._generator
         steps = min(stride, REFILL_STRIDE if self._waiting else MAX_STEPS)
@@ -210,7 +215,7 @@ class Batch:
         self._hand_out(range(len(self._counts)), new)
 
     def _prefill(self, rows: Sequence[int]) -> None:
-        """Read the prompts of the requests in these slots, and hand out the first token of each."""
+        """Runs prefill for the requests in these slots, and adds the first token to each completion."""
         generator, first, total = self._generator, self._slots is None, len(self._counts)
         filled = total if first else row_bucket(len(rows), row_parts(generator.mesh))
         requests = [self._requests[self._active[row]] for row in rows]
@@ -229,14 +234,14 @@ class Batch:
             so_far = generator.prefill(generator.params, *arguments, size=0 if start else size)
         slots, new = so_far
         if not first:
-            # Out of range: rows that only fill up.
+            # Rows that only pad the prefill have an index out of range, so `insert` drops them.
             places = np.array([*rows, *[total] * (filled - len(rows))], np.int32)
             slots = generator.insert(self._slots, slots, places)
         self._slots = slots
         self._hand_out(rows, new)
 
     def _hand_out(self, rows: Iterable[int], new: NewTokens) -> None:
-        """Give the new tokens of slots, which are the rows of `new` in this order, to their completions."""
+        """Adds new tokens to their completions; `rows` are the slots of the rows of `new`, in order."""
         slots = self._slots
         assert slots is not None
         tokens, log_probs, counts, limits, ended = jax.device_get(
@@ -265,13 +270,13 @@ class Batch:
 
 
 def slot_settings(requests: Sequence[Request], rows: int, ends: int, context_length: int) -> SlotSettings:
-    """Settings of slots, in numpy; those beyond the requests are done before they start.
+    """Returns the settings of the slots as numpy arrays; slots without a request are done from the start.
 
     Args:
-      requests: at most `rows`.
-      rows: B.
-      ends: E, at least as many as a request has end tokens.
-      context_length: of the model, tokens.
+      requests: The requests, at most `rows`.
+      rows: B, the number of slots.
+      ends: E, at least the largest number of end tokens of a request.
+      context_length: The model's context length in tokens.
     """
     unused = Request((0,) * context_length, SamplingConfig(), ())  # has no room for a new token
     requests = [*requests, *[unused] * (rows - len(requests))]
@@ -291,7 +296,7 @@ def slot_settings(requests: Sequence[Request], rows: int, ends: int, context_len
 
 
 def padded(sequences: Sequence[Sequence[int]], rows: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sequences as [rows, width] with zeros behind and below them, and their lengths [rows]; int32."""
+    """Returns sequences as [rows, width], padded with zeros, and their lengths [rows]; both int32."""
     tokens, lengths = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
     for row, ids in enumerate(sequences):
         tokens[row, : len(ids)], lengths[row] = ids, len(ids)
@@ -299,8 +304,10 @@ def padded(sequences: Sequence[Sequence[int]], rows: int, width: int) -> tuple[n
 
 
 def check_ids(ids: Sequence[int], config: TransformerConfig, new: int = 0) -> None:
-    """Raises:
-    UserError: no token, no room for `new` more in the context, or an id out of range.
+    """Checks the length and the ids of a sequence.
+
+    Raises:
+      UserError: the sequence is empty, has no room for `new` more tokens, or has an id out of range.
     """
     most = config.context_length - new
     if not 0 < len(ids) <= most:

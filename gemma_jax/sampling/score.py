@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens, in batches of few shapes.
+"""Log-probabilities of given tokens, computed in batches of a few shapes, so that few programs are compiled.
 
 Shape legend: B rows, L tokens.
 """
@@ -15,23 +15,23 @@ from gemma_jax.model.scoring import token_log_probs
 from gemma_jax.sampling.generate import bucket, check_ids, padded, row_bucket
 from gemma_jax.sharding import batch_sharding, row_parts
 
-BATCH_TOKENS = 4096  # of each part that a batch is split into, padding included; a row may have more
+BATCH_TOKENS = 4096  # tokens, with padding, in each part that a batch is split into; one row may have more
 
 
 class Scorer:
-    """A model with its compiled scoring."""
+    """A model with its compiled scoring program."""
 
     def __init__(self, spec: ModelSpec, params: nnx.State) -> None:
         self._spec, self._params = spec, params
         self._program = jax.jit(self._log_probs)
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        """Log-probability of each token of each sequence, but for its first, given those before it; in nats.
+        """Returns the log-probabilities of each sequence's tokens after the first, given those before them.
 
-        Sequences of similar length share a batch. No [B, L, V] array of logits ever exists.
+        The unit is nats. Sequences of similar length share a batch. No [B, L, V] array of logits is made.
 
         Raises:
-          UserError: a sequence that is empty or longer than the context, an id out of range.
+          UserError: a sequence is empty or longer than the context, or an id is out of range.
         """
         config, parts = self._spec.config, row_parts(self._spec.mesh)
         by_length: dict[int, list[int]] = {}
@@ -58,7 +58,7 @@ class Scorer:
     def _log_probs(
         self, params: nnx.State, tokens: jax.Array, targets: jax.Array, lengths: jax.Array
     ) -> jax.Array:
-        """[B, L] of the targets; those beyond a row's length mean nothing."""
+        """Returns the targets' log-probabilities [B, L]; values beyond a row's length are meaningless."""
         model = self._spec.merge(params)
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         segments = (positions < lengths[:, None]).astype(jnp.int32)

@@ -1,4 +1,4 @@
-"""Text of token ids that arrive a few at a time: each id is decoded once, however long the text becomes."""
+"""Incremental conversion of token ids to text: each id is decoded once, however long the text becomes."""
 
 import bisect
 import codecs
@@ -11,8 +11,8 @@ from gemma_jax.tokenizer import Tokenizer
 class Detokenizer:
     """Turns ids into text, and holds back the bytes of a character that is not complete yet.
 
-    Pieces decode independently of each other, except for a run of byte pieces, which is read as UTF-8.
-    `Tokenizer` accepts no model that strips a leading space, so the first piece is no exception.
+    Pieces decode independently of each other, except for a run of byte pieces, which is decoded as UTF-8.
+    The first piece is no exception, because `Tokenizer` refuses models that strip a leading space.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -20,8 +20,8 @@ class Detokenizer:
         self._held: list[int] = []
 
     def add(self, id: int) -> str:
-        """The text that is certain now and was not before."""
-        if id >= self._tokenizer.vocab_size:  # of a row that fine-tuning has added: it has no text
+        """Adds an id, and returns the text that has become certain with it."""
+        if id >= self._tokenizer.vocab_size:  # an embedding row that fine-tuning added; it has no text
             return self.flush()
         ids = [*self._held, id]
         certain = len(ids) - self._incomplete(ids)
@@ -29,25 +29,25 @@ class Detokenizer:
         return self._tokenizer.decode(ids[:certain]) if certain else ""
 
     def flush(self) -> str:
-        """The text of a character that stays incomplete: U+FFFD for each of its bytes."""
+        """Returns the text of a character that remains incomplete: U+FFFD for each of its bytes."""
         held, self._held = self._held, []
         return self._tokenizer.decode(held) if held else ""
 
     def _incomplete(self, ids: Sequence[int]) -> int:
-        """How many ids at the end are the beginning of a character of several bytes."""
+        """Returns how many ids at the end are the beginning of a multi-byte character."""
         encoded = b""
         for id in reversed(ids):
             byte = self._tokenizer.byte(id)
             if byte is None:
                 return 0
             encoded = bytes([byte]) + encoded
-            if byte >= 0xC0:  # the first byte of a character; those that follow it are from 0x80 to 0xBF
+            if byte >= 0xC0:  # the first byte of a character; the following ones are 0x80 to 0xBF
                 return len(encoded) if _begins_character(encoded) else 0
         return 0
 
 
 def _begins_character(encoded: bytes) -> bool:
-    """Whether further bytes could make these a character of UTF-8, and without them they are none."""
+    """Returns whether these bytes are an incomplete UTF-8 character that further bytes could complete."""
     try:
         return codecs.getincrementaldecoder("utf-8")().decode(encoded) == ""
     except UnicodeDecodeError:
@@ -55,27 +55,27 @@ def _begins_character(encoded: bytes) -> bool:
 
 
 class TextCompletion(Completion):
-    """A completion with its text, which ends before the first stop text."""
+    """A completion that also has text, which is cut off before the first stop text."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         """Args:
-        tokenizer: of the model.
-        stop: texts that end the completion; the one whose end comes first counts.
+        tokenizer: The model's tokenizer.
+        stop: Texts that end the completion. If there are several in the text, the one that ends first counts.
         """
         super().__init__()
         self._detokenizer, self._stop = Detokenizer(tokenizer), tuple(stop)
         self._pieces: list[str] = []
-        self._streamed = 0  # pieces
-        self._tail = ""  # behind the pieces: what may become the beginning of a stop text
-        self._lengths = [0]  # of the text after so many tokens, in characters
+        self._streamed = 0  # pieces that `take` has returned
+        self._tail = ""  # the text after the pieces; it may be the beginning of a stop text
+        self._lengths = [0]  # [n]: length of the text after n tokens, in characters
 
     @property
     def text(self) -> str:
-        """What is certain of the text so far, and all of it at the end."""
+        """The certain part of the text so far, and the whole text once the completion has ended."""
         return "".join(self._pieces)
 
     def take(self) -> str:
-        """What has become certain since the last call."""
+        """Returns the text that has become certain since the last call."""
         pieces = self._pieces[self._streamed :]
         self._streamed = len(self._pieces)
         return "".join(pieces)
@@ -83,7 +83,7 @@ class TextCompletion(Completion):
     def add(
         self, token_ids: Sequence[int], log_probs: Sequence[float], finish_reason: FinishReason | None
     ) -> bool:
-        """Append new tokens, as `Completion.add`; True where a stop text has come."""
+        """Appends new tokens like `Completion.add`; returns True if a stop text has occurred."""
         super().add(token_ids, log_probs, finish_reason)
         for id in token_ids:
             new = self._detokenizer.add(id)
@@ -95,11 +95,11 @@ class TextCompletion(Completion):
         return False
 
     def _ends_with(self, text: str) -> bool:
-        """Append text that replaces the tail; True where it holds a stop text, which is cut off."""
+        """Replaces the tail by `text`; if that contains a stop text, cuts it off there and returns True."""
         found = [(text.find(stop) + len(stop), text.find(stop)) for stop in self._stop if stop in text]
         if found:
             _, start = min(found)
-            # The tokens that are needed for the text before the stop, and no more.
+            # Keep only the tokens that are needed for the text before the stop text.
             length = self._lengths[-1] - len(text) + start
             needed = bisect.bisect_left(self._lengths, length)
             del self.token_ids[needed:], self.log_probs[needed:]
@@ -112,6 +112,6 @@ class TextCompletion(Completion):
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of a text are the beginning, but not the whole, of a stop text."""
+    """Returns how many characters at the end of `text` are the beginning, but not all, of `stop`."""
     longest = min(len(stop) - 1, len(text))
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
