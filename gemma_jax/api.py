@@ -1,4 +1,4 @@
-"""`Gemma`: the object that a notebook holds."""
+"""The Python interface of the library: `Gemma`, a model that generates, chats and scores."""
 
 import dataclasses
 import operator
@@ -25,16 +25,16 @@ from gemma_jax.sharding import make_mesh, platform, row_parts
 from gemma_jax.startup import keep_programs
 from gemma_jax.tokenizer import Tokenizer
 
-STRIDE = 8  # tokens between two looks at a text that is streamed or may meet a stop text
+STRIDE = 8  # tokens between two checks of a text that is streamed or may contain a stop text
 
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """What the model added to a prompt."""
+    """One continuation of a prompt."""
 
     text: str  # empty where the model has no tokenizer
-    token_ids: list[int]  # without the token that ended it
-    log_probs: list[float]  # of each token under the model's own distribution, nats
+    token_ids: list[int]  # without the end token
+    log_probs: list[float]  # one per token, under the model's own distribution, in nats
     finish_reason: FinishReason  # "stop": an end token; "length": max_new_tokens; "context": no room left
 
 
@@ -53,15 +53,15 @@ class Gemma:
         terms_source: str = "",
     ) -> None:
         """Args:
-        spec: of the model.
-        params: its parameters, on the mesh.
-        tokenizer: None leaves the calls that take token ids.
-        end_tokens: ids that end a continuation.
-        terms_source: where the weights come from, if they are under the Gemma terms of use.
+        spec: The spec of the model.
+        params: The model's parameters, on the mesh.
+        tokenizer: The model's tokenizer. With None, only the calls that take token ids work.
+        end_tokens: The ids that end a continuation.
+        terms_source: Where the weights come from, if they are under the Gemma terms of use.
 
         Raises:
-          UserError: the tokenizer has a larger vocabulary than the model. A smaller one is common, where
-            fine-tuning has added rows to the embedding: their ids have no text here.
+          UserError: the tokenizer has a larger vocabulary than the model. A smaller one is accepted: it is
+            common where fine-tuning has added rows to the embedding, whose ids have no text here.
         """
         config = spec.config
         if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
@@ -93,20 +93,21 @@ class Gemma:
         dtype: Literal["float32", "bfloat16"] | None = None,
         instruction_tuned: bool | None = None,
     ) -> "Gemma":
-        """Load a model.
+        """Loads a model.
 
         Args:
-          checkpoint: a run directory, one of its steps, a Hugging Face directory, a published Flax
+          checkpoint: A run directory, one of its steps, a Hugging Face directory, a published Flax
             directory, a name on the Hub such as google/gemma-2b-it, or `random:PRESET` for random weights
             of a preset (docs/checkpoints.md).
-          mesh: how to split it over the devices; all of them on fsdp if left out.
-          compute: how to execute it.
-          dtype: of the parameters in memory, instead of compute.param_dtype.
-          instruction_tuned: whether it was trained on dialogues; if left out it was where its
+          mesh: How to split the model over the devices; by default all devices are on the fsdp axis.
+          compute: How to execute the model.
+          dtype: The dtype of the parameters in memory, instead of compute.param_dtype.
+          instruction_tuned: Whether the model was trained on dialogues. By default it counts as such if its
             generation_config.json lists `<end_of_turn>` or its name ends in `-it`.
 
         Raises:
-          UserError: nothing there, a damaged checkpoint, a preset that does not exist, another dtype.
+          UserError: there is no checkpoint, it is damaged, the preset does not exist, or the dtype is neither
+            float32 nor bfloat16.
         """
         if dtype not in (None, "float32", "bfloat16"):
             raise UserError(f"dtype is {dtype!r}, but parameters are kept as float32 or bfloat16.")
@@ -114,7 +115,7 @@ class Gemma:
         device_mesh = make_mesh(mesh or MeshConfig())
         compute = replace(compute or ComputeConfig(), {"param_dtype": dtype} if dtype else {})
         keep_programs(compute.compilation_cache)
-        tokenizer = found.tokenizer()  # first: what is wrong with it is known at once
+        tokenizer = found.tokenizer()  # before the weights, so that its errors are reported at once
         ends = found.end_tokens(instruction_tuned)
         spec = ModelSpec(found.config, compute, device_mesh)
         return cls(spec, found.params(spec), tokenizer, ends, found.terms_source)
@@ -126,18 +127,18 @@ class Gemma:
         format: Literal["huggingface", "flax", "run"] = "huggingface",
         dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     ) -> None:
-        """Write the weights, and the tokenizer where there is one, so that other programs can read them.
+        """Writes the weights, and the tokenizer if there is one, in a format that other programs can read.
 
         Args:
-          path: a directory that is not there yet, or is empty.
-          format: safetensors and config.json as of Hugging Face, the published Flax form, or a run's
-            directory at step 0.
-          dtype: of the numbers; as they are in memory if left out.
+          path: A directory that does not exist yet or is empty.
+          format: Hugging Face's safetensors and config.json, the published Flax format, or a run directory
+            with a checkpoint at step 0.
+          dtype: The dtype in the files; by default that of the parameters in memory.
 
         Raises:
-          UserError: something is there, the disk is full, or the numbers are not finite in this dtype.
+          UserError: the directory is not empty, the disk is full, or values are not finite in this dtype.
         """
-        from gemma_jax.pretrained.export import PlacedWeights, export  # late: orbax costs a second
+        from gemma_jax.pretrained.export import PlacedWeights, export  # imported here: orbax takes a second
 
         export(
             path,
@@ -162,8 +163,10 @@ class Gemma:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """Raises:
-        UserError: the checkpoint came without one.
+        """The model's tokenizer.
+
+        Raises:
+          UserError: the checkpoint has no tokenizer.
         """
         if self._tokenizer is None:
             raise UserError("this model has no tokenizer.model beside it; pass token ids instead of text.")
@@ -171,7 +174,7 @@ class Gemma:
 
     @property
     def instruction_tuned(self) -> bool:
-        """Whether the model was trained on dialogues: it ends an answer with `<end_of_turn>`."""
+        """Whether the model was trained on dialogues, so that `<end_of_turn>` ends its answers."""
         return END_OF_TURN in self.end_tokens
 
     def chat(
@@ -182,12 +185,12 @@ class Gemma:
         config: SamplingConfig | None = None,
         **settings: Any,
     ) -> Chat:
-        """A dialogue that remembers what was said.
+        """Starts or continues a dialogue that keeps its history.
 
         Args:
-          system: an instruction, put in front of the first user turn: Gemma has no turn of its own for it.
-          history: messages `{"role": ..., "content": ...}` to go on from.
-          config, **settings: those of `generate` but for samples, for every answer; without a config
+          system: An instruction, put in front of the first user turn because Gemma has no system turn.
+          history: The messages `{"role": ..., "content": ...}` of an earlier dialogue to continue.
+          config, **settings: As for `generate`, except samples; they hold for every answer. Without a config,
             max_new_tokens is 1024.
 
         Raises:
@@ -204,16 +207,16 @@ class Gemma:
         return Chat(self.tokenizer, self._pieces, self.config.context_length, system, history, config)
 
     def logits(self, token_ids: Sequence[Sequence[int]] | np.ndarray) -> np.ndarray:
-        """Logits of the token after each position.
+        """Returns the logits of the token after each position.
 
         Args:
-          token_ids: [B, L] integers, rows of one length.
+          token_ids: [B, L] integers; all rows have the same length.
 
         Returns:
           [B, L, vocab_size] float32.
 
         Raises:
-          UserError: rows of different lengths, ids out of range, longer than the context.
+          UserError: rows differ in length or are longer than the context, or an id is out of range.
         """
         rows = self._ids(token_ids)
         for row in rows:
@@ -227,44 +230,47 @@ class Gemma:
         return np.asarray(self._logits(self.params, tokens))[: len(rows)]
 
     def score(self, texts: Sequence[str | Sequence[int]]) -> list[list[float]]:
-        """Log-probability of each token given those before it, in nats.
+        """Returns the log-probability of each token given those before it, in nats.
 
         Args:
-          texts: texts (`<bos>` is put in front), or token ids as they are.
+          texts: Texts, to which `<bos>` is prepended, or token ids, which are used unchanged.
 
         Returns:
-          A list for each: of all tokens of a text; of all token ids but the first, which has none before it.
+          One list per entry: the values of all tokens of a text, or of all token ids except the first, which
+          has no token before it.
 
         Raises:
-          UserError: text without a tokenizer, nothing to score, ids out of range, longer than the context.
+          UserError: there is text but no tokenizer, an entry is empty or longer than the context, or an id is
+            out of range.
         """
         return self._scorer.score(self._ids(texts))
 
     def generate(
         self, prompts: Sequence[str | Sequence[int]], config: SamplingConfig | None = None, **settings: Any
     ) -> list[Generation]:
-        """Continue prompts of any lengths.
+        """Continues prompts of any lengths.
 
         Args:
-          prompts: texts (`<bos>` is put in front, and nothing in them becomes a control token), or
-            token ids as they are.
-          config: how tokens are chosen, and when to end.
-          **settings: fields of SamplingConfig, which override those of config:
-            max_new_tokens (64): at most this many are added to each.
+          prompts: Texts, to which `<bos>` is prepended and in which nothing becomes a control token, or
+            token ids, which are used unchanged.
+          config: How tokens are chosen, and when a continuation ends.
+          **settings: Fields of SamplingConfig, which override those of config:
+            max_new_tokens (64): the most tokens that are added to each prompt.
             temperature (0.0): 0 takes the likeliest token.
-            top_k (0): sample among so many likeliest tokens; 0 among all.
-            top_p (1.0): sample among the likeliest tokens that hold this much probability.
-            seed (0): decides the samples; a prompt's depend on its place in the list, not on the others.
-            samples (1): continuations of each prompt.
-            stop (()): texts that end a continuation and are cut off it.
-            batch_size (0): continuations that are computed at a time; 0 takes all.
+            top_k (0): sample among this many likeliest tokens; 0 among all.
+            top_p (1.0): sample among the likeliest tokens that together have this probability.
+            seed (0): determines the samples. Those of a prompt depend on its index in the list, but not on
+              the other prompts.
+            samples (1): the number of continuations of each prompt.
+            stop (()): texts that end a continuation and are removed from it.
+            batch_size (0): the number of continuations computed at once; 0 means all.
 
         Returns:
-          A generation for each prompt; all samples of one prompt stand together.
+          One generation for each sample of each prompt; all samples of one prompt are adjacent.
 
         Raises:
-          UserError: text without a tokenizer, a prompt that is empty or fills the context, ids out of
-            range, a setting of another type or out of range, more continuations than memory holds.
+          UserError: there is text but no tokenizer, a prompt is empty or fills the context, an id is out of
+            range, a setting has a wrong type or value, or the continuations do not fit into memory.
         """
         config = sampling_config(config or SamplingConfig(), settings)
         ids = self._ids(prompts)
@@ -273,7 +279,7 @@ class Gemma:
         self._generator.check_memory(ids, config)
         requests = requests_of(ids, config, self.end_tokens)
         completions = [self._completion(config) for _ in requests]
-        # Without stop texts nothing needs to be looked at before the end.
+        # Without stop texts no continuation needs to be checked before its end.
         stride = STRIDE if config.stop else MAX_STEPS
         for _ in self._generator.run(requests, completions, rows=config.batch_size, stride=stride):
             pass
@@ -282,15 +288,15 @@ class Gemma:
     def stream(
         self, prompt: str | Sequence[int], config: SamplingConfig | None = None, **settings: Any
     ) -> Iterator[str]:
-        """The continuation of one prompt, piece by piece while it is made.
+        """Yields the continuation of one prompt, piece by piece as it is generated.
 
         Args:
-          prompt: text or token ids.
-          config, **settings: those of `generate`, but for samples.
+          prompt: A text or token ids.
+          config, **settings: As for `generate`, except samples.
 
         Yields:
-          Pieces whose concatenation is the text that `generate` returns. A character whose bytes are not all
-          there, and what may become a stop text, are held back until it is known.
+          Pieces whose concatenation is the text that `generate` returns. Bytes of an incomplete character,
+          and text that may be the beginning of a stop text, are held back until it is clear what follows.
 
         Raises:
           UserError: as `generate`, and for a model without a tokenizer.
@@ -301,7 +307,7 @@ class Gemma:
     def _pieces(
         self, prompt: str | Sequence[int], config: SamplingConfig
     ) -> Iterator[tuple[str, FinishReason | None]]:
-        """Pieces of a continuation, which may be empty; the last comes with the reason of the end."""
+        """Returns an iterator over pieces of a continuation, some empty; the last has the finish reason."""
         if config.samples != 1:
             raise UserError(
                 f"samples is {config.samples}, but a stream shows one continuation; leave it out."

@@ -1,6 +1,6 @@
 """The `gemma` command."""
 
-# Little is imported here: Ctrl-C during an import at the head of this file would be a traceback.
+# Few modules are imported here, because Ctrl-C during an import at the top of this file prints a traceback.
 import importlib
 import os
 import signal
@@ -27,12 +27,12 @@ BUCKET_LIBRARIES = ("aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "s3
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "gemma", commands: Sequence[str] = ()) -> int:
-    """Run a command and return its exit status: 2 after a mistake of the user, which is one sentence.
+    """Runs a command and returns its exit status: 2 after a mistake of the user, reported in one sentence.
 
     Args:
-      arguments: the command and its own arguments; those of the process if left out.
-      prog: what the program is called in messages.
-      commands: those that this program has; all if left out.
+      arguments: The command and its own arguments; by default those of the process.
+      prog: The name of the program in messages.
+      commands: The commands that this program has; by default all.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     known = commands or list(COMMANDS)
@@ -61,7 +61,7 @@ def _usage(prog: str, commands: Sequence[str]) -> str:
 
 
 def _version() -> str:
-    """Versions of this package and of jax, and the devices that jax finds."""
+    """Returns the versions of this package and of jax, and the devices that jax finds."""
     from collections import Counter
 
     import jax
@@ -71,29 +71,33 @@ def _version() -> str:
     try:
         kinds = Counter(device.device_kind for device in jax.devices())
         devices = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
-    except RuntimeError as error:  # as for JAX_PLATFORMS=tpu without one
+    except RuntimeError as error:  # for example JAX_PLATFORMS=tpu without a TPU
         devices = f"none ({' '.join(str(error).split())})"
     return f"gemma_jax {__version__}\njax {jax.__version__}\ndevices: {devices}"
 
 
 def run_command(name: str, arguments: Sequence[str], prog: str) -> int:
-    """Run one command and return its exit status.
+    """Runs one command and returns its exit status.
 
     Args:
-      name: of the command.
-      arguments: its own.
-      prog: what it is called in messages.
+      name: The name of the command.
+      arguments: The command's own arguments.
+      prog: The name of the program in messages.
     """
-    # Our numbers are added as by jax's defaults; what the environment says there is for other programs.
+    # This package relies on jax's default type and rank promotion, so it ignores these variables, which are
+    # set for other programs.
     for variable in ("JAX_NUMPY_DTYPE_PROMOTION", "JAX_NUMPY_RANK_PROMOTION"):
         os.environ.pop(variable, None)
-    # A command imports what it needs only after its config has been read: mistakes are reported at once.
+    # A command imports what it needs only after it has read its config, so mistakes are reported at once.
     return _status(lambda: importlib.import_module(f"gemma_jax.commands.{name}").run(arguments, prog))
 
 
 def _status(work: Callable[[], int | None]) -> int:
-    """The exit status of some work: its own or 0; 2 after a mistake of the user; 130 after Ctrl-C; 141 when
-    nobody reads its output any longer, as in `| head`."""
+    """Runs `work` and returns the exit status.
+
+    The status is that of `work`, or 0 if it has none; 2 after a mistake of the user; 130 after Ctrl-C; 141 if
+    the reader of its output has closed the pipe, as in `| head`.
+    """
     guard_streams()
     try:
         try:
@@ -120,8 +124,13 @@ def _status(work: Callable[[], int | None]) -> int:
         return _report(f"standard output cannot be written ({lost.__cause__}); send it to another place.")
 
 
+<<<<<<< HEAD
 def _report(mistake: str) -> int:
     # One line, whatever a file name or another library's message brought into it.
+=======
+def _tell(mistake: str) -> int:
+    # Always one line, even if a file name or another library's message contains line breaks.
+>>>>>>> 133fa04 (Docstrings of gemma_jax's top-level modules in plain English)
     print("error:", " ".join(mistake.splitlines()), file=sys.stderr)
     return 2
 

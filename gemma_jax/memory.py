@@ -1,4 +1,4 @@
-"""Whether arrays fit into memory, checked before any of them is allocated."""
+"""Checks that arrays fit into memory before any of them is allocated."""
 
 import contextlib
 import math
@@ -11,24 +11,24 @@ import jax
 
 from gemma_jax.errors import UserError
 
-# Limits that a container has, under version 2 and version 1 of Linux control groups.
+# The files with a container's memory limit, in version 2 and version 1 of Linux control groups.
 _CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 SMALLER_MODEL = "choose a smaller model or a narrower compute.param_dtype"
 
 
 def require_memory(tree: Any, name: str, remedy: str = SMALLER_MODEL) -> None:
-    """Check that the devices of this process have the memory that a tree of arrays needs.
+    """Checks that the devices of this process have the memory that a tree of arrays needs.
 
     Devices that are not in this machine are not checked.
 
     Args:
-      tree: of abstract arrays with shardings.
-      name: of what the tree holds, for the message.
-      remedy: what the user can do.
+      tree: A tree of abstract arrays with shardings.
+      name: What the tree holds, for the message.
+      remedy: What the user can do, for the message.
 
     Raises:
-      UserError: a device has less memory, or this machine has less than all its CPU devices need.
+      UserError: a device has too little memory, or this machine has less than all its CPU devices need.
     """
     needed: Counter[jax.Device] = Counter()
     for leaf in jax.tree.leaves(tree):
@@ -50,10 +50,10 @@ def require_memory(tree: Any, name: str, remedy: str = SMALLER_MODEL) -> None:
 
 
 def machine_memory() -> int:
-    """Bytes of memory that this machine has, or the container that this process is in."""
+    """Returns the bytes of memory of this machine, or of this process's container if that has fewer."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for path in _CONTAINER_LIMITS:
-        with contextlib.suppress(OSError, ValueError):  # no such limit; version 2 then says "max"
+        with contextlib.suppress(OSError, ValueError):  # no limit: no file, or "max" (version 2)
             limits.append(int(Path(path).read_text()))
     return min(limits)
 

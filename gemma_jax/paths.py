@@ -1,7 +1,7 @@
-"""From what a user writes to a path, on this machine or in a bucket (gs://, s3://), and to a file's content.
+"""Turns a user's text into a path, on this machine or in a bucket (gs://, s3://), and reads files.
 
-Files may come from anybody. They are read here, or opened by `open_regular`, so that none of them can make
-the program wait for ever, fill its memory, or end in another error than a sentence.
+Files may come from untrusted sources. They are read here, or opened by `open_regular`, so that none of them
+can make the program wait for ever, fill its memory, or fail with a traceback instead of a one-sentence error.
 """
 
 import importlib.util
@@ -16,29 +16,30 @@ from gemma_jax.errors import UserError
 if TYPE_CHECKING:
     from etils import epath
 
-SMALL_FILE = 2**20  # bytes: what a description of a model or of a few settings has at most
-LFS_POINTER = b"version https://git-lfs"  # what stands in a repository in the place of a large file
-LARGE_FILE = 2**30  # bytes: what a log or a record has at most
+SMALL_FILE = 2**20  # bytes: the largest size of a file that describes a model or a few settings
+LFS_POINTER = b"version https://git-lfs"  # start of a pointer that replaces a large file in a repository
+LARGE_FILE = 2**30  # bytes: the largest size of a log or a record
 
-# Below a folder whose name has one of these, orbax finds nothing of what it has written: it takes the path
-# for a pattern, and leaves the checkpoint in pieces. Names that are not UTF-8 it cannot write at all.
+# Characters that a path to checkpoints must not contain. orbax treats such a path as a pattern, finds none of
+# the files that it has written, and leaves the checkpoint unfinished. It cannot write names at all that are
+# not UTF-8.
 _REFUSED = re.compile(r"[*?\[\]\\\x00-\x1f\x7f\ud800-\udfff]")
 
 
 def user_path(name: str | os.PathLike[str]) -> "epath.Path":
-    """The path that a user names; `~` is the home directory.
+    """Returns the path that a user names; `~` is the home directory.
 
     Raises:
-      UserError: an address of another kind, or one that needs a package which is not installed.
+      UserError: the name is another kind of address, or needs a package that is not installed.
     """
-    from etils import epath  # late: help and error messages do not need it
+    from etils import epath  # imported here because help and error messages do not need it
 
     scheme, separator, _ = os.fspath(name).partition("://")
     if not separator:
         return epath.Path(name).expanduser()
     if scheme not in ("gs", "s3"):
         raise UserError(f"{name} is neither a path nor the address of a bucket (gs://, s3://).")
-    # epath takes TensorFlow's file systems where that is installed, and fsspec's elsewhere.
+    # epath uses TensorFlow's file systems if TensorFlow is installed, otherwise those of fsspec.
     if importlib.util.find_spec("tensorflow") is None:
         import fsspec
 
@@ -46,26 +47,28 @@ def user_path(name: str | os.PathLike[str]) -> "epath.Path":
             fsspec.get_filesystem_class(scheme)
         except ImportError as error:
             raise UserError(f"{name}: {error}, as in pip install 'gemma_jax[data]'.") from error
-        # What other processes and libraries write must be seen: a list of objects is not kept.
+        # Listings are not cached, so that files of other processes and libraries are found.
         fsspec.config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
     return epath.Path(name)
 
 
 def in_bucket(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is the address of a bucket."""
+    """Returns whether a path is the address of a bucket."""
     return "://" in os.fspath(path)
 
 
 def children(folder: "epath.Path") -> "list[epath.Path]":
-    """What is in a folder, by name; nothing if it is not there. A bucket has no empty folders.
+    """Returns the contents of a folder, sorted by name; an empty list if it does not exist.
+
+    A bucket has no empty folders.
 
     Raises:
-      UserError: it is no folder, or may not be read.
+      UserError: the path is not a folder, or may not be read.
     """
     try:
         if in_bucket(folder):
             return sorted(folder.iterdir()) if folder.exists() else []
-        return [folder / name for name in sorted(os.listdir(folder))]  # epath leaves out names such as x~
+        return [folder / name for name in sorted(os.listdir(folder))]  # epath omits names such as x~
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -75,10 +78,10 @@ def children(folder: "epath.Path") -> "list[epath.Path]":
 
 
 def check_writable_path(path: str | os.PathLike[str]) -> None:
-    """Refuse a directory for checkpoints whose path, from the root on, orbax cannot handle.
+    """Checks that orbax can write checkpoints below a directory, considering its whole path from the root.
 
     Raises:
-      UserError: the path has a character of shell patterns, a control character, or is not UTF-8.
+      UserError: the path has a character of shell patterns or a control character, or is not UTF-8.
     """
     whole = os.fspath(path) if in_bucket(path) else os.path.abspath(path)
     if found := _REFUSED.search(whole):
@@ -89,14 +92,14 @@ def check_writable_path(path: str | os.PathLike[str]) -> None:
 
 
 def open_regular(path: str | os.PathLike[str], most: float = float("inf")) -> BinaryIO:
-    """Open a file of this machine for reading.
+    """Opens a file of this machine for reading.
 
     Raises:
-      UserError: there is none, it may not be read, it is no regular file (a pipe or a device would be waited
-        for without end), it is a pointer of Git LFS, or it has more than `most` bytes.
+      UserError: the file does not exist, may not be read, is not a regular file (reading a pipe or a device
+        could wait for ever), is a pointer of Git LFS, or has more than `most` bytes.
     """
     try:
-        # Without O_NONBLOCK, to open a pipe waits for somebody who writes into it.
+        # Without O_NONBLOCK, opening a pipe waits for a process that writes to it.
         file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # noqa: SIM115  # the caller closes it
         about = os.fstat(file.fileno())
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
@@ -115,7 +118,7 @@ def open_regular(path: str | os.PathLike[str], most: float = float("inf")) -> Bi
 
 
 def read_bytes(path: "str | os.PathLike[str]", most: int = SMALL_FILE) -> bytes:
-    """The content of a file, on this machine or in a bucket.
+    """Returns the content of a file, on this machine or in a bucket.
 
     Raises:
       UserError: as `open_regular` does.
@@ -133,15 +136,15 @@ def read_bytes(path: "str | os.PathLike[str]", most: int = SMALL_FILE) -> bytes:
 
 
 def read_text(path: "str | os.PathLike[str]", most: int = SMALL_FILE, errors: str = "strict") -> str:
-    """The content of a text file.
+    """Returns the content of a text file.
 
     Args:
-      path: of the file.
-      most: bytes that it may have.
-      errors: what is done where it is not UTF-8, as `bytes.decode` has it.
+      path: The path of the file.
+      most: The largest size in bytes that is accepted.
+      errors: How to handle bytes that are not UTF-8, as for `bytes.decode`.
 
     Raises:
-      UserError: as `read_bytes` does, or it is not UTF-8.
+      UserError: as `read_bytes` does, or the file is not UTF-8.
     """
     try:
         return read_bytes(path, most).decode(errors=errors)
@@ -150,14 +153,14 @@ def read_text(path: "str | os.PathLike[str]", most: int = SMALL_FILE, errors: st
 
 
 def parse_json(text: str, origin: str | os.PathLike[str]) -> Any:
-    """What a text in JSON says. An object with the same key twice is refused, where Python takes the last.
+    """Parses JSON. An object with the same key twice is an error, whereas Python would use the last value.
 
     Args:
-      text: the JSON.
-      origin: where it is from, for messages.
+      text: The JSON text.
+      origin: Where the text comes from, for messages.
 
     Raises:
-      UserError: it is not JSON.
+      UserError: the text is not valid JSON, or an object has the same key twice.
     """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -168,12 +171,12 @@ def parse_json(text: str, origin: str | os.PathLike[str]) -> Any:
 
     try:
         return json.loads(text, object_pairs_hook=once)
-    except (ValueError, RecursionError) as error:  # RecursionError: brackets within brackets
+    except (ValueError, RecursionError) as error:  # RecursionError: brackets nested too deeply
         raise UserError(f"{origin} is not valid JSON ({str(error)[:100]}); copy it again.") from error
 
 
 def read_json(path: "str | os.PathLike[str]", most: int = SMALL_FILE) -> Any:
-    """What a JSON file says.
+    """Returns the parsed content of a JSON file.
 
     Raises:
       UserError: as `read_text` and `parse_json` do.

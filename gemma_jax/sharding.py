@@ -1,7 +1,7 @@
-"""The mesh, the table from logical axes to mesh axes, and arrays put on the mesh.
+"""The device mesh, the table from logical axes to mesh axes, and the placement of arrays on the mesh.
 
-Parameters and activations name their axes by what they mean ("embed", "heads", "batch"). One table
-says over which mesh axis each is split. The same code runs on one CPU device and on a pod.
+Parameters and activations name their axes by their meaning ("embed", "heads", "batch"). One table
+defines over which mesh axes each logical axis is split. The same code runs on one CPU device and on a pod.
 """
 
 import math
@@ -39,19 +39,21 @@ RULES: dict[str, tuple[str, ...]] = {
     "residual": (),
 }
 
-# A multi-query model has one key/value head: it is copied to every tensor device rather than refused.
+# Logical axes that may be copied instead of split: a multi-query model has one key/value head, which every
+# device of the tensor axis holds.
 MAY_REPLICATE = frozenset({"kv_heads"})
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of axes slice, data, fsdp and tensor.
+    """Creates the mesh with the axes slice, data, fsdp and tensor.
 
-    Devices are in an order that keeps the last axes on neighbouring links. Each slice, which reaches the
-    others only through the data-centre network, is one row of the first axis.
+    The order of the devices keeps the last axes on neighbouring links. Each slice, which reaches the others
+    only through the data-centre network, is one index of the first axis.
 
     Args:
-      config: sizes of the axes.
-      devices: those of the mesh, which need not be here; those of all processes of the job if left out.
+      config: The sizes of the axes.
+      devices: The devices of the mesh, which need not be in this machine; by default those of all processes
+        of the job.
 
     Raises:
       UserError: the axes do not fit the devices (see `gemma_jax.config.mesh_shape`) or their slices.
@@ -61,8 +63,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     shape = mesh_shape(config, len(devices))
     types = (AxisType.Auto,) * len(shape)
     slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"})
-    # An axis of two may have to share a dimension of the torus with another: those of v5p-128 are 4 x 4 x 4.
-    if slices <= 1:  # other devices can stand for several slices in tests
+    # Two mesh axes may have to share a dimension of the torus. For example, an axis of size 2 does not fill a
+    # dimension of v5p-128, whose torus is 4 x 4 x 4.
+    if slices <= 1:  # in tests, devices that are not TPUs can stand for several slices
         ordered = create_device_mesh(shape, devices, allow_split_physical_axes=True)
     elif config.slice != slices:
         raise UserError(
@@ -76,10 +79,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def _row_major(devices: np.ndarray) -> np.ndarray:
-    """The devices of a mesh, those of TPUs along the fsdp axis in the order of their coordinates.
+    """Returns the devices of a mesh; TPUs are sorted along the fsdp axis by their coordinates.
 
-    jax may put them in a ring that winds through the torus; weights.fsdp goes along its dimensions. What lies
-    beside each other on the tensor axis moves together.
+    jax may order them as a ring that winds through the torus, but weights.fsdp communicates along one
+    dimension of the torus after the other. Devices that are neighbours on the tensor axis move together.
     """
     if devices.flat[0].platform != "tpu":
         return devices
@@ -94,7 +97,7 @@ def _cpu_devices(count: int) -> list[jax.Device]:
     try:
         jax.config.update("jax_num_cpu_devices", count)
         jax.config.update("jax_platforms", "cpu")
-    except RuntimeError:  # jax has devices already: use what it has
+    except RuntimeError:  # jax is already initialised: use the devices that it has
         pass
     processes = jax.process_count()
     if count % processes:
@@ -114,21 +117,22 @@ def _cpu_devices(count: int) -> list[jax.Device]:
 
 
 def platform(mesh: Mesh) -> str:
-    """`cpu`, `gpu` or `tpu`: of the mesh's devices, which need not be those of this machine."""
+    """Returns the platform (`cpu`, `gpu` or `tpu`) of the mesh's devices, which may be in other machines."""
     return mesh.devices.flat[0].platform
 
 
 def partition_spec(axes: Axes, shape: Sequence[int], mesh: Mesh, name: str) -> P:
-    """How an array of `shape` with these logical axes is split over `mesh`.
+    """Returns how an array of `shape` with these logical axes is split over `mesh`.
 
     Args:
-      axes: a logical axis for each dimension, or None for one that is never split.
-      shape: sizes of the dimensions.
-      mesh: the mesh.
-      name: of the array, for messages.
+      axes: The logical axis of each dimension, or None for a dimension that is never split.
+      shape: The sizes of the dimensions.
+      mesh: The mesh.
+      name: The name of the array, for messages.
 
     Raises:
       UserError: a mesh axis does not divide its dimension.
+      ValueError: the array's rank is not the number of logical axes.
     """
     if len(axes) != len(shape):
         raise ValueError(f"{name} has shape {tuple(shape)} but logical axes {axes}")
@@ -148,24 +152,24 @@ def partition_spec(axes: Axes, shape: Sequence[int], mesh: Mesh, name: str) -> P
 
 
 def constrain(x: jax.Array, axes: Axes, mesh: Mesh) -> jax.Array:
-    """`x`, split over `mesh` as its logical axes say. Same code on every platform."""
+    """Returns `x` with the sharding over `mesh` that its logical axes define. Works on every platform."""
     spec = partition_spec(axes, x.shape, mesh, "activation")
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
 def parameter_name(path: tuple[Any, ...]) -> str:
-    """`blocks.attention.q` from the key path of a leaf in a tree of parameters.
+    """Returns a dotted name, such as `blocks.attention.q`, from the key path of a leaf of a parameter tree.
 
-    The array of a dense weight, which is its only one, bears the name of the weight.
+    A dense weight has only one array, and that array has the name of the weight.
     """
-    # An nnx.Variable is a node of its own in the tree, whose child is called `value`.
+    # An nnx.Variable is a separate node in the tree; its child is called `value`.
     keys = [key for key in path if key != jax.tree_util.GetAttrKey("value")]
     names = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in keys]
     return ".".join(names).removesuffix(".array")
 
 
 def named_arrays(tree: Any) -> Arrays:
-    """The leaves of a tree by dotted name: the same names for values, shapes and shardings."""
+    """Returns the leaves of a tree by dotted name: the same names for values, shapes and shardings."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     named = {parameter_name(path): leaf for path, leaf in leaves}
     if len(named) != len(leaves):
@@ -174,30 +178,30 @@ def named_arrays(tree: Any) -> Arrays:
 
 
 def with_arrays(tree: Tree, arrays: Arrays) -> Tree:
-    """`tree` with each leaf replaced by the array of its name: the inverse of `named_arrays`."""
+    """Returns `tree` with each leaf replaced by the array of its name: the inverse of `named_arrays`."""
     return jax.tree_util.tree_map_with_path(lambda path, _: arrays[parameter_name(path)], tree)
 
 
 def logical_axes(variable: nnx.Variable[Any]) -> Axes:
-    """The logical axes that a parameter was created with."""
+    """Returns the logical axes that a parameter was created with."""
     return tuple(variable.get_metadata("axes"))
 
 
 def with_shardings(tree: Tree, mesh: Mesh, *, copy_other_ranks: bool = False) -> Tree:
-    """A tree of abstract or real values as abstract arrays with shardings.
+    """Returns a tree of abstract or real values as abstract arrays with shardings.
 
-    Parameters carry logical axes, and so do the optimizer's moments, which optax makes of them; any
+    Parameters carry logical axes, and so do the optimizer's moments, which optax makes from them. Any
     other array (a step count) is copied to every device.
 
     Args:
-      tree: of parameters, or of an optimizer's state.
-      mesh: the mesh.
-      copy_other_ranks: copy to every device what has a parameter's axes but another rank, as Adafactor's
-        statistics of rows and columns do, instead of raising an error.
+      tree: A tree of parameters, or an optimizer's state.
+      mesh: The mesh.
+      copy_other_ranks: Whether to copy to every device an array that has a parameter's axes but another rank,
+        such as Adafactor's statistics of rows and columns, instead of raising an error.
 
     Raises:
-      UserError: the mesh does not divide a parameter.
-      ValueError: an array's rank is not that of its logical axes.
+      UserError: a mesh axis does not divide a parameter's dimension.
+      ValueError: an array's rank is not the number of its logical axes.
     """
 
     def of_leaf(path: tuple[Any, ...], leaf: Any) -> Any:
@@ -215,24 +219,24 @@ def with_shardings(tree: Tree, mesh: Mesh, *, copy_other_ranks: bool = False) ->
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of arrays [B, ...] whose rows are split over the mesh."""
+    """Returns the sharding of arrays [B, ...] that splits their rows over the mesh."""
     return NamedSharding(mesh, P(RULES["batch"]))
 
 
 def row_parts(mesh: Mesh) -> int:
-    """Into how many parts the rows of a batch are split."""
+    """Returns into how many parts the rows of a batch are split."""
     return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
 def local_rows(batch_size: int, mesh: Mesh) -> list[int]:
-    """Rows of a global batch that this process's devices hold, ascending."""
+    """Returns the indices, ascending, of the rows of a global batch that this process's devices hold."""
     indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
     rows = {row for index in indices.values() if index for row in range(*index[0].indices(batch_size))}
     return sorted(rows)
 
 
 def put_batch(batch: Tree, batch_size: int, mesh: Mesh) -> Tree:
-    """A batch of this process's rows (numpy) as global arrays [batch_size, ...] on the mesh."""
+    """Puts this process's rows (numpy) of a batch on the mesh, as global arrays [batch_size, ...]."""
     sharding = batch_sharding(mesh)
 
     def put(rows: np.ndarray) -> jax.Array:

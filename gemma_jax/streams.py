@@ -1,7 +1,7 @@
-"""The border to the standard streams: they may be closed, full, without a reader, or of a narrow encoding.
+"""Safe standard streams: they may be closed, full, without a reader, or have a limited encoding.
 
-What is written to standard error is for a person who watches, and is lost where it cannot be written: it
-never ends a run. Standard output is what a command is for, so a failure there is an `OutputLost`.
+Standard error is for a person who watches. Text that cannot be written there is dropped, and never ends a
+run. Standard output is the purpose of a command, so a failure there raises `OutputLost`.
 """
 
 import contextlib
@@ -13,14 +13,14 @@ from typing import TextIO
 
 
 class OutputLost(Exception):
-    """Standard output cannot be written; its cause, an OSError, says why.
+    """Standard output cannot be written; the `__cause__`, an OSError, has the reason.
 
-    It is no OSError, because rich and argparse have answers of their own to those.
+    This is not a subclass of OSError, because rich and argparse handle that in their own ways.
     """
 
 
 class _Stream(io.FileIO):
-    """Standard output or error, to which everything is written, or one failure is raised."""
+    """Standard output or error. Each write is complete; only the first failure of standard output raises."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number, "w", closefd=False)
@@ -31,11 +31,11 @@ class _Stream(io.FileIO):
         try:
             while left:
                 written = super().write(left)
-                if written is None:  # whoever shares the pipe has made it non-blocking
+                if written is None:  # another process that shares the pipe made it non-blocking
                     select.select([], [self], [])
                 left = left[written or 0 :]
         except OSError as error:
-            # Only once: Python writes what is left when it ends, and would complain.
+            # Raised only once: Python writes the remaining output at exit, and would print another error.
             if self._failure_matters:
                 self._failure_matters = False
                 raise OutputLost from error
@@ -43,16 +43,16 @@ class _Stream(io.FileIO):
 
 
 def guard_streams() -> None:
-    """Make the standard streams of this process safe to write to; what has replaced them is left alone.
+    """Makes the standard streams of this process safe to use, except those that have been replaced.
 
-    Characters that an encoding does not have are written as `\\u2026`. Bytes of standard input that are no
-    text are read as lone surrogates, which the tokenizer refuses in a sentence.
+    Characters that an encoding does not have are written as `\\u2026`. Bytes of standard input that are not
+    text are read as lone surrogates, which the tokenizer refuses with a one-sentence error.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            # Else the next file that is opened would have this number, and what C++ prints in it.
+            # Otherwise the next file that is opened would get this number, and C++ output would go into it.
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     if sys.stdin is None:
         sys.stdin = open(0, closefd=False)  # noqa: SIM115  # it stays open
@@ -65,7 +65,7 @@ def guard_streams() -> None:
 
 
 def _guarded(number: int, stream: TextIO | None) -> TextIO:
-    """A stream in the place of Python's own, which is None where it was closed."""
+    """Returns a stream that replaces Python's own one, which is None if it was closed."""
     made = io.TextIOWrapper(_Stream(number), stream.encoding if stream else "utf-8", "backslashreplace")
     if isinstance(stream, io.TextIOWrapper):
         made.reconfigure(line_buffering=stream.line_buffering, write_through=stream.write_through)
@@ -73,12 +73,12 @@ def _guarded(number: int, stream: TextIO | None) -> TextIO:
 
 
 def progress(text: str) -> None:
-    """Say on standard error what a step of several seconds does, where a person watches a terminal."""
+    """Prints what the program is doing to standard error, if that is a terminal; for steps of some seconds."""
     if sys.stderr is not None and sys.stderr.isatty():
         print(f"{text} ...", file=sys.stderr, flush=True)
 
 
 def write_now(text: str) -> None:
-    """Write to standard error past Python's buffers, as the handler of a signal must, which interrupts."""
+    """Writes to standard error without Python's buffers, which a signal handler may have interrupted."""
     with contextlib.suppress(OSError):
         os.write(2, text.encode())

@@ -1,4 +1,4 @@
-"""For tests of code built on gemma_jax: meshes of CPU devices, a tiny model, equality across meshes.
+"""Helpers for tests of code built on gemma_jax: CPU meshes, a tiny model, equality across meshes.
 
 Call `use_cpu_devices` at the top of a conftest.py, before anything else uses jax.
 """
@@ -17,30 +17,30 @@ from gemma_jax.sharding import make_mesh, parameter_name
 
 
 def use_cpu_devices(count: int = 8) -> None:
-    """Make this process see `count` CPU devices.
+    """Configures jax to have `count` CPU devices in this process.
 
     Raises:
-      UserError: jax runs already with fewer.
+      UserError: jax is already initialised with fewer.
     """
     make_mesh(MeshConfig(cpu_devices=count))
 
 
 def cpu_mesh(devices: int = 8, *, slices: int = 1, data: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
-    """A mesh of that many CPU devices; by default all of them on fsdp.
+    """Returns a mesh of that many CPU devices; by default all of them are on the fsdp axis.
 
     Raises:
-      UserError: there are fewer, or the axes do not fit them.
+      UserError: there are fewer devices, or the axes do not fit them.
     """
     return make_mesh(MeshConfig(slice=slices, data=data, fsdp=fsdp, tensor=tensor, cpu_devices=devices))
 
 
 def tiny_gemma(mesh: Mesh | None = None, seed: int = 0, **changes: Any) -> Gemma:
-    """A Gemma of two layers with random weights and no tokenizer.
+    """Returns a Gemma of two layers with random weights and no tokenizer.
 
     Args:
-      mesh: one CPU device if left out.
-      seed: of the weights.
-      **changes: fields of TransformerConfig that differ from the preset gemma_tiny.
+      mesh: The mesh; one CPU device by default.
+      seed: The seed of the weights.
+      **changes: Fields of TransformerConfig that differ from the preset gemma_tiny.
     """
     config: TransformerConfig = replace(PRESETS["gemma_tiny"], changes)
     spec = ModelSpec(config, ComputeConfig(), mesh or cpu_mesh(1))
@@ -48,10 +48,10 @@ def tiny_gemma(mesh: Mesh | None = None, seed: int = 0, **changes: Any) -> Gemma
 
 
 def relative_difference(a: Any, b: Any) -> float:
-    """Relative L2 norm of the difference of two arrays: |a - b| / |b|.
+    """Returns the relative L2 norm of the difference of two arrays: |a - b| / |b|.
 
-    The measure of equality of this project: two orders of one float32 sum can differ by 2e-2 in single
-    elements and by 3e-7 in norm.
+    This project measures equality by it, because one float32 sum in two different orders can differ by 2e-2
+    in single elements but by only 3e-7 in norm.
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     assert a.shape == b.shape, f"shapes differ: {a.shape} and {b.shape}"
@@ -60,10 +60,10 @@ def relative_difference(a: Any, b: Any) -> float:
 
 
 def assert_same(actual: Any, expected: Any, tolerance: float) -> None:
-    """Every array of two trees is equal in relative L2 norm; the error names those that are not.
+    """Asserts that each array of two trees is equal within `tolerance` in relative L2 norm.
 
     Raises:
-      AssertionError: the trees differ in structure or in value.
+      AssertionError: the trees have different numbers of arrays, or arrays differ, which the message names.
     """
     actual_leaves = jax.tree_util.tree_leaves_with_path(actual)
     expected_leaves = jax.tree.leaves(expected)
@@ -79,10 +79,10 @@ def assert_same(actual: Any, expected: Any, tolerance: float) -> None:
 def assert_same_on_meshes(
     function: Callable[[Mesh], Any], meshes: Sequence[Mesh], tolerance: float = 1e-5
 ) -> None:
-    """`function` returns the same tree of arrays on every mesh, by relative L2 norm.
+    """Asserts that `function` returns the same tree of arrays on every mesh, by relative L2 norm.
 
     Raises:
-      AssertionError: naming the mesh and the arrays that differ.
+      AssertionError: arrays differ; the message names the mesh and the arrays.
     """
     expected = jax.device_get(function(meshes[0]))
     for mesh in meshes[1:]:

@@ -1,6 +1,6 @@
-"""What can be known of weights: their numbers, whether others are the same, what they compute layer by layer.
+"""Functions that examine weights: statistics, differences between two checkpoints, outputs layer by layer.
 
-`gemma verify` shows it.
+`gemma verify` prints the results.
 """
 
 import dataclasses
@@ -22,12 +22,12 @@ from gemma_jax.model.attention import self_attend
 from gemma_jax.model.ops import rms_norm
 from gemma_jax.pretrained.layout import Weights, in_order
 
-BLOCK = 2**24  # numbers looked at together: in float64 they take 128 MB
+BLOCK = 2**24  # values that are processed at once: in float64 they take 128 MB
 
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """The numbers of one array; those that are not finite are counted and left out of the others."""
+    """Statistics of one array. `not_finite` counts NaN and infinities; the values below exclude them."""
 
     parameter: str
     layer: int | None
@@ -42,27 +42,27 @@ class Statistics:
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """How two arrays of one name differ."""
+    """The difference between two arrays with the same name."""
 
     parameter: str
     layer: int | None
-    equal: bool  # bit for bit, once the wider is rounded to the dtype of the other
-    rounded: bool  # equal in that way alone
-    largest: float  # of the absolute differences
-    relative: float  # L2 norm of the difference by that of the second
+    equal: bool  # bit for bit, after the wider array is rounded to the dtype of the other
+    rounded: bool  # equal, but the dtypes differ, so that one array was rounded
+    largest: float  # largest absolute difference
+    relative: float  # L2 norm of the difference, divided by that of the second array
 
 
 def _blocks(array: np.ndarray) -> Iterator[np.ndarray]:
-    """Parts of an array along its first axis, of about `BLOCK` numbers."""
+    """Yields parts of an array along its first axis, of about `BLOCK` values each."""
     rows = max(1, BLOCK // max(1, array[:1].size))
     yield from (array[start : start + rows] for start in range(0, len(array), rows))
 
 
 def statistics(weights: Weights, config: TransformerConfig) -> Iterator[Statistics]:
-    """Of every array, one in memory at a time.
+    """Yields the statistics of every array; only one is in memory at once.
 
     Raises:
-      UserError: a checksum that came with the weights is not theirs.
+      UserError: the weights do not match a checksum that came with them.
     """
     for parameter, layer in in_order(config):
         array = weights.get(parameter, layer)
@@ -89,17 +89,17 @@ def statistics(weights: Weights, config: TransformerConfig) -> Iterator[Statisti
 
 
 def differences(a: Weights, b: Weights, config: TransformerConfig) -> Iterator[Difference]:
-    """Of every pair of arrays, one pair in memory at a time.
+    """Yields the difference of every pair of arrays; only one pair is in memory at once.
 
     Raises:
-      UserError: a checksum that came with the weights is not theirs.
+      UserError: the weights do not match a checksum that came with them.
     """
     for parameter, layer in in_order(config):
         first, second = a.get(parameter, layer), b.get(parameter, layer)
         narrow = min(first.dtype, second.dtype, key=lambda dtype: jnp.finfo(dtype).bits)
         equal, largest, squares, norm = True, 0.0, 0.0, 0.0
         for x, y in zip(_blocks(first), _blocks(second), strict=True):
-            # As integers, so that NaN is equal to itself, and 0 is not to -0.
+            # Compared as integers, so that NaN equals itself, and 0 does not equal -0.
             bits = [part.astype(narrow).view(f"u{narrow.itemsize}") for part in (x, y)]
             equal &= np.array_equal(bits[0], bits[1])
             gap = np.abs(np.asarray(x, np.float64) - np.asarray(y, np.float64))
@@ -113,16 +113,19 @@ def differences(a: Weights, b: Weights, config: TransformerConfig) -> Iterator[D
 def layer_outputs(
     spec: ModelSpec, params: nnx.State, tokens: np.ndarray, position: int = 0
 ) -> dict[str, np.ndarray]:
-    """The residual stream after the embedding and after each layer, the final norm, and the logits.
+    """Returns the residual stream after the embedding and after each layer, the final norm, and the logits.
 
-    The layers run one after the other, not in the scan of `Transformer`, but they are the same modules.
+    The layers are the modules of `Transformer`, but they run in a Python loop instead of its scan.
 
     Args:
+      spec: The spec of the model.
+      params: The model's parameters.
       tokens: [B, L] integers.
-      position: of the first token of each row.
+      position: The position of the first token of each row.
 
     Returns:
-      `embeddings`, `layer_0` ..., `final_norm` of [B, L, D], and `logits` [B, L, vocab_size]; all float32.
+      `embeddings`, `layer_0` ..., `final_norm` of shape [B, L, D], and `logits` [B, L, vocab_size]; all
+      float32.
     """
     config, mesh = spec.config, spec.mesh
 
@@ -143,21 +146,21 @@ def layer_outputs(
         return found
 
     outputs = jax.device_get(jax.jit(run)(params, jnp.asarray(tokens, jnp.int32)))
-    # Cast out here: within the compiled program XLA would leave out the rounding to bfloat16.
+    # The cast is outside the compiled program, because inside it XLA would skip the rounding to bfloat16.
     return {name: np.asarray(value, np.float32) for name, value in outputs.items()}
 
 
 def transformers_outputs(folder: Path, dtype: str, tokens: np.ndarray) -> dict[str, np.ndarray]:
-    """What `layer_outputs` returns, for a Hugging Face directory, computed by transformers.
+    """Returns what `layer_outputs` returns, but computed by transformers from a Hugging Face directory.
 
     Args:
-      folder: with the weights.
-      dtype: of weights and activations.
+      folder: The directory with the weights.
+      dtype: The dtype of weights and activations.
       tokens: [B, L] integers.
 
     Raises:
       ImportError: transformers or torch is not installed.
-      UserError: transformers does not load the directory.
+      UserError: transformers cannot load the directory.
     """
     import torch
     from transformers import GemmaConfig, GemmaForCausalLM
@@ -166,7 +169,8 @@ def transformers_outputs(folder: Path, dtype: str, tokens: np.ndarray) -> dict[s
     logging.disable_progress_bar()
     try:
         config = GemmaConfig.from_pretrained(folder, local_files_only=True)
-        # Google's first files say "gelu", which newer versions of transformers take by the word.
+        # Google's first files say "gelu" but mean the tanh approximation. Newer versions of transformers take
+        # the name literally.
         config.hidden_act = "gelu_pytorch_tanh"
         model = GemmaForCausalLM.from_pretrained(
             folder,
@@ -176,7 +180,7 @@ def transformers_outputs(folder: Path, dtype: str, tokens: np.ndarray) -> dict[s
             local_files_only=True,
             use_safetensors=True,
         ).eval()
-    except Exception as error:  # whatever it is, it is what transformers says of this directory
+    except Exception as error:  # of any type: transformers cannot load this directory
         raise UserError(f"transformers does not load {folder} ({str(error)[:200]}).") from error
     found: dict[str, Any] = {}
     inner = model.model
