@@ -124,13 +124,8 @@ def _status(work: Callable[[], int | None]) -> int:
         return _report(f"standard output cannot be written ({lost.__cause__}); send it to another place.")
 
 
-<<<<<<< HEAD
 def _report(mistake: str) -> int:
-    # One line, whatever a file name or another library's message brought into it.
-=======
-def _tell(mistake: str) -> int:
     # Always one line, even if a file name or another library's message contains line breaks.
->>>>>>> 133fa04 (Docstrings of gemma_jax's top-level modules in plain English)
     print("error:", " ".join(mistake.splitlines()), file=sys.stderr)
     return 2
 

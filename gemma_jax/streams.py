@@ -73,7 +73,7 @@ def _guarded(number: int, stream: TextIO | None) -> TextIO:
 
 
 def progress(text: str) -> None:
-    """Prints what the program is doing to standard error, if that is a terminal; for steps of some seconds."""
+    """Prints what the program is doing to standard error, if that is a terminal."""
     if sys.stderr is not None and sys.stderr.isatty():
         print(f"{text} ...", file=sys.stderr, flush=True)
 
