@@ -64,21 +64,19 @@ def sharded_matmul(x: jax.Array, arrays: list[jax.Array], structure: Structure) 
     Returns:
       [B, L, *O] in x's dtype.
     """
-    return matmul(x, _gathered(arrays, structure, x.dtype), structure.parameter.inputs)
+    return _gathered(arrays, structure).multiply(x)
 
 
-def _gathered(arrays: list[jax.Array], structure: Structure, dtype: Any) -> jax.Array:
-    """The dense array [*C, *O], whole but for what the tensor axis splits."""
+def _gathered(arrays: list[jax.Array], structure: Structure) -> Any:
+    """Returns the weight with its arrays gathered over the fsdp axis, as they are stored."""
     specs = structure.specs(arrays)
-    out = [None if entry == fsdp.AXIS else entry for entry in structure.dense_spec]
+    out = [P(*(None if entry == fsdp.AXIS else entry for entry in spec)) for spec in specs]
 
-    def of_device(parts: list[jax.Array]) -> jax.Array:
-        return structure.weight(structure.gather(parts, specs)).dense(dtype)
+    def of_device(parts: list[jax.Array]) -> list[jax.Array]:
+        return structure.gather(parts, specs)
 
-    mapped = jax.shard_map(
-        of_device, mesh=structure.mesh, in_specs=(specs,), out_specs=P(*out), check_vma=False
-    )
-    return mapped(arrays)
+    mapped = jax.shard_map(of_device, mesh=structure.mesh, in_specs=(specs,), out_specs=out, check_vma=False)
+    return structure.weight(mapped(arrays))
 
 
 def _forward(
@@ -91,8 +89,7 @@ def _forward(
     x, arrays = x.value, [array.value for array in arrays]
     # Not the whole weight: whoever keeps everything for the backward pass would keep the whole model. Where
     # the forward pass is computed again, the compiler sees that it and the backward pass gather the same.
-    result = matmul(x, _gathered(arrays, structure, x.dtype), structure.parameter.inputs)
-    return result, (x, arrays, () if trained else None)
+    return _gathered(arrays, structure).multiply(x), (x, arrays, () if trained else None)
 
 
 def _backward(
@@ -102,8 +99,7 @@ def _backward(
     contract, mesh = structure.parameter.inputs, structure.mesh
     if isinstance(d_out, jax.custom_derivatives.SymbolicZero):
         return jnp.zeros_like(x), None
-    whole = _gathered(arrays, structure, x.dtype)
-    (d_x,) = jax.linear_transpose(lambda x: matmul(x, whole, contract), x)(d_out)
+    (d_x,) = jax.linear_transpose(_gathered(arrays, structure).multiply, x)(d_out)
     if trained is None:
         return d_x, None
     spec = structure.dense_spec

@@ -87,12 +87,16 @@ class Weight(nnx.Module):
         axes = tuple(names[len(names) - x.ndim :] for names, x in zip(all_axes, arrays, strict=True))
         return Structure(self.parameter, self.mesh, self.differentiable, graphdef, treedef, axes), arrays
 
+    def multiply(self, x: jax.Array) -> jax.Array:
+        """[..., *C] activations -> [..., *O] in their dtype, with arrays that fsdp does not split."""
+        return matmul(x, self.dense(x.dtype), self.parameter.inputs)
+
     def matmul(self, x: jax.Array, context: Context) -> jax.Array:
         """[B, L, *C] activations -> [B, L, *O] in their dtype."""
         with jax.named_scope(self.parameter.name):
             # A batch of one is replicated; the partitioner may then prefer to send activations, not weights.
             if self.mesh.shape[fsdp.AXIS] == 1 or len(x) == 1:
-                return matmul(x, self.dense(x.dtype), self.parameter.inputs)
+                return self.multiply(x)
             structure, arrays = self.parts()
             if self.differentiable:  # devices exchange weights and sum gradients in this dtype
                 arrays = [array.astype(x.dtype) for array in arrays]
@@ -177,14 +181,22 @@ class Dense(Weight):
         return {"array": array.astype(self.array.dtype)}
 
 
-def initial_values(parameter: Parameter, key: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def initial_values(
+    parameter: Parameter, key: jax.Array, dtype: jnp.dtype, pack: Callable[[jax.Array], Any] = lambda x: x
+) -> Any:
     """Returns random numbers of variance 1 / fan_in, from a normal truncated at two standard deviations.
 
     They are made one layer at a time, and those of an embedding some rows at a time, because random bits and
     intermediates take several times the memory of the result.
 
+    Args:
+      parameter: Whose values.
+      key: A random key.
+      dtype: The dtype of the dense values.
+      pack: Applied to the dense array of one layer, or of some rows of an embedding, before the next is made.
+
     Returns:
-      The array of all layers.
+      What `pack` returns, of all layers: the dense array if left out.
     """
     shape = parameter.shape
     count = parameter.layers
@@ -194,7 +206,11 @@ def initial_values(parameter: Parameter, key: jax.Array, dtype: jnp.dtype) -> ja
     # 0.8796 is the standard deviation of a standard normal cut at +-2.
     scale = jnp.asarray(1 / (0.87962566 * math.sqrt(parameter.fan_in)), dtype)
 
-    def block(number: jax.Array) -> jax.Array:
-        return jax.random.truncated_normal(jax.random.fold_in(key, number), -2.0, 2.0, shape, dtype) * scale
+    def block(number: jax.Array) -> Any:
+        key_of_block = jax.random.fold_in(key, number)
+        return pack(jax.random.truncated_normal(key_of_block, -2.0, 2.0, shape, dtype) * scale)
 
-    return lax.map(block, jnp.arange(count)).reshape(parameter.stacked_shape)
+    blocks = lax.map(block, jnp.arange(count))
+    if parameter.layers:
+        return blocks
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), blocks)

@@ -18,7 +18,7 @@ from gemma_jax.sampling import Completion, Generator
 from gemma_jax.sampling.generate import Request, padded, requests_of, slot_settings
 from gemma_jax.sharding import named_arrays, with_arrays
 from gemma_jax.testing import cpu_mesh, relative_difference, tiny_gemma
-from tests.weights.kinds import Adapted, with_random_adapters
+from tests.weights.kinds import adapters, with_random_adapters
 
 VOCAB = 500  # the embedding has 512 rows: twelve of padding
 PROMPTS = [[2, 17, 300], [2, 5, 5, 99, 420, 7, 8, 9, 10, 11, 12], [2, 250, 1, 3, 77, 6, 499], [2]]
@@ -311,7 +311,7 @@ def test_memory_of_a_long_prefill(dtype: Any) -> None:
 
 
 def test_each_row_has_its_own_adapter() -> None:
-    spec = dataclasses.replace(lively_gemma(cpu_mesh(1)).spec, kind=Adapted(adapters=2))
+    spec = dataclasses.replace(lively_gemma(cpu_mesh(1)).spec, kind=adapters(count=2))
     generator = Generator(spec, with_random_adapters(spec.init(0), 1))
 
     def tokens(*adapters: int) -> list[list[int]]:

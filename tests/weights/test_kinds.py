@@ -27,6 +27,7 @@ from gemma_jax.data.packing import Batch
 from gemma_jax.model import ModelSpec
 from gemma_jax.model.scoring import token_log_probs
 from gemma_jax.pretrained.checkpoint import open_checkpoint
+from gemma_jax.pretrained.export import PlacedWeights
 from gemma_jax.sharding import named_arrays, put_batch, with_arrays
 from gemma_jax.testing import assert_same, assert_same_on_meshes, cpu_mesh
 from gemma_jax.training.loss import LossSettings, next_token_loss
@@ -34,14 +35,15 @@ from gemma_jax.training.objectives import Recipe, next_token
 from gemma_jax.training.optimizer import make_optimizer
 from gemma_jax.training.state import TrainState, abstract_train_state, create_train_state
 from gemma_jax.training.step import make_train_step
-from gemma_jax.weights import Context, Weight, parameter_table
+from gemma_jax.weights import Context, Quantization, Weight, parameter_table
 from tests.pretrained.published import MULTI_QUERY, random_tensors, write_huggingface
-from tests.weights.kinds import Adapted, Int8, dense_weight, is_adapter, with_random_adapters
+from tests.weights.kinds import adapters, dense_weight, is_adapter, with_random_adapters
 
 # Every dimension that a mesh of eight may split is divisible by it.
 CONFIG = replace(PRESETS["gemma_tiny"], {"num_kv_heads": 1})
 TOKENS = np.random.default_rng(0).integers(0, CONFIG.vocab_size, (8, 12))
 POSITIONS, SEGMENTS = np.broadcast_to(np.arange(12), (8, 12)), np.ones((8, 12), np.int32)
+INT8 = Quantization("int8")
 MESHES = (cpu_mesh(1), cpu_mesh(8, data=2, fsdp=2, tensor=2))
 
 
@@ -49,9 +51,9 @@ def spec_of(kind: Any, mesh: Mesh) -> ModelSpec:
     return ModelSpec(CONFIG, ComputeConfig(loss_vocab_block=64), mesh, kind)
 
 
-def adapted(mesh: Mesh, kind: Adapted = Adapted()) -> tuple[ModelSpec, Any]:  # noqa: B008
+def adapted(mesh: Mesh, kind: Any = None) -> tuple[ModelSpec, Any]:
     """A model with adapters, and random parameters."""
-    spec = spec_of(kind, mesh)
+    spec = spec_of(kind or adapters(), mesh)
     return spec, with_random_adapters(spec.init(0), 1)
 
 
@@ -67,58 +69,36 @@ def log_probs(spec: ModelSpec, params: Any, context: Context = Context()) -> jax
 
 
 def densified(spec: ModelSpec, params: Any, adapter: int | None = None) -> tuple[ModelSpec, Any]:
-    """The dense model that computes the same, made here by numpy."""
+    """The dense model that computes the same, layer by layer."""
     held = {name: np.asarray(x, np.float64) for name, x in named_arrays(params).items()}
-    dense = ModelSpec(spec.config, spec.compute, spec.mesh)
+    dense, placed = ModelSpec(spec.config, spec.compute, spec.mesh), PlacedWeights(params, spec)
     arrays: dict[str, np.ndarray] = {}
     for name, about in parameter_table(spec.config).items():
-        base = f"{name}.base" if f"{name}.base.codes" in held else name
-        arrays[name] = held[name] if name in held else held[f"{base}.codes"] * held[f"{base}.scale"]
+        layers = range(about.layers) if about.layers else [None]
+        arrays[name] = np.stack([placed.get(name, layer) for layer in layers]).reshape(about.stacked_shape)
         if adapter is not None and f"{name}.a" in held:
             a, b = held[f"{name}.a"][:, adapter], held[f"{name}.b"][:, adapter]
             low = np.einsum("lir,lro->lio", a.reshape(len(a), -1, a.shape[-1]), b.reshape(*b.shape[:2], -1))
             arrays[name] = arrays[name] + low.reshape(about.stacked_shape)
-    placed = {name: jnp.asarray(x, jnp.float32) for name, x in arrays.items()}
-    return dense, with_arrays(dense.params, placed)
-
-
-def test_a_quantised_model_is_its_dense_one_on_every_mesh() -> None:
-    one = spec_of(Int8, MESHES[0])
-    assert_same(log_probs(one, one.init(0)), log_probs(*densified(one, one.init(0))), 1e-5)
-    assert_same_on_meshes(lambda mesh: log_probs(spec_of(Int8, mesh), spec_of(Int8, mesh).init(0)), MESHES)
-
-
-def test_packed_arrays_are_what_devices_exchange() -> None:
-    spec = spec_of(Int8, cpu_mesh(8))
-    lowered = jax.jit(lambda params: log_probs(spec, params)).lower(spec.params).as_text()
-    gathers = [line for line in lowered.splitlines() if "stablehlo.all_gather" in line]
-    large = [line for line in gathers if "xi8>" in line]
-    # Seven projections and the embedding, gathered for the logits once for a look and once for the sum.
-    assert len(large) >= 9
-    # Whatever else is gathered is token ids and scales.
-    weights = 32 * 16
-    for line in set(gathers) - set(large):
-        result = line.rsplit("tensor<", 1)[1].split(">")[0]
-        sizes = [int(size) for size in result.split("x")[:-1]]
-        assert np.prod(sizes) < weights, line
+    return dense, with_arrays(dense.params, {n: jnp.asarray(x, jnp.float32) for n, x in arrays.items()})
 
 
 def test_each_row_has_its_own_adapter() -> None:
-    kind = Adapted(adapters=2)
-    adapters = np.array([0, 1, 1, 0, 1, 0, 0, 1], np.int32)
+    kind = adapters(count=2)
+    chosen = np.array([0, 1, 1, 0, -1, 0, 0, 1], np.int32)
 
     def on(mesh: Mesh) -> jax.Array:
-        return log_probs(*adapted(mesh, kind), Context(adapters=jnp.asarray(adapters)))
+        return log_probs(*adapted(mesh, kind), Context(adapters=jnp.asarray(chosen)))
 
     assert_same_on_meshes(on, MESHES)
     spec, params = adapted(MESHES[0], kind)
-    each = [np.asarray(log_probs(*densified(spec, params, adapter))) for adapter in (0, 1)]
+    each = [np.asarray(log_probs(*densified(spec, params, adapter))) for adapter in (0, 1, None)]
     assert np.abs(each[0] - each[1]).max() > 0.01
-    assert_same(on(MESHES[0]), np.where(adapters[:, None] == 0, *each), 1e-5)
+    assert_same(on(MESHES[0]), np.choose(chosen[:, None] % 3, each), 1e-5)
 
 
 def test_dropout_differs_by_layer_and_key_and_not_by_mesh() -> None:
-    kind = Adapted(dropout=0.5)
+    kind = adapters(dropout=0.5)
 
     def on(mesh: Mesh, key: int | None = 0) -> jax.Array:
         spec, params = adapted(mesh, kind)
@@ -149,7 +129,7 @@ def gradients(spec: ModelSpec, params: Any, names: Collection[str]) -> dict[str,
 @pytest.mark.parametrize("vocab_block", [0, 64])
 def test_adapters_over_frozen_integers_have_the_gradients_of_dense_weights(vocab_block: int) -> None:
     def on(mesh: Mesh) -> dict[str, jax.Array]:
-        spec = ModelSpec(CONFIG, ComputeConfig(loss_vocab_block=vocab_block), mesh, Adapted())
+        spec = ModelSpec(CONFIG, ComputeConfig(loss_vocab_block=vocab_block), mesh, adapters())
         params = with_random_adapters(spec.init(0), 1)
         return gradients(spec, params, [name for name in named_arrays(params) if is_adapter(name)])
 
@@ -170,7 +150,7 @@ def test_adapters_over_frozen_integers_have_the_gradients_of_dense_weights(vocab
 
 def test_what_has_no_gradient_must_be_frozen() -> None:
     """Silence would train an embedding, or a weight in parts, by a gradient of zero."""
-    spec = spec_of(Int8, cpu_mesh(8))
+    spec = spec_of(INT8, cpu_mesh(8))
 
     def loss(scale: jax.Array, of: str) -> jax.Array:
         arrays = named_arrays(spec.init(0)) | {f"{of}.scale": scale}
@@ -200,7 +180,7 @@ def test_samples_are_the_same_on_one_and_on_eight_devices() -> None:
 def test_published_weights_are_packed_layer_by_layer_when_loaded(tmp_path: Path, mesh: Mesh) -> None:
     write_huggingface(tmp_path, MULTI_QUERY, random_tensors(MULTI_QUERY))
     found = open_checkpoint(tmp_path)
-    spec = ModelSpec(found.config, ComputeConfig(), mesh, Adapted())
+    spec = ModelSpec(found.config, ComputeConfig(), mesh, adapters())
     loaded = named_arrays(found.params(spec))
     dense = named_arrays(found.params(ModelSpec(found.config, ComputeConfig(), mesh)))
     for name, about in parameter_table(found.config).items():
@@ -244,7 +224,7 @@ def test_adapters_train_while_their_base_is_frozen_and_in_no_checkpoint(tmp_path
 
     def recipe_of(mesh: Mesh) -> Recipe:
         optimizer = make_optimizer(config.optimizer, config.steps)
-        spec = spec_of(Adapted(dropout=0.1), mesh)
+        spec = spec_of(adapters(dropout=0.1), mesh)
         return Recipe(config, spec, next_token(config), optimizer, is_adapter, random=True)
 
     recipe = recipe_of(MESHES[1])
@@ -280,7 +260,7 @@ def test_a_model_of_any_kind_is_saved_and_loaded_as_it_is(tmp_path: Path) -> Non
         config = to_dict(PretrainConfig(model=CONFIG))
         store.save(RunRecord(step=1, rows_seen=0, config=config), {"params": params})
     folder = tmp_path / "checkpoints" / "1"
-    loaded = named_arrays(load_params(folder, run_record(folder), spec_of(Adapted(), MESHES[0])))
+    loaded = named_arrays(load_params(folder, run_record(folder), spec_of(adapters(), MESHES[0])))
     for name, x in named_arrays(params).items():
         assert loaded[name].dtype == x.dtype
         np.testing.assert_array_equal(loaded[name], x, err_msg=name)
