@@ -177,8 +177,9 @@ def layer_views(params: nnx.State, mesh: Mesh) -> list[nnx.State] | None:
     if platform(mesh) != "cpu" or mesh.size > 1:
         return None
     replicated = NamedSharding(mesh, PartitionSpec())
-    # Device array to numpy, slice, and back to a device array: none of these steps copies.
-    stacked = jax.tree.map(np.asarray, params["blocks"])
+    # Device array to numpy, slice, and back to a device array: none of these steps copies. numpy would unpack
+    # int4 to a byte each, so a layer of that is a copy.
+    stacked = jax.tree.map(lambda x: x if x.dtype == jnp.int4 else np.asarray(x), params["blocks"])
     layers = len(jax.tree.leaves(stacked)[0])
     return [
         jax.tree.map(lambda stack, i=layer: jax.device_put(stack[i], replicated, may_alias=True), stacked)

@@ -150,8 +150,8 @@ class Integer(Quantized):
     """Symmetric integers of 8 or 4 bits, scaled per output channel, per block of it, or per row of a table.
 
     With 8 bits the scale is absmax / 127, as in bitsandbytes' row-wise form without outliers. With 4 bits the
-    number of the largest magnitude becomes -8, as in llama.cpp's q4_0, and the scale is fitted to the codes by
-    least squares.
+    number of the largest magnitude becomes -8, as in llama.cpp's q4_0; the scale is then fitted by least
+    squares.
     """
 
     codes: nnx.Param[jax.Array]

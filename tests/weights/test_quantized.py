@@ -75,7 +75,7 @@ def test_packed_arrays_are_what_devices_exchange(kind: str) -> None:
     assert len([size for size in sizes[codes] if size >= 512 * 64]) >= 7
     floats = [size for dtype in ("f32", "bf16") for size in sizes.get(dtype, ())]
     tables = [size for size in floats if size >= CONFIG.vocab_size * 64]
-    assert (len(tables) > 0) == kind.endswith("dense") and len(floats) > len(tables)
+    assert (len(tables) > 0) == kind.endswith("dense")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -141,13 +141,15 @@ def test_nf4_and_int8_are_those_of_bitsandbytes(inputs: int, outputs: int) -> No
 
     assert np.array_equal(bnb.create_dynamic_map().numpy(), dynamic_map())
     x = (np.random.default_rng(0).standard_t(5, size=(inputs, outputs)) * 0.03).astype(np.float32)
-    codes, state = bnb.quantize_4bit(torch.tensor(x.T.copy()), 64, compress_statistics=True, quant_type="nf4")
+    codes, state = bnb.quantize_4bit(
+        torch.tensor(x.T.copy()), blocksize=64, compress_statistics=True, quant_type="nf4"
+    )
     arrays, dense = packed(weight_of("nf4", inputs, outputs), x)
     pairs = codes.numpy().reshape(-1)
     theirs = np.stack([pairs >> 4, pairs & 15], 1).reshape(outputs, inputs // 64, 64).transpose(1, 2, 0)
     np.testing.assert_array_equal(arrays["codes"].astype(int) + 8, theirs)
-    # torch adds up the mean of the scales in an order that depends on the machine. Its last bit decides the code
-    # of a scale that is halfway between two; such blocks are left out, and there must be next to none.
+    # torch adds up the mean of the scales in an order that depends on the machine. Its last bit decides the
+    # code of a scale that is halfway between two; such blocks are left out, and there must be next to none.
     same = arrays["absmax"] == state.absmax.numpy().reshape(outputs, -1).T
     assert np.mean(same) > 0.9995
     expected = bnb.dequantize_4bit(codes, state).numpy().T.reshape(-1, 64, outputs)
