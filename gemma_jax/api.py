@@ -92,6 +92,7 @@ class Gemma:
         compute: ComputeConfig | None = None,
         dtype: Literal["float32", "bfloat16"] | None = None,
         instruction_tuned: bool | None = None,
+        quantization: str = "",
     ) -> "Gemma":
         """Loads a model.
 
@@ -104,6 +105,9 @@ class Gemma:
           dtype: The dtype of the parameters in memory, instead of compute.param_dtype.
           instruction_tuned: Whether the model was trained on dialogues. By default it counts as such if its
             generation_config.json lists `<end_of_turn>` or its name ends in `-it`.
+          quantization: Quantises the weights while they are loaded: `int8`, `int4` (blocks of 32),
+            `int4:BLOCK`, `int4:channel` or `nf4` (docs/quantisation.md). The embedding becomes int8, unless
+            `,embedding=dense` follows. Empty loads them as they are stored.
 
         Raises:
           UserError: there is no checkpoint, it is damaged, the preset does not exist, or the dtype is neither
@@ -112,12 +116,13 @@ class Gemma:
         if dtype not in (None, "float32", "bfloat16"):
             raise UserError(f"dtype is {dtype!r}, but parameters are kept as float32 or bfloat16.")
         found = open_checkpoint(checkpoint)
+        kind = found.kind(quantization)
         device_mesh = make_mesh(mesh or MeshConfig())
         compute = replace(compute or ComputeConfig(), {"param_dtype": dtype} if dtype else {})
         keep_programs(compute.compilation_cache)
         tokenizer = found.tokenizer()  # before the weights, so that its errors are reported at once
         ends = found.end_tokens(instruction_tuned)
-        spec = ModelSpec(found.config, compute, device_mesh)
+        spec = ModelSpec(found.config, compute, device_mesh, kind)
         return cls(spec, found.params(spec), tokenizer, ends, found.terms_source)
 
     def save_pretrained(

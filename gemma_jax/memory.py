@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from gemma_jax.errors import UserError
 
@@ -32,7 +33,7 @@ def require_memory(tree: Any, name: str, remedy: str = SMALLER_MODEL) -> None:
     """
     needed: Counter[jax.Device] = Counter()
     for leaf in jax.tree.leaves(tree):
-        size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        size = shard_bytes(leaf)
         needed.update(dict.fromkeys(leaf.sharding.addressable_devices, size))
     on_cpu = sum(size for device, size in needed.items() if device.platform == "cpu")
     if on_cpu > (available := machine_memory()):
@@ -47,6 +48,12 @@ def require_memory(tree: Any, name: str, remedy: str = SMALLER_MODEL) -> None:
                 f"{name} needs {_gib(size)} on each device, but a {device.device_kind} has {_gib(limit)}; "
                 f"split it over more devices (mesh.fsdp, mesh.tensor), or {remedy}."
             )
+
+
+def shard_bytes(array: Any) -> int:
+    """Returns the bytes that one shard of an abstract array takes. Two int4 take one."""
+    count = math.prod(array.sharding.shard_shape(array.shape))
+    return -(-count // 2) if array.dtype == jnp.int4 else count * array.dtype.itemsize
 
 
 def machine_memory() -> int:

@@ -5,7 +5,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from gemma_jax.model.attention import self_attend
 from gemma_jax.model.ops import rms_norm
 from gemma_jax.pretrained.layout import Weights, in_order
 
+WINDOW = 256  # tokens of a window of a text for which the logits of two models are compared
 BLOCK = 2**24  # values that are processed at once: in float64 they take 128 MB
 
 
@@ -108,6 +109,69 @@ def differences(a: Weights, b: Weights, config: TransformerConfig) -> Iterator[D
             norm += float(np.square(np.asarray(y, np.float64)).sum())
         relative = math.sqrt(squares / norm) if norm else math.sqrt(squares)
         yield Difference(parameter, layer, equal, equal and first.dtype != second.dtype, largest, relative)
+
+
+@dataclasses.dataclass(frozen=True)
+class LogitComparison:
+    """How far the logits of a model are from those of another on the same text."""
+
+    tokens: int  # predicted
+    perplexity: float
+    other_perplexity: float
+    agreement: float  # share of positions at which both find the same token likeliest
+    largest: float  # largest absolute difference of two logits
+    rms: float  # root of the mean squared difference
+
+
+def compare_logits(
+    one: tuple[ModelSpec, nnx.State], other: tuple[ModelSpec, nnx.State], ids: Sequence[int]
+) -> LogitComparison:
+    """Compares the logits of two models on a text, which is cut into windows that begin with its first token.
+
+    Args:
+      one, other: The spec and parameters of each model, on meshes of the same shape.
+      ids: At least two token ids. A window has at most WINDOW of them.
+    """
+    config, rows = one[0].config, one[0].mesh.size
+
+    def logits(spec: ModelSpec, params: nnx.State, tokens: jax.Array, segments: jax.Array) -> jax.Array:
+        model = spec.merge(params)
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        return model.logits(model(tokens, positions, segments))[..., : config.vocab_size]
+
+    @jax.jit
+    def measure(ours: nnx.State, theirs: nnx.State, tokens: jax.Array, segments: jax.Array) -> dict[str, Any]:
+        inputs, targets, live = tokens[:, :-1], tokens[:, 1:], segments[:, 1:] == 1
+        found = [
+            logits(spec, params, inputs, segments[:, :-1])
+            for spec, params in ((one[0], ours), (other[0], theirs))
+        ]
+        losses = [
+            jax.nn.logsumexp(x, -1) - jnp.take_along_axis(x, targets[..., None], -1)[..., 0] for x in found
+        ]
+        gap = jnp.where(live[..., None], jnp.abs(found[0] - found[1]), 0)
+        return {
+            "losses": [jnp.sum(jnp.where(live, loss, 0)) for loss in losses],
+            "same": jnp.sum(live & (found[0].argmax(-1) == found[1].argmax(-1))),
+            "largest": gap.max(),
+            "squares": jnp.sum(jnp.mean(gap**2, -1)),
+        }
+
+    size = min(WINDOW, config.context_length, len(ids))
+    first, rest = ids[0], ids[1:]
+    windows = [[first, *rest[start : start + size - 1]] for start in range(0, len(rest), size - 1)]
+    totals = np.zeros(5)
+    for start in range(0, len(windows), rows):
+        tokens, segments = np.zeros((2, rows, size), np.int32)
+        for row, window in enumerate(windows[start : start + rows]):
+            tokens[row, : len(window)], segments[row, : len(window)] = window, 1
+        found = jax.device_get(measure(one[1], other[1], tokens, segments))
+        totals[:4] += [*found["losses"], found["same"], found["squares"]]
+        totals[4] = max(totals[4], found["largest"])
+    ours, theirs, same, squares = totals[:4] / len(rest)
+    return LogitComparison(
+        len(rest), math.exp(ours), math.exp(theirs), float(same), float(totals[4]), math.sqrt(squares)
+    )
 
 
 def layer_outputs(

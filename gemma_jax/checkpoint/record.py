@@ -62,6 +62,8 @@ class RunRecord:
     """By part, such as `params`, then by name. Like `files`, filled in when everything is written."""
     files: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
     """By path of each file of orbax: its size in bytes and the CRC-32 of its first CHECKED_BYTES."""
+    quantization: str = ""
+    """The kind of the weights, as `weights.Quantization.parse` reads it; empty if they are dense."""
     format: int = FORMAT
 
 

@@ -1,5 +1,7 @@
 """Reads checkpoints that were saved by this process's run or by any other run."""
 
+import dataclasses
+import functools
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -28,6 +30,7 @@ from gemma_jax.model import ModelSpec
 from gemma_jax.paths import user_path
 from gemma_jax.sharding import Arrays, named_arrays, with_arrays
 from gemma_jax.startup import any_process
+from gemma_jax.weights import Dense, parameter_table
 
 Result = TypeVar("Result")
 
@@ -60,22 +63,51 @@ def load_params(
     record: RunRecord,
     spec: ModelSpec,
 ) -> nnx.State:
-    """Load the parameters of a checkpoint with the dtypes and shardings of the spec.
+    """Load the parameters of a checkpoint with the kind, dtypes and shardings of the spec.
+
+    If the checkpoint is dense and the spec is not, the arrays are packed one after the other.
 
     Raises:
       DamagedCheckpoint, UserError: See `load_arrays`.
     """
     require_memory(spec.params, "the model")
-    return load_arrays(step_folder, {"params": spec.params}, record)["params"]
+    if (
+        record.quantization
+        or spec.kind is Dense
+        or record.arrays["params"].keys() == named_arrays(spec.params).keys()
+    ):
+        return load_arrays(step_folder, {"params": spec.params}, record)["params"]
+    arrays: Arrays = {}
+    for name, x in named_arrays(dataclasses.replace(spec, kind=Dense).params).items():
+        loaded = load_arrays(step_folder, {"params": {name: x}}, record, whole=False)["params"][name]
+        arrays |= _packed(spec, name, loaded)
+    return with_arrays(spec.params, arrays)
 
 
-def load_arrays(step_folder: epath.PathLike, abstract: dict[str, Any], record: RunRecord) -> dict[str, Any]:
+def _packed(spec: ModelSpec, name: str, array: jax.Array) -> Arrays:
+    """Packs a dense parameter, layer by layer if it has layers; frees the array."""
+
+    def pack(array: jax.Array) -> Arrays:
+        of_layer = functools.partial(spec.pack, name)
+        return jax.lax.map(of_layer, array) if parameter_table(spec.config)[name].layers else of_layer(array)
+
+    abstract = named_arrays(spec.params)
+    out = {key: abstract[key].sharding for key in jax.eval_shape(pack, array)}
+    packed: Arrays = jax.block_until_ready(jax.jit(pack, out_shardings=out)(array))
+    array.delete()
+    return packed
+
+
+def load_arrays(
+    step_folder: epath.PathLike, abstract: dict[str, Any], record: RunRecord, *, whole: bool = True
+) -> dict[str, Any]:
     """Load trees of arrays from a checkpoint, each with the sharding and dtype of its abstract array.
 
     Args:
       step_folder: The checkpoint of one step.
       abstract: For each part, such as `params`, a tree of jax.ShapeDtypeStruct with shardings.
       record: The record of this checkpoint.
+      whole: Whether each tree must have all arrays of its part.
 
     Raises:
       DamagedCheckpoint: An array is missing or differs from what was saved; the message names it if known.
@@ -86,7 +118,9 @@ def load_arrays(step_folder: epath.PathLike, abstract: dict[str, Any], record: R
     for part, arrays in wanted.items():
         if part not in record.arrays:
             raise UserError(f"the checkpoint {step_folder} holds no {part}; choose one that has it.")
-        _compare(arrays, record.arrays[part], step_folder)
+        of_part = record.arrays[part]
+        held = of_part if whole else {name: of_part[name] for name in arrays.keys() & of_part.keys()}
+        _compare(arrays, held, step_folder)
         # Arrays are loaded in the dtypes of the checkpoint, and cast after their fingerprints are compared.
         dtypes = {name: jax.numpy.dtype(array.dtype) for name, array in record.arrays[part].items()}
         saved[part] = {
@@ -94,7 +128,9 @@ def load_arrays(step_folder: epath.PathLike, abstract: dict[str, Any], record: R
             for name, x in arrays.items()
         }
     in_all_processes(step_folder, lambda: check_files(epath.Path(step_folder), record, wanted.keys()))
-    with orbax_context(step_folder):
+    context = orbax_context(step_folder)
+    context.pytree.loading.partial_load = not whole
+    with context:
         loaded = in_all_processes(step_folder, lambda: ocp.load_checkpointables(absolute(step_folder), saved))
     prints = jax.device_get(fingerprints(loaded))
     for part, arrays in wanted.items():

@@ -19,10 +19,11 @@ def run(arguments: Sequence[str], prog: str) -> int:
     if config.format == "run" and not dtype:
         # A run has one dtype, so use the widest. It cannot be float16; float32 holds every float16 number.
         dtype = "float32" if found.dtype == "float16" else found.dtype
+    kind = found.kind(config.quantization)
     weights = found.weights
     if weights is None:  # a run: its arrays are loaded onto a device in the dtype in which they were saved
         compute = ComputeConfig(param_dtype="bfloat16" if found.dtype == "bfloat16" else "float32")
-        spec = ModelSpec(found.config, compute, make_mesh(MeshConfig(cpu_devices=1)))
+        spec = ModelSpec(found.config, compute, make_mesh(MeshConfig(cpu_devices=1)), found.kind())
         weights = PlacedWeights(found.params(spec), spec)
     terms_source = {"auto": found.terms_source, "yes": source, "no": ""}[config.gemma_terms]
     written = export(
@@ -34,8 +35,10 @@ def run(arguments: Sequence[str], prog: str) -> int:
         end_tokens=found.end_tokens(),
         tokenizer=found.tokenizer(),
         terms_source=terms_source,
+        quantization=str(kind) if config.quantization else "",
     )
     notice = ", with a NOTICE on the Gemma terms of use" if terms_source else ""
     widest = " (a run has one dtype, so the widest)" * ((config.format, config.dtype) == ("run", "auto"))
-    print(f"{destination}: {config.format}, {written}{widest}{notice}")
+    quantised = f" quantised as {config.quantization}" if config.quantization else ""
+    print(f"{destination}: {config.format}{quantised}, {written}{widest}{notice}")
     return 0

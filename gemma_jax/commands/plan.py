@@ -44,6 +44,9 @@ class PlanOptions(PretrainConfig):
         "step of decode.",
     )
     new_tokens: int = setting(128, "prefill and decode: room in the cache behind the prompts.", 1)
+    quantization: str = setting(
+        "", "prefill and decode: int8, int4, int4:BLOCK, int4:channel or nf4 weights; empty means dense ones."
+    )
     tokens: str = setting("", "Tokens of the whole run, such as 20B or 6T; empty means those of the config.")
     price: float = setting(
         0.0, "Price of one chip for one hour, for the cost of the run; 0 leaves the cost out.", 0
@@ -87,7 +90,8 @@ def run(arguments: Sequence[str], prog: str) -> int:
         found = _sweep(planner, config, options)
     else:
         dump = Path(options.dump_hlo) if options.dump_hlo else None
-        found = [(config, planner.plan(config, options.mode, options.new_tokens, dump))]
+        plan = planner.plan(config, options.mode, options.new_tokens, dump, options.quantization)
+        found = [(config, plan)]
     if options.json:
         for variant, plan in found:
             print(json.dumps(record(name, variant, plan, tokens, options.price)))
@@ -106,6 +110,11 @@ def _load(name: str) -> PlanOptions:
 def _validate(options: PlanOptions) -> None:
     validate_bounds(options)
     validate(options.config())
+    if options.quantization and options.mode == "pretrain":
+        raise UserError(
+            f"quantization is {options.quantization}, but weights are trained dense; add --mode decode or "
+            "prefill."
+        )
     if not options.topology:
         raise UserError("topology is empty; name the TPUs to plan for, such as --topology v5e-256.")
 

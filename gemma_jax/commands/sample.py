@@ -27,7 +27,11 @@ def load_gemma(checkpoint: str, config: LoadConfig) -> "Gemma":
     tuned = config.is_instruction_tuned
     progress(f"loading {checkpoint}")
     return Gemma.from_pretrained(
-        checkpoint, mesh=config.mesh, compute=config.compute, instruction_tuned=tuned
+        checkpoint,
+        mesh=config.mesh,
+        compute=config.compute,
+        instruction_tuned=tuned,
+        quantization=config.quantization,
     )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemma_jax.config import PRESETS, TransformerConfig, VerifyConfig, read_command, replace, validate_verify
 from gemma_jax.errors import UserError
+from gemma_jax.paths import LARGE_FILE
 
 if TYPE_CHECKING:
     from gemma_jax.pretrained.checkpoint import Checkpoint
@@ -65,12 +66,18 @@ def run(arguments: Sequence[str], prog: str) -> int:
         report.faults.append(str(error))
         return report.verdict(checked)
     other = open_checkpoint(config.against) if config.against else None
+    found.kind(config.quantization)  # refuses what is quantised already
+    if config.quantization:
+        other = other or found
     _show_shape(report, name, found)
     # Any error in the files on disk is a fault of the checkpoint, not a mistake of the user.
     try:
         weights = _weights(found, config)
         _show_statistics(report, weights, found.config)
-        if other is not None:
+        if other is not None and (config.quantization or found.quantization):
+            _show_quantised(report, found, other, config)
+            checked.append("outputs beside the original")
+        elif other is not None:
             _show_differences(report, found, other, config)
             checked.append(f"equality with {config.against}")
         if not report.faults and _compared(report, found, config):
@@ -89,7 +96,7 @@ def _weights(found: "Checkpoint", config: VerifyConfig) -> "Weights":
     from gemma_jax.sharding import make_mesh
 
     compute = replace(config.compute, {"param_dtype": found.dtype})
-    spec = ModelSpec(found.config, compute, make_mesh(config.mesh))
+    spec = ModelSpec(found.config, compute, make_mesh(config.mesh), found.kind())
     return PlacedWeights(found.params(spec), spec)
 
 
@@ -226,6 +233,45 @@ def _compared(report: Report, found: "Checkpoint", config: VerifyConfig) -> bool
             f"{TOLERANCE[dtype]:g} in relative norm"
         )
     return True
+
+
+def _show_quantised(report: Report, found: "Checkpoint", other: "Checkpoint", config: VerifyConfig) -> None:
+    """Print what quantisation costs: the outputs beside those of the original, and the memory of both."""
+    import jax
+
+    from gemma_jax.memory import shard_bytes
+    from gemma_jax.model import ModelSpec
+    from gemma_jax.paths import read_text
+    from gemma_jax.sharding import make_mesh
+    from gemma_jax.verification import compare_logits
+
+    if replace(found.config, {"vocab_multiple": 1}) != replace(other.config, {"vocab_multiple": 1}):
+        report.faults.append(f"{other.name} is a model of another shape")
+        return
+    tokenizer = found.tokenizer() or other.tokenizer()
+    if tokenizer is None:
+        raise UserError(f"{found.name} and {other.name} have no tokenizer, so their outputs have no text.")
+    text = read_text(os.path.expanduser(config.text), LARGE_FILE) if config.text else config.prompt
+    ids = [tokenizer.bos_id, *tokenizer.encode_typed(text)][: config.tokens]
+    if len(ids) < 2:
+        raise UserError(f"{config.text} has no text; give another file as --text.")
+    models = []
+    mesh = make_mesh(config.mesh)
+    for checkpoint, kind in ((found, found.kind(config.quantization)), (other, other.kind())):
+        dtype = "float32" if checkpoint.dtype == "float16" else checkpoint.dtype
+        spec = ModelSpec(checkpoint.config, replace(config.compute, {"param_dtype": dtype}), mesh, kind)
+        models.append((spec, checkpoint.params(spec)))
+    compared = compare_logits(models[0], models[1], ids)
+    sizes = [sum(map(shard_bytes, jax.tree.leaves(spec.params))) for spec, _ in models]
+    report.table(
+        ["on one device", "bytes", f"perplexity of {compared.tokens:,} tokens"],
+        [
+            [config.quantization or found.quantization, f"{sizes[0]:,}", f"{compared.perplexity:.4f}"],
+            [f"original ({other.name})", f"{sizes[1]:,}", f"{compared.other_perplexity:.4f}"],
+        ],
+    )
+    report.line("likeliest", f"the same token at {compared.agreement:.2%} of the positions")
+    report.line("logit error", f"{compared.largest:.4f} at most, {compared.rms:.4f} root mean square")
 
 
 def _show_differences(report: Report, found: "Checkpoint", other: "Checkpoint", config: VerifyConfig) -> None:

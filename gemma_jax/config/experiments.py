@@ -69,6 +69,10 @@ class LoadConfig:
         "auto",
         "Whether the model was trained on dialogues; auto decides by generation_config.json and the name.",
     )
+    quantization: str = setting(
+        "",
+        "Quantise the weights while loading: int8, int4, int4:BLOCK, int4:channel or nf4; empty: as stored.",
+    )
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
@@ -109,6 +113,11 @@ class ConvertConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "Of the numbers written; auto keeps that of the source."
     )
+    quantization: str = setting(
+        "",
+        "Quantise the weights: a run as int8, int4, int4:BLOCK, int4:channel or nf4; huggingface as nf4, as "
+        "bitsandbytes does.",
+    )
     gemma_terms: Literal["auto", "yes", "no"] = setting(
         "auto",
         "Whether the weights derive from Google's, so that a NOTICE on its terms of use is written; "
@@ -120,7 +129,16 @@ class ConvertConfig:
 class VerifyConfig:
     """Look at the numbers of a checkpoint, and at what they compute."""
 
-    against: str = setting("", "Another checkpoint, which is compared array by array.")
+    against: str = setting(
+        "",
+        "Another checkpoint, which is compared array by array; or the original of a quantised one, whose "
+        "outputs are compared.",
+    )
+    quantization: str = setting(
+        "", "Quantise the weights (int8, int4, int4:BLOCK, int4:channel, nf4) and compare the outputs."
+    )
+    text: str = setting("", "A text file on which a quantised model is compared with its original.")
+    tokens: int = setting(4096, "Tokens of that text, at most.", 2)
     prompt: str = setting(
         "The Analytical Engine weaves algebraical patterns just as the Jacquard loom weaves flowers and "
         "leaves.",

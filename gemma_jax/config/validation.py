@@ -192,6 +192,7 @@ def validate_verify(config: VerifyConfig) -> None:
         config.compute.dtype != "float64",
         "compute.dtype is float64, but what is compared with transformers is float32 or bfloat16; take one.",
     )
+    _require(config.tokens > 1, f"tokens is {config.tokens}, but two are needed to predict one.")
     validate_mesh(config.mesh)
 
 

@@ -57,6 +57,13 @@ class ModelSpec:
             found = getattr(found, attribute)
         return found
 
+    def pack(self, name: str, array: jax.Array) -> Arrays:
+        """Converts the dense array of one layer to the arrays that are stored for it, by their full names."""
+        holder = self.weight(name)
+        if not isinstance(holder, Weight):  # the scale of a norm
+            return {name: array.astype(holder.dtype)}
+        return {f"{name}.{key}".removesuffix(".array"): x for key, x in holder.pack(array).items()}
+
     def create(self, key: jax.Array, names: Collection[str] | None = None) -> Arrays:
         """Returns random values of the named arrays, or of all arrays. Call it under jit."""
         arrays = named_arrays(nnx.state(self._create(key), nnx.Param))

@@ -54,6 +54,7 @@ class Planner:
         mode: Mode = "pretrain",
         new_tokens: int = 128,
         dump_hlo: Path | None = None,
+        quantization: str = "",
     ) -> Plan:
         """Compile a config's program, or use the cached result, and make a plan of it.
 
@@ -62,13 +63,14 @@ class Planner:
           mode: Which program of the config to plan.
           new_tokens: For prefill and decode, the room in the key/value cache after the prompts, in tokens.
           dump_hlo: A file for the text of the compiled program, which is then always compiled again.
+          quantization: See `programs.lower`.
 
         Raises:
           UserError: The config does not fit the devices, or the compiler refuses an option.
         """
         validate_on_devices(config, len(self.devices))
         mesh = make_mesh(config.mesh, self.devices)
-        program = lower(mode, config, mesh, new_tokens)
+        program = lower(mode, config, mesh, new_tokens, quantization)
         options = dict(option.split("=", 1) for option in config.compute.tpu_options)
         name = f"{self.topology.slices} x {self.topology.compiler_name}, {list(mesh.shape.items())}"
         key = key_of(program.lowered.as_text(), name, options, compiler_version())

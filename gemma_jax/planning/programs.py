@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from gemma_jax.config import TrainingConfig
 from gemma_jax.data.packing import Batch
+from gemma_jax.memory import shard_bytes
 from gemma_jax.model import ModelSpec
 from gemma_jax.model.cache import KEYS_AXES
 from gemma_jax.planning.traffic import Parameter, parameters
@@ -19,6 +20,7 @@ from gemma_jax.training.hardware import training_flops_a_token
 from gemma_jax.training.objectives import pretraining
 from gemma_jax.training.state import abstract_train_state
 from gemma_jax.training.step import make_train_step
+from gemma_jax.weights import Kind, kind_of
 
 Mode = Literal["pretrain", "prefill", "decode"]
 
@@ -34,7 +36,7 @@ class Program:
     model_flops: float | None  # of the model, per run and for all devices; None if unknown
 
 
-def lower(mode: Mode, config: TrainingConfig, mesh: Mesh, new_tokens: int) -> Program:
+def lower(mode: Mode, config: TrainingConfig, mesh: Mesh, new_tokens: int, quantization: str = "") -> Program:
     """Lower the program of a mode for a mesh whose devices need not exist.
 
     Args:
@@ -43,21 +45,19 @@ def lower(mode: Mode, config: TrainingConfig, mesh: Mesh, new_tokens: int) -> Pr
       config: The config of the run: its model, batch and compute settings apply.
       mesh: The mesh that the program runs on.
       new_tokens: The number of tokens that the cache has room for after the prompts.
+      quantization: The kind of the weights, as `Quantization.parse` reads it; only for prefill and decode.
 
     Raises:
       UserError: The mesh does not divide a parameter.
     """
     if mode == "pretrain":
         return _pretrain(config, mesh)
-    return _sampling(mode, config, mesh, new_tokens)
+    return _sampling(mode, config, mesh, new_tokens, kind_of(quantization))
 
 
 def _bytes_a_device(tree: Any) -> int:
     """Bytes of a tree of abstract arrays on the device that holds most, without the padding of layouts."""
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
+    return sum(map(shard_bytes, jax.tree.leaves(tree)))
 
 
 def _placed(tree: Any, where: Any) -> Any:
@@ -88,8 +88,8 @@ def _pretrain(config: TrainingConfig, mesh: Mesh) -> Program:
     )
 
 
-def _sampling(mode: Mode, config: TrainingConfig, mesh: Mesh, new_tokens: int) -> Program:
-    spec = ModelSpec(config.model, config.compute, mesh)
+def _sampling(mode: Mode, config: TrainingConfig, mesh: Mesh, new_tokens: int, kind: Kind) -> Program:
+    spec = ModelSpec(config.model, config.compute, mesh, kind)
     params = spec.params
     generator = Generator(spec, params)
     rows, length = config.data.batch_size, config.data.sequence_length

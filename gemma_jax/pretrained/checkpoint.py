@@ -25,6 +25,7 @@ from gemma_jax.pretrained.placement import place
 from gemma_jax.pretrained.published_config import CONFIG_FILE, read_config, read_object, shown
 from gemma_jax.pretrained.terms import PUBLISHED_SHAPES, has_notice
 from gemma_jax.tokenizer import Tokenizer
+from gemma_jax.weights import FINAL_NORM, Kind, kind_of
 
 RANDOM = "random:"
 TOKENIZER_FILE = "tokenizer.model"
@@ -48,6 +49,20 @@ class Checkpoint:
     """Reads the parameters onto the mesh; raises UserError if they are damaged or do not fit into memory."""
 
     weights: Weights | None = None  # the arrays on disk; only for published forms
+    quantization: str = ""  # the kind of the stored weights, as `Quantization.parse` reads it; empty: dense
+
+    def kind(self, quantization: str = "") -> Kind:
+        """Returns the kind of weights to load: as they are stored, or quantised while they are loaded.
+
+        Raises:
+          UserError: They are quantised already, or the quantisation is unknown.
+        """
+        if quantization and self.quantization:
+            raise UserError(
+                f"{self.name} is quantised already, as {self.quantization}; leave out quantization "
+                f"{quantization}, or give the original weights."
+            )
+        return kind_of(quantization or self.quantization)
 
     def tokenizer(self) -> Tokenizer | None:
         """Load the tokenizer; returns None if the checkpoint has none.
@@ -181,10 +196,11 @@ def flax_folder(folder: Path) -> Path | None:
 def _published(name: str, folder: Path) -> Checkpoint:
     arrays = None if _has_safetensors(folder) else flax_folder(folder)
     weights: Weights
-    tokenizer = folder / TOKENIZER_FILE
+    quantization, tokenizer = "", folder / TOKENIZER_FILE
     if arrays is None:
         huggingface = HuggingFaceDirectory(folder)
         weights, config, dtype = huggingface, huggingface.config, huggingface.dtype
+        quantization = huggingface.quantization
     else:
         from gemma_jax.pretrained.flax import FlaxDirectory  # late: importing orbax takes a second
 
@@ -209,6 +225,7 @@ def _published(name: str, folder: Path) -> Checkpoint:
         name if from_google else "",
         lambda spec: place(weights, spec),
         weights,
+        quantization,
     )
 
 
@@ -225,8 +242,9 @@ def _run(name: str) -> Checkpoint:
         name,
         str(run_dir),
         config,
-        record.arrays["params"]["embedding"].dtype,
+        record.arrays["params"][FINAL_NORM].dtype,  # the embedding may be quantised
         str(tokenizer) if tokenizer.exists() else "",
         name if has_notice(run_dir) else "",
         lambda spec: load_params(folder, record, spec),
+        quantization=record.quantization,
     )

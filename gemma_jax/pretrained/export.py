@@ -33,6 +33,7 @@ from gemma_jax.config import (
 from gemma_jax.errors import UserError
 from gemma_jax.model import ModelSpec
 from gemma_jax.paths import check_writable_path
+from gemma_jax.pretrained.bitsandbytes import CONFIG as BITSANDBYTES
 from gemma_jax.pretrained.checkpoint import TOKENIZER_FILE, holds_checkpoint
 from gemma_jax.pretrained.flax import write_flax
 from gemma_jax.pretrained.huggingface import write_huggingface
@@ -42,7 +43,7 @@ from gemma_jax.pretrained.published_config import CONFIG_FILE, write_config, wri
 from gemma_jax.pretrained.terms import write_notice
 from gemma_jax.sharding import make_mesh
 from gemma_jax.tokenizer import Tokenizer
-from gemma_jax.weights import EMBEDDING, Weight
+from gemma_jax.weights import EMBEDDING, Weight, kind_of
 
 Form = Literal["huggingface", "flax", "run"]
 FLAX_FOLDER = "params"
@@ -128,6 +129,7 @@ def export(
     end_tokens: Sequence[int],
     tokenizer: Tokenizer | None,
     terms_source: str,
+    quantization: str = "",
 ) -> str:
     """Write weights as a directory; if anything fails, nothing is left behind.
 
@@ -158,6 +160,12 @@ def export(
         raise UserError(f"{destination} is no directory of this machine; give one, and copy it from there.")
     if form == "run" and dtype == "float16":
         raise UserError("a run keeps float32 or bfloat16; give one of these as dtype.")
+    is_nf4 = quantization.partition(",")[0] == "nf4"
+    if quantization and form != "run" and not (form == "huggingface" and is_nf4):
+        raise UserError(
+            f"format {form} is not written with quantization {quantization}; a run takes every kind, and "
+            "huggingface nf4."
+        )
     target = Path(os.path.expanduser(destination))
     if form != "huggingface":
         check_writable_path(target)
@@ -172,13 +180,13 @@ def export(
     cast = CastWeights(weights, dtype)
     with new_directory(target, size * jnp.dtype(dtype or "bfloat16").itemsize) as folder:
         if form == "run":
-            _write_run(folder, cast, config, dtype)
+            _write_run(folder, cast, config, dtype, quantization)
         else:
             if form == "huggingface":
-                dtype = write_huggingface(folder, cast, config)
+                dtype = write_huggingface(folder, cast, config, quantised=bool(quantization))
             else:
                 dtype = write_flax(folder / FLAX_FOLDER, cast, config)
-            write_config(folder, config, dtype)
+            write_config(folder, config, dtype, BITSANDBYTES if quantization else None)
         dtypes = " and ".join(sorted(cast.dtypes))
         write_generation_config(folder, tuple(end_tokens))
         if tokenizer is not None:
@@ -190,12 +198,15 @@ def export(
     return dtypes
 
 
-def _write_run(folder: Path, weights: Weights, config: TransformerConfig, dtype: str) -> None:
+def _write_run(
+    folder: Path, weights: Weights, config: TransformerConfig, dtype: str, quantization: str
+) -> None:
     compute = replace(ComputeConfig(), {"param_dtype": dtype})
     experiment = PretrainConfig(model=config, compute=compute)
-    params = place(weights, ModelSpec(config, compute, make_mesh(MeshConfig(cpu_devices=1))))
+    mesh = make_mesh(MeshConfig(cpu_devices=1))
+    params = place(weights, ModelSpec(config, compute, mesh, kind_of(quantization)))
     with CheckpointStore(folder, experiment.checkpoint) as store:
-        position = RunRecord(step=0, rows_seen=0, config=to_dict(experiment))
+        position = RunRecord(step=0, rows_seen=0, config=to_dict(experiment), quantization=quantization)
         store.save(position, {"params": params})
     (folder / LOCK_FILE).unlink()
     (folder / CONFIG_FILE).write_text(to_json(experiment))

@@ -10,10 +10,27 @@ import numpy as np
 
 from gemma_jax.config import TransformerConfig
 from gemma_jax.errors import UserError
-from gemma_jax.pretrained.layout import Weights, check_tensors, in_order, parameter_shapes, widest
+from gemma_jax.pretrained.bitsandbytes import (
+    dense_of,
+    int8_arrays,
+    is_part,
+    nf4_arrays,
+    nf4_shapes,
+    nf4_state,
+    nf4_tensors,
+    quantization_of,
+)
+from gemma_jax.pretrained.layout import (
+    DTYPES,
+    Weights,
+    check_tensors,
+    in_order,
+    parameter_shapes,
+    widest,
+)
 from gemma_jax.pretrained.published_config import CONFIG_FILE, read_config, read_object
 from gemma_jax.pretrained.safetensors import SafetensorsFile, write_safetensors
-from gemma_jax.weights import EMBEDDING, FINAL_NORM, parameter_table
+from gemma_jax.weights import EMBEDDING, FINAL_NORM, Kind, kind_of, parameter_table
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -83,10 +100,10 @@ class HuggingFaceDirectory:
         self._prefix = _PREFIX if any(name.startswith(_PREFIX) for name in files) else ""
         self._files = {f"{_PREFIX[len(self._prefix) :]}{name}": file for name, file in files.items()}
         self._shapes = parameter_shapes(self.config)
+        self.quantization = quantization_of(read_object(folder / CONFIG_FILE), folder / CONFIG_FILE)
         self._check_tensors()
-        self.dtype = widest(
-            str(file.tensors[self._in_file(name)].dtype) for name, file in self._files.items()
-        )
+        dtypes = {str(file.tensors[self._in_file(name)].dtype) for name, file in self._files.items()}
+        self.dtype = widest(dtypes.intersection(DTYPES))
 
     def _open(self) -> dict[str, SafetensorsFile]:
         """Open the files, and return the file of each tensor by name."""
@@ -121,9 +138,9 @@ class HuggingFaceDirectory:
 
     def _check_tensors(self) -> None:
         found = {
-            name: (file.tensors[self._in_file(name)].shape, str(file.tensors[self._in_file(name)].dtype))
-            for name, file in self._files.items()
-            if name != _TIED and not name.endswith(_IGNORED)
+            name: self._shape_and_dtype(name)
+            for name in self._files
+            if name != _TIED and not name.endswith(_IGNORED) and not (self.quantization and is_part(name))
         }
         wanted = (
             (tensor_name(parameter, layer), stored_shape(parameter, self._shapes[parameter]))
@@ -132,6 +149,21 @@ class HuggingFaceDirectory:
         check_tensors(found, wanted, str(self.folder), str(self.folder / CONFIG_FILE))
         if _TIED in self._files:
             self._check_tied()
+
+    def _shape_and_dtype(self, name: str) -> tuple[tuple[int, ...], str]:
+        """Returns those of a tensor; of a quantised weight those that it stands for."""
+        stored = self._files[name].tensors[self._in_file(name)]
+        if self.quantization and name.endswith("_proj.weight"):
+            where = f"{name} in {self._files[name].path}"
+            if str(stored.dtype) != ("int8" if self.quantization.startswith("int8") else "uint8"):
+                raise UserError(
+                    f"{where} is {stored.dtype}, but {self.folder / CONFIG_FILE} says that the weights are "
+                    f"quantised as {self.quantization.partition(',')[0]}; give the config of these weights."
+                )
+            if stored.dtype == np.uint8:
+                return nf4_state(self._tensor_or_none, name, where)[:2], "float32"
+            return stored.shape, "float32"
+        return stored.shape, str(stored.dtype)
 
     def _check_tied(self) -> None:
         head, embedding = self._tensor(_TIED), self._tensor("model.embed_tokens.weight")
@@ -146,12 +178,43 @@ class HuggingFaceDirectory:
     def _tensor(self, name: str) -> np.ndarray:
         return self._files[name][self._in_file(name)]
 
+    def _tensor_or_none(self, name: str) -> np.ndarray | None:
+        """Returns a part of a quantised weight, with its checksum compared; None if there is none."""
+        if name not in self._files:
+            return None
+        self._files[name].check(self._in_file(name))
+        return self._tensor(name)
+
+    @property
+    def kind(self) -> Kind:
+        """See `gemma_jax.pretrained.layout.PackedWeights`."""
+        return kind_of(self.quantization)
+
+    def packed(self, parameter: str, layer: int | None) -> dict[str, np.ndarray]:
+        """Returns a quantised weight as the arrays of its kind; empty for an array that is not quantised.
+
+        Raises:
+          UserError: Its tensors are damaged or contradict each other.
+        """
+        name = tensor_name(parameter, layer)
+        if not self.quantization or not _INPUTS[parameter]:
+            return {}
+        where = self.where(parameter, layer)
+        if self.quantization.startswith("nf4"):
+            return nf4_arrays(self._tensor_or_none, name, where)
+        codes, scales = self._tensor_or_none(name), self._tensor_or_none(f"{name.removesuffix('weight')}SCB")
+        if codes is None or scales is None:
+            raise UserError(f"{where} has no scales (SCB) beside it; copy or quantise it again.")
+        return int8_arrays(codes, scales, where)
+
     def _in_file(self, name: str) -> str:
         return name if self._prefix else name.removeprefix(_PREFIX)
 
     def get(self, parameter: str, layer: int | None) -> np.ndarray:
         """See `gemma_jax.pretrained.layout.Weights`."""
         name = tensor_name(parameter, layer)
+        if packed := self.packed(parameter, layer):
+            return from_stored(parameter, dense_of(packed), self._shapes[parameter])
         self._files[name].check(self._in_file(name))
         return from_stored(parameter, self._tensor(name), self._shapes[parameter])
 
@@ -161,7 +224,9 @@ class HuggingFaceDirectory:
         return f"{name} in {self._files[name].path}"
 
 
-def write_huggingface(folder: Path, weights: Weights, config: TransformerConfig) -> str:
+def write_huggingface(
+    folder: Path, weights: Weights, config: TransformerConfig, *, quantised: bool = False
+) -> str:
     """Write weights as safetensors: one file or, if they are large, shards with an index.
 
     Only one tensor is in memory at a time.
@@ -170,13 +235,22 @@ def write_huggingface(folder: Path, weights: Weights, config: TransformerConfig)
       folder: An existing folder.
       weights: The weights, already in the dtypes to write.
       config: The config of the model.
+      quantised: Whether to quantise the matrices to NF4, in the form of bitsandbytes.
 
     Returns:
-      The widest of the dtypes that were written.
+      The widest of the dtypes of what is not quantised.
+
+    Raises:
+      UserError: A matrix cannot be quantised to NF4.
     """
     places = {tensor_name(parameter, layer): (parameter, layer) for parameter, layer in in_order(config)}
     ours = parameter_shapes(config)
     shapes = {name: stored_shape(parameter, ours[parameter]) for name, (parameter, _) in places.items()}
+    of_part: dict[str, str] = {}  # the weight that each tensor belongs to
+    for name, shape in [*shapes.items()]:
+        split = nf4_shapes(name, *shape) if quantised and _INPUTS[places[name][0]] else {name: shape}
+        shapes |= split
+        of_part |= dict.fromkeys(split, name)
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     held = 0
     for name, shape in shapes.items():
@@ -187,8 +261,17 @@ def write_huggingface(folder: Path, weights: Weights, config: TransformerConfig)
         shards[-1][name] = shape
         held += size
 
+    parts: dict[str, np.ndarray] = {}
+
     def tensor(name: str) -> np.ndarray:
-        return to_stored(places[name][0], weights.get(*places[name]))
+        nonlocal parts
+        if name not in parts:
+            place = places[of_part[name]]
+            matrix = to_stored(place[0], weights.get(*place))
+            parts = {name: matrix}
+            if quantised and _INPUTS[place[0]]:
+                parts = nf4_tensors(matrix, of_part[name])
+        return parts[name]
 
     files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     if len(shards) == 1:
@@ -201,4 +284,4 @@ def write_huggingface(folder: Path, weights: Weights, config: TransformerConfig)
         total = sum(math.prod(shape) * jnp.dtype(dtypes[name]).itemsize for name, shape in shapes.items())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
-    return widest(dtypes.values())
+    return widest(set(dtypes.values()).intersection(DTYPES))

@@ -1,14 +1,14 @@
 """Identifies parameters by name and layer: the interface shared by readers and writers of published forms."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
 
 from gemma_jax.config import TransformerConfig
 from gemma_jax.errors import UserError
-from gemma_jax.weights import EMBEDDING, FINAL_NORM, parameter_table
+from gemma_jax.weights import EMBEDDING, FINAL_NORM, Kind, parameter_table
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -27,6 +27,20 @@ class Weights(Protocol):
 
     def where(self, parameter: str, layer: int | None) -> str:
         """Describes an array by its name and location in the source, for messages."""
+        ...
+
+
+@runtime_checkable
+class PackedWeights(Weights, Protocol):
+    """Weights that are stored quantised."""
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of weight in which `packed` returns arrays."""
+        ...
+
+    def packed(self, parameter: str, layer: int | None) -> dict[str, np.ndarray]:
+        """Returns the arrays of one weight of this kind; empty for a parameter that is stored as it is."""
         ...
 
 

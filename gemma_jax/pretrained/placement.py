@@ -14,9 +14,9 @@ from jax.sharding import PartitionSpec as P
 from gemma_jax.errors import UserError
 from gemma_jax.memory import require_memory
 from gemma_jax.model import ModelSpec
-from gemma_jax.pretrained.layout import Weights, in_order
+from gemma_jax.pretrained.layout import PackedWeights, Weights, in_order
 from gemma_jax.sharding import Arrays, named_arrays, partition_spec, with_arrays
-from gemma_jax.weights import Parameter, Weight, parameter_table
+from gemma_jax.weights import parameter_table
 
 # Converts one layer's dense array to the arrays that its weight stores, by their full names.
 Pack = Callable[[jax.Array], Arrays]
@@ -27,7 +27,8 @@ def place(weights: Weights, spec: ModelSpec) -> nnx.State:
 
     Each device receives its shard of one layer's array at a time, packs it, and writes it to its shard of the
     stack of all layers; no device and no host holds more of the dense model than that. An array is sent in
-    its axis order on disk, so that the disk is read sequentially, and is transposed on the device.
+    its axis order on disk, so that the disk is read sequentially, and is transposed on the device. Weights
+    that are stored quantised as this kind are sent as they are.
 
     Raises:
       UserError: An array holds NaN or infinity, a mesh axis does not divide a parameter, or the parameters do
@@ -36,24 +37,34 @@ def place(weights: Weights, spec: ModelSpec) -> nnx.State:
     require_memory(spec.params, "the model")
     abstract = named_arrays(spec.params)
     table = parameter_table(spec.config)
-    packs = {name: _pack(spec, parameter) for name, parameter in table.items()}
     stored = {
-        name: jax.eval_shape(pack, jax.ShapeDtypeStruct(table[name].shape, jnp.float32))
-        for name, pack in packs.items()
+        name: jax.eval_shape(
+            functools.partial(spec.pack, name), jax.ShapeDtypeStruct(parameter.shape, jnp.float32)
+        )
+        for name, parameter in table.items()
     }
-    fills: dict[tuple[str, tuple[int, ...]], Callable[..., Any]] = {}
+    fills: dict[tuple[str, tuple[int, ...] | None], Callable[..., Any]] = {}
     filled = _initial(spec, abstract.keys() - {array for arrays in stored.values() for array in arrays})
+    packed = weights.packed if isinstance(weights, PackedWeights) and weights.kind == spec.kind else None
     for name, layer in in_order(spec.config):
-        part = weights.get(name, layer)
-        order = tuple(int(axis) for axis in np.argsort([-stride for stride in part.strides], kind="stable"))
-        about = table[name]
-        split = list(partition_spec(about.axes, about.shape, spec.mesh, name))
-        # This shape includes the padding rows of the embedding, which `part` does not have.
-        shape = [about.shape[axis] for axis in order]
-        piece = _sent(part.transpose(order), shape, [split[axis] for axis in order], spec.mesh)
+        about, order = table[name], None
+        if packed and (held := packed(name, layer)):
+            piece: Any = {
+                f"{name}.{key}": _sent(
+                    x, list(x.shape), list(abstract[f"{name}.{key}"].sharding.spec[1:]), spec.mesh
+                )
+                for key, x in held.items()
+            }
+        else:
+            part = weights.get(name, layer)
+            order = tuple(int(x) for x in np.argsort([-stride for stride in part.strides], kind="stable"))
+            split = list(partition_spec(about.axes, about.shape, spec.mesh, name))
+            # This shape includes the padding rows of the embedding, which `part` does not have.
+            shape = [about.shape[axis] for axis in order]
+            piece = _sent(part.transpose(order), shape, [split[axis] for axis in order], spec.mesh)
         if (name, order) not in fills:
             out = {array: abstract[array].sharding for array in stored[name]}
-            fills[name, order] = _fill(order, packs[name], out)
+            fills[name, order] = _fill(order, functools.partial(spec.pack, name), out)
         if layer is None:
             arrays, finite = fills[name, order](piece)
         else:
@@ -66,18 +77,6 @@ def place(weights: Weights, spec: ModelSpec) -> nnx.State:
                 "copy or download them again."
             )
     return with_arrays(spec.params, filled)
-
-
-def _pack(spec: ModelSpec, parameter: Parameter) -> Pack:
-    holder = spec.weight(parameter.name)
-    if not isinstance(holder, Weight):  # the scale of a norm
-        return lambda array: {parameter.name: array.astype(holder.dtype)}
-
-    def pack(array: jax.Array) -> Arrays:
-        arrays = holder.pack(array)
-        return {f"{parameter.name}.{name}".removesuffix(".array"): x for name, x in arrays.items()}
-
-    return pack
 
 
 def _initial(spec: ModelSpec, names: Collection[str]) -> Arrays:
@@ -109,14 +108,18 @@ def _zeros(abstract: jax.ShapeDtypeStruct) -> jax.Array:
     return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=abstract.sharding)()
 
 
-def _fill(order: tuple[int, ...], pack: Pack, out: dict[str, NamedSharding]) -> Callable[..., Any]:
-    """Builds the program that transposes a piece sent in `order`, packs it, and writes it into the stacks."""
-    back = tuple(int(axis) for axis in np.argsort(order))
+def _fill(order: tuple[int, ...] | None, pack: Pack, out: dict[str, NamedSharding]) -> Callable[..., Any]:
+    """Makes a program that writes one layer's arrays to their place in the stacks.
 
-    def fill(piece: jax.Array, stacks: Arrays | None = None, layer: Any = None) -> tuple[Arrays, jax.Array]:
-        dense = piece.transpose(back)
-        arrays = pack(dense)
-        floats = [x for x in (dense, *arrays.values()) if jnp.issubdtype(x.dtype, jnp.floating)]
+    It packs a dense array that was sent with its axes in `order`. Without an order it receives packed arrays.
+    """
+
+    def fill(piece: Any, stacks: Arrays | None = None, layer: Any = None) -> tuple[Arrays, jax.Array]:
+        arrays, checked = piece, []
+        if order is not None:
+            dense = piece.transpose([int(axis) for axis in np.argsort(order)])
+            arrays, checked = pack(dense), [dense]
+        floats = [x for x in (*checked, *arrays.values()) if jnp.issubdtype(x.dtype, jnp.floating)]
         finite = jnp.stack([jnp.isfinite(x).all() for x in floats]).all()
         if stacks is not None:
             update = jax.lax.dynamic_update_index_in_dim

@@ -7,6 +7,7 @@ are ignored.
 
 import json
 import reprlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,6 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),
     "tie_word_embeddings": (True,),
     "use_bidirectional_attention": (False,),
-    "quantization_config": (),
 }
 _shown = reprlib.Repr()
 _shown.maxstring = _shown.maxother = 100
@@ -128,8 +128,13 @@ def _rope_base(data: dict[str, Any], path: Path) -> float:
     return next(iter(numbers.values()), 10_000.0)
 
 
-def write_config(folder: Path, config: TransformerConfig, dtype: str) -> None:
-    """Write a config.json for weights of `dtype` that old and new versions of transformers can read."""
+def write_config(
+    folder: Path, config: TransformerConfig, dtype: str, quantization: Mapping[str, Any] | None = None
+) -> None:
+    """Write a config.json for weights of `dtype` that old and new versions of transformers can read.
+
+    `quantization` describes weights that another library has quantised.
+    """
     data = {
         "architectures": ["GemmaForCausalLM"],
         "model_type": "gemma",
@@ -144,6 +149,7 @@ def write_config(folder: Path, config: TransformerConfig, dtype: str) -> None:
         "eos_token_id": 1,
         "pad_token_id": 0,
         "torch_dtype": dtype,
+        **({"quantization_config": quantization} if quantization else {}),
     }
     (folder / CONFIG_FILE).write_text(json.dumps(data, indent=2) + "\n")
 

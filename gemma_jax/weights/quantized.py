@@ -13,7 +13,7 @@ import abc
 import dataclasses
 import math
 import re
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from gemma_jax.errors import UserError
 from gemma_jax.sharding import Axes, partition_spec
 from gemma_jax.weights.matmul import precision
 from gemma_jax.weights.table import Parameter
-from gemma_jax.weights.weight import Context, Dense, Weight, initial_values
+from gemma_jax.weights.weight import Context, Dense, Kind, Weight, initial_values
 
 INT4_BLOCK = 32  # as in llama.cpp's q4_0: with 64 the error is 10% larger
 NF4_BLOCK = 64
@@ -286,26 +286,39 @@ class NF4(Quantized):
 
     def pack(self, array: jax.Array) -> dict[str, jax.Array]:
         """See `Weight.pack`."""
-        x = self._split(array, NF4_BLOCK)
-        absmax = jnp.max(jnp.abs(x), 1)
-        codes = _nearest(x * _over(1.0, absmax)[:, None], np.asarray(NF4_VALUES, np.float32))
-        offset = jnp.mean(absmax)
-        order = (absmax - offset).T.reshape(-1)
-        groups = jnp.pad(order, (0, -len(order) % NESTED_BLOCK)).reshape(-1, NESTED_BLOCK)
-        nested = jnp.max(jnp.abs(groups), 1)
-        # bitsandbytes' CPU backend rounds to a grid of 65,536 values first. The barrier prevents a fused
-        # multiply and add, which would round once rather than twice.
-        grid = lax.optimization_barrier((groups * _over(1.0, nested)[:, None] + 1) * 32767.5)
-        rounded = jnp.floor(grid + 0.5) / 32767.5 - 1
-        scales = _nearest(rounded, dynamic_map()).reshape(-1)[: len(order)]
-        return {
-            "codes": (codes - 8).astype(jnp.int4),
-            "absmax": scales.reshape(absmax.shape[::-1]).T.astype(jnp.uint8),
-            "nested": nested,
-            "offset": offset,
-            "rows": jnp.arange(absmax.shape[1], dtype=jnp.int32),
-            "columns": jnp.arange(absmax.shape[0], dtype=jnp.int32),
-        }
+        return nf4_arrays(self._split(array, NF4_BLOCK))
+
+
+def nf4_arrays(x: jax.Array) -> dict[str, jax.Array]:
+    """Quantises a matrix [G, 64, O] of float32; returns the arrays of `NF4`."""
+    absmax = jnp.max(jnp.abs(x), 1)
+    codes = _nearest(x * _over(1.0, absmax)[:, None], np.asarray(NF4_VALUES, np.float32))
+    return {"codes": (codes - 8).astype(jnp.int4), **nested_scales(absmax)}
+
+
+def nested_scales(absmax: jax.Array) -> dict[str, jax.Array]:
+    """Quantises the scales [G, O] of blocks; returns the arrays of `NF4` except the codes."""
+    offset = jnp.mean(absmax)
+    order = (absmax - offset).T.reshape(-1)
+    groups = jnp.pad(order, (0, -len(order) % NESTED_BLOCK)).reshape(-1, NESTED_BLOCK)
+    nested = jnp.max(jnp.abs(groups), 1)
+    # bitsandbytes' CPU backend rounds to a grid of 65,536 values first. The barrier prevents a fused
+    # multiply and add, which would round once rather than twice.
+    grid = lax.optimization_barrier((groups * _over(1.0, nested)[:, None] + 1) * 32767.5)
+    rounded = jnp.floor(grid + 0.5) / 32767.5 - 1
+    scales = _nearest(rounded, dynamic_map()).reshape(-1)[: len(order)]
+    return {
+        "absmax": scales.reshape(absmax.shape[::-1]).T.astype(jnp.uint8),
+        "nested": nested,
+        "offset": offset,
+        "rows": jnp.arange(absmax.shape[1], dtype=jnp.int32),
+        "columns": jnp.arange(absmax.shape[0], dtype=jnp.int32),
+    }
+
+
+def kind_of(quantization: str) -> Kind:
+    """Returns the kind that `Quantization.parse` reads; the dense one for an empty text."""
+    return Quantization.parse(quantization) if quantization else Dense
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,8 +328,6 @@ class Quantization:
     linear: str  # int8, int4 or nf4
     block: int = 0  # of int4; 0: one scale per output channel, as of int8
     embedding: str = "int8"  # or dense
-
-    LINEAR: ClassVar[tuple[str, ...]] = ("int8", "int4", "nf4")
 
     @classmethod
     def parse(cls, text: str) -> "Quantization":

@@ -1,0 +1,246 @@
+"""Weights that bitsandbytes has quantised, as transformers saves them in safetensors: NF4 and int8.
+
+For NF4, `X.weight` holds two codes in each byte, the first in the high half, along the rows of torch's
+[outputs, inputs] matrix. Beside it are `X.weight.absmax`, the scales of blocks of 64, and
+`X.weight.quant_state.bitsandbytes__nf4`, JSON that describes the weight. With nested quantisation the scales
+are bytes, and `.nested_absmax`, `.nested_quant_map` and the JSON's nested_offset belong to them. For int8,
+`X.SCB` holds the largest magnitude of each row. The embedding is not quantised. Source: bitsandbytes 0.50,
+functional.QuantState.
+
+Shape legend: C contracted axes, O output axes, G blocks of an output channel.
+"""
+
+import functools
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from gemma_jax.errors import UserError
+from gemma_jax.paths import parse_json
+from gemma_jax.pretrained.published_config import shown
+from gemma_jax.weights.quantized import (
+    NESTED_BLOCK,
+    NF4_BLOCK,
+    NF4_VALUES,
+    dynamic_map,
+    nested_scales,
+)
+from gemma_jax.weights.quantized import (
+    nf4_arrays as quantize_nf4,
+)
+
+NF4_STATE = ".quant_state.bitsandbytes__nf4"
+OTHER_STATE = ".quant_state.bitsandbytes__"
+STATE_BYTES = 256  # of the JSON that we write, padded with spaces
+NF4_PARTS = (".absmax", ".nested_absmax", ".quant_map", ".nested_quant_map", NF4_STATE)
+CONFIG = {  # in config.json
+    "quant_method": "bitsandbytes",
+    "load_in_4bit": True,
+    "load_in_8bit": False,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_compute_dtype": "bfloat16",
+    "bnb_4bit_quant_storage": "uint8",
+}
+
+Tensors = Callable[[str], np.ndarray | None]
+
+
+def quantization_of(data: Mapping[str, Any], path: Path) -> str:
+    """Returns the kind of weights that a config.json describes: nf4, int8, or an empty text for dense ones.
+
+    Raises:
+      UserError: They are quantised in a way that is not supported.
+    """
+    config = data.get("quantization_config")
+    if config is None:
+        return ""
+    if isinstance(config, dict) and config.get("quant_method") == "bitsandbytes":
+        if config.get("load_in_8bit") is True:
+            return "int8,embedding=dense"
+        if config.get("load_in_4bit") is True and config.get("bnb_4bit_quant_type") == "nf4":
+            return "nf4,embedding=dense"
+    raise UserError(
+        f"{path} has quantization_config {shown(config)}; of quantised weights only bitsandbytes' nf4 and "
+        "int8 and GGUF files are supported."
+    )
+
+
+def is_part(name: str) -> bool:
+    """Whether a tensor only belongs to a quantised weight."""
+    return name.endswith((*NF4_PARTS, ".SCB", ".weight_format")) or OTHER_STATE in name
+
+
+def nf4_arrays(tensors: Tensors, name: str, where: str) -> dict[str, np.ndarray]:
+    """Reads a weight in NF4 as the arrays of `weights.quantized.NF4`, for one layer.
+
+    Args:
+      tensors: Returns the tensor of a name, or None if there is none.
+      name: The name of the weight.
+      where: The weight and its file, for messages.
+
+    Raises:
+      UserError: The tensors contradict their quant_state or each other, or are of another kind of NF4.
+    """
+
+    wrong = functools.partial(_wrong, where)
+
+    def part(suffix: str, dtype: Any, count: int) -> np.ndarray:
+        found = tensors(name + suffix)
+        if found is None:
+            raise wrong(f"{suffix} is missing")
+        if found.dtype != dtype or found.size != count:
+            raise wrong(f"{suffix} is {found.dtype} of {found.size:,}, not {np.dtype(dtype)} of {count:,}")
+        return found.reshape(-1)
+
+    outputs, inputs, state = nf4_state(tensors, name, where)
+    blocks = inputs // NF4_BLOCK
+    pairs = part("", np.uint8, outputs * inputs // 2)
+    codes = np.empty((outputs * inputs // 2, 2), np.int8)
+    np.right_shift(pairs, 4, out=codes[:, 0], casting="unsafe")
+    np.bitwise_and(pairs, 15, out=codes[:, 1], casting="unsafe")
+    codes -= 8
+    by_channel = codes.reshape(outputs, blocks, NF4_BLOCK).transpose(1, 2, 0)
+    arrays = {"codes": by_channel.astype(ml_dtypes.int4)}
+    if not np.allclose(part(".quant_map", np.float32, 16), NF4_VALUES, atol=1e-6):
+        raise wrong(".quant_map has other values than NF4")
+    if "nested_offset" not in state:
+        scales = part(".absmax", np.float32, outputs * blocks).reshape(outputs, blocks).T
+        if not np.isfinite(scales).all() or (scales < 0).any():
+            raise wrong(".absmax has scales that are negative or not finite")
+        return {**arrays, **{key: np.asarray(x) for key, x in jax.jit(nested_scales)(scales).items()}}
+    groups = -(-outputs * blocks // NESTED_BLOCK)
+    nested = part(".nested_absmax", np.float32, groups)
+    if not np.allclose(part(".nested_quant_map", np.float32, 256), dynamic_map(), atol=1e-6):
+        raise wrong(".nested_quant_map has other values than bitsandbytes' dynamic map")
+    if not np.isfinite(nested).all() or (nested < 0).any():
+        raise wrong(".nested_absmax has scales that are negative or not finite")
+    return arrays | {
+        "absmax": part(".absmax", np.uint8, outputs * blocks).reshape(outputs, blocks).T,
+        "nested": nested,
+        "offset": np.asarray(state["nested_offset"], np.float32),
+        "rows": np.arange(outputs, dtype=np.int32),
+        "columns": np.arange(blocks, dtype=np.int32),
+    }
+
+
+def _wrong(where: str, reason: str) -> UserError:
+    return UserError(f"{where} is not a whole NF4 weight: {reason}; copy or quantise it again.")
+
+
+def nf4_state(tensors: Tensors, name: str, where: str) -> tuple[int, int, dict[str, Any]]:
+    """Returns the outputs and inputs of a weight in NF4, and its quant_state.
+
+    Raises:
+      UserError: The state is missing, or is not of a kind that `nf4_arrays` reads.
+    """
+    wrong = functools.partial(_wrong, where)
+    raw = tensors(name + NF4_STATE)
+    if raw is None or raw.dtype != np.uint8 or raw.size > 2**16:
+        raise wrong(f"{NF4_STATE} is missing, or not a short text")
+    state = parse_json(raw.tobytes().decode(errors="replace"), f"{name}{NF4_STATE}")
+    if not isinstance(state, dict):
+        raise wrong(f"{NF4_STATE} is not a JSON object")
+    wanted = {"quant_type": "nf4", "blocksize": NF4_BLOCK}
+    if "nested_offset" in state:
+        wanted["nested_blocksize"] = NESTED_BLOCK
+        offset = state["nested_offset"]
+        if type(offset) not in (int, float) or not 0 <= offset < math.inf:
+            raise wrong(f"its quant_state has nested_offset {shown(offset)}, which is no scale")
+    for key, value in wanted.items():
+        if state.get(key) != value:
+            raise wrong(f"its quant_state has {key} {shown(state.get(key))}, but {value} is supported")
+    shape = state.get("shape")
+    if not isinstance(shape, list) or len(shape) != 2 or any(type(n) is not int or n < 1 for n in shape):
+        raise wrong(f"its quant_state has shape {shown(shape)}, which is not that of a matrix")
+    if shape[1] % NF4_BLOCK:
+        raise wrong(f"its rows of {shape[1]} are not a multiple of the block of {NF4_BLOCK}")
+    return shape[0], shape[1], state
+
+
+def int8_arrays(codes: np.ndarray, scales: np.ndarray, where: str) -> dict[str, np.ndarray]:
+    """Returns a row-wise int8 weight as the arrays of `weights.quantized.Integer`, for one layer.
+
+    Args:
+      codes: [outputs, inputs] int8.
+      scales: [outputs], the largest magnitude of each row.
+      where: The weight and its file, for messages.
+
+    Raises:
+      UserError: The scales are of another shape or dtype, not finite, or zero for codes that are not.
+    """
+    if codes.dtype != np.int8 or scales.dtype != np.float32 or scales.shape != codes.shape[:1]:
+        raise UserError(
+            f"{where} is {codes.dtype} of shape {codes.shape} with SCB of {scales.dtype} and shape "
+            f"{scales.shape}, not int8 with one float32 for each row; copy or quantise it again."
+        )
+    unscaled = codes[scales == 0].any()
+    if unscaled or not np.isfinite(scales).all() or (scales < 0).any():
+        raise UserError(f"{where} has scales (SCB) that are zero, negative or not finite; copy it again.")
+    return {"codes": codes.T[None], "scale": (np.where(scales == 0, 127, scales) / np.float32(127))[None]}
+
+
+def dense_of(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Returns the [outputs, inputs] float32 matrix that the arrays of one layer stand for."""
+    codes, outputs = arrays["codes"], arrays["codes"].shape[2]
+    if "scale" in arrays:
+        matrix = codes.astype(np.float32) * arrays["scale"][:, None]
+    else:
+        block = arrays["rows"] * codes.shape[0] + arrays["columns"][:, None]
+        scales = dynamic_map()[arrays["absmax"]] * arrays["nested"][block // NESTED_BLOCK] + arrays["offset"]
+        matrix = np.asarray(NF4_VALUES, np.float32)[codes.astype(np.int8) + 8] * scales[:, None]
+    return matrix.reshape(-1, outputs).T
+
+
+def nf4_shapes(name: str, outputs: int, inputs: int) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the tensors that `nf4_tensors` returns.
+
+    Raises:
+      UserError: The inputs are not a multiple of the block.
+    """
+    if inputs % NF4_BLOCK:
+        raise UserError(
+            f"{name} has rows of {inputs}, which are not a multiple of the block of {NF4_BLOCK} of nf4; "
+            "write it without quantization."
+        )
+    blocks = outputs * inputs // NF4_BLOCK
+    return {
+        name: (outputs * inputs // 2, 1),
+        f"{name}.absmax": (blocks,),
+        f"{name}.nested_absmax": (-(-blocks // NESTED_BLOCK),),
+        f"{name}.nested_quant_map": (256,),
+        f"{name}.quant_map": (16,),
+        f"{name}{NF4_STATE}": (STATE_BYTES,),
+    }
+
+
+def nf4_tensors(matrix: np.ndarray, name: str) -> dict[str, np.ndarray]:
+    """Quantises a matrix [outputs, inputs]; returns the tensors that hold it, by name."""
+    outputs, inputs = matrix.shape
+    blocks = np.asarray(matrix, np.float32).T.reshape(-1, NF4_BLOCK, outputs)
+    arrays = {key: np.asarray(x) for key, x in jax.jit(quantize_nf4)(blocks).items()}
+    pairs = (arrays["codes"].astype(np.int8) + 8).astype(np.uint8).transpose(2, 0, 1).reshape(-1, 2)
+    state = {
+        "quant_type": "nf4",
+        "blocksize": NF4_BLOCK,
+        "dtype": "bfloat16",
+        "shape": [outputs, inputs],
+        "nested_blocksize": NESTED_BLOCK,
+        "nested_dtype": "float32",
+        "nested_offset": float(arrays["offset"]),
+    }
+    tensors = (
+        (pairs[:, :1] << 4) | pairs[:, 1:],
+        arrays["absmax"].T.reshape(-1),
+        arrays["nested"],
+        dynamic_map(),
+        np.asarray(NF4_VALUES, np.float32),
+        np.frombuffer(json.dumps(state).ljust(STATE_BYTES).encode(), np.uint8),
+    )
+    return dict(zip(nf4_shapes(name, outputs, inputs), tensors, strict=True))
