@@ -12,6 +12,7 @@ from gemma_jax.errors import UserError
 from gemma_jax.model import ModelSpec
 from gemma_jax.testing import cpu_mesh, tiny_gemma
 from gemma_jax.tokenizer import Tokenizer
+from tests.messages import naming
 
 HOT = {"temperature": 1.5, "max_new_tokens": 40}
 
@@ -50,14 +51,14 @@ def test_a_stop_text_ends_a_continuation_and_is_cut_off(gemma: Gemma) -> None:
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"temperature": -1.0}, "temperature is -1.0"),
-    ({"top_k": 2.9}, "top_k must be an integer, not 2.9"),
-    ({"samples": 10**9}, "1,000,000,000 continuations, 1,073,741,824 at a time, needs .* GiB"),
-    ({"samples": 10**9, "batch_size": 8}, "1,000,000,000 continuations, 8 at a time, needs .* GiB"),
-    ({"stop": "return"}, "stop must be a list, not 'return'"),
-    ({"stop": [""]}, "empty text"),
-    ({"temprature": 1.0}, "did you mean temperature"),
-    ({"config": SamplingConfig(top_k=2.9)}, "top_k must be an integer"),
+    ({"temperature": -1.0}, naming("temperature", -1.0)),
+    ({"top_k": 2.9}, naming("top_k", "integer", 2.9)),
+    ({"samples": 10**9}, naming("1,000,000,000", "1,073,741,824", "GiB")),
+    ({"samples": 10**9, "batch_size": 8}, naming("1,000,000,000", 8, "GiB")),
+    ({"stop": "return"}, naming("stop", "list", "'return'")),
+    ({"stop": [""]}, naming("stop", "empty")),
+    ({"temprature": 1.0}, naming("'temprature'", "temperature")),
+    ({"config": SamplingConfig(top_k=2.9)}, naming("top_k", "integer", 2.9)),
 ]
 
 
@@ -78,12 +79,12 @@ def test_mistakes_are_told(gemma: Gemma) -> None:
     for prompts, told in [(["1", b"1"], "bytes"), ("1", "list"), ([[2, None]], "integer")]:
         with pytest.raises(UserError, match=told):
             gemma.generate(prompts)
-    with pytest.raises(UserError, match="samples is 2"):
+    with pytest.raises(UserError, match=naming("samples", 2)):
         gemma.stream("1", samples=2)
     with pytest.raises(UserError, match="tokenizer.model"):
         tiny_gemma().generate(["text"])
     smaller = replace(gemma.config, {"vocab_size": gemma.tokenizer.vocab_size - 1})
-    with pytest.raises(UserError, match="pieces"):
+    with pytest.raises(UserError, match=naming(410, 409)):
         Gemma(ModelSpec(smaller, gemma.compute, gemma.mesh), gemma.params, gemma.tokenizer)
     assert gemma.generate([]) == []
 
@@ -123,6 +124,11 @@ def test_scores_of_generated_tokens_and_of_texts(gemma: Gemma) -> None:
     of_typed, of_one = gemma.score([typed, [2]])
     np.testing.assert_allclose(of_typed, gemma.score([ids])[0], rtol=1e-4, atol=1e-5)
     assert of_one == []
-    for bad, told in [("text", "list"), ([[]], "0 tokens"), ([[0] * 257], "257 tokens"), ([[410]], "410")]:
+    for bad, told in [
+        ("text", "list"),
+        ([[]], naming(0, "tokens")),
+        ([[0] * 257], naming(257, "tokens")),
+        ([[410]], "410"),
+    ]:
         with pytest.raises(UserError, match=told):
             gemma.score(bad)

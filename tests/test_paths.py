@@ -15,6 +15,7 @@ from gemma_jax.config import replace, to_json
 from gemma_jax.errors import UserError
 from gemma_jax.paths import SMALL_FILE, children, read_bytes, read_json, user_path
 from gemma_jax.tokenizer import Tokenizer
+from tests.messages import naming
 from tests.tiny_run import config, write_corpus
 
 
@@ -27,9 +28,9 @@ def test_a_path_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("address", "told"),
     [
-        ("s3://bucket/a", "s3://bucket/a: .*s3fs.*gemma_jax.data"),
-        ("gs://bucket/a", "gs://bucket/a: .*gcsfs.*gemma_jax.data"),
-        ("http://host/a", "http://host/a is neither a path nor the address of a bucket"),
+        ("s3://bucket/a", naming("s3://bucket/a", "s3fs", "gemma_jax[data]")),
+        ("gs://bucket/a", naming("gs://bucket/a", "gcsfs", "gemma_jax[data]")),
+        ("http://host/a", naming("http://host/a", "gs://", "s3://")),
     ],
 )
 def test_an_address_that_cannot_be_reached(
@@ -115,7 +116,7 @@ def test_a_run_in_a_bucket_is_trained_listed_drawn_inspected_and_replayed(
     assert summary["loss"] == pytest.approx(summary["logged"]["loss"], rel=1e-6)
     assert not Path("gs:").exists()
     assert main(["sample", str(run), "--prompt", "alpha"]) == 2
-    assert "holds no checkpoint" in capsys.readouterr().err
+    assert str(run) in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -145,5 +146,5 @@ def test_a_folder_that_cannot_be_read_is_named_and_no_name_is_left_out(tmp_path:
         (tmp_path / name).touch()
     assert [child.name for child in children(epath.Path(tmp_path))] == [".c", "a~", "b"]
     assert children(epath.Path(tmp_path / "nothing")) == []
-    with pytest.raises(UserError, match="b cannot be read"):
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / "b"))):
         children(epath.Path(tmp_path / "b"))

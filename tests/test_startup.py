@@ -1,6 +1,7 @@
 """How a process finds the others of its job, and how it leaves them."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from gemma_jax import startup
 from gemma_jax.config import HostsConfig
 from gemma_jax.errors import UserError
+from tests.messages import naming
 
 TPU = {"TPU_ML_PLATFORM": "JAX"}
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-4]", "SLURM_NTASKS": "4", "SLURM_PROCID": "2"}
@@ -68,9 +70,9 @@ with joined(HostsConfig("localhost:1", 2, 1), on_cpu=True):
 @pytest.mark.parametrize(
     ("error", "status", "said"),
     [
-        ('UserError("the disk is\\nfull.")', 2, "and the job with it: the disk is full."),
-        ('jax.errors.JaxRuntimeError("UNAVAILABLE: gone")', 75, "another process of the job has ended"),
-        ('jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9G")', 1, "with it: RESOURCE_EXHAUSTED: 9G"),
+        ('UserError("the disk is\\nfull.")', 2, "the disk is full."),
+        ('jax.errors.JaxRuntimeError("UNAVAILABLE: gone")', 75, "UNAVAILABLE: gone"),
+        ('jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9G")', 1, "RESOURCE_EXHAUSTED: 9G"),
     ],
 )
 def test_a_process_of_a_job_leaves_with_its_reason(error: str, status: int, said: str) -> None:
@@ -83,7 +85,7 @@ def test_a_process_of_a_job_leaves_with_its_reason(error: str, status: int, said
     )
     assert done.returncode == status, done.stderr
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: process ") and said in last
+    assert last.startswith("error: ") and said in last
     assert ("Traceback" in done.stderr) == (status in (1, 75))
 
 
@@ -122,7 +124,7 @@ def test_others_that_do_not_come_are_not_waited_for_for_ever(index: int) -> None
     )
     assert done.returncode == 2, done.stderr
     first, last = done.stderr.strip().splitlines()
-    assert first.startswith(f"process {index} of 2 waits") and "localhost" in first
+    assert re.search(naming(index, 2, "localhost"), first)
     assert last.startswith("error: ") and "localhost" in last
 
 

@@ -14,6 +14,7 @@ from hypothesis import example, given, settings
 
 from gemma_jax.errors import UserError
 from gemma_jax.tokenizer import Tokenizer
+from tests.messages import naming
 
 SOURCES = [
     f"def area_{n}(width, height):\n    total = width * height + {n}\n\n\treturn total  # naïve\n" * 3
@@ -146,7 +147,7 @@ def test_bytes_that_are_not_utf8_decode_to_replacement_characters(tokenizer: Tok
 
 def test_id_outside_the_vocabulary_is_named(tokenizer: Tokenizer) -> None:
     for wrong in (-1, tokenizer.vocab_size):
-        with pytest.raises(UserError, match=f"Token id {wrong} .* 0 to {tokenizer.vocab_size - 1}"):
+        with pytest.raises(UserError, match=naming(wrong, 0, tokenizer.vocab_size - 1)):
             tokenizer.decode([5, wrong])
         with pytest.raises(UserError, match=str(wrong)):
             tokenizer.piece(wrong)
@@ -154,7 +155,7 @@ def test_id_outside_the_vocabulary_is_named(tokenizer: Tokenizer) -> None:
 
 def test_lone_surrogate_is_a_clear_error(small: Tokenizer, tmp_path: Path) -> None:
     for encode in (small.encode, small.encode_typed, lambda text: small.encode_batch(["ok", text])):
-        with pytest.raises(UserError, match=r"Character 2 .*U\+D800"):
+        with pytest.raises(UserError, match=naming(2, "U+D800")):
             encode("ab\ud800")
     with pytest.raises(UserError, match=r"U\+D800"):
         Tokenizer.train([*SOURCES, "ab\ud800"], 480, tmp_path / "tokenizer.model")
@@ -178,17 +179,16 @@ def test_long_lines_and_reserved_characters_are_trained_on(tmp_path: Path) -> No
 
 def test_impossible_vocabularies_state_what_is_possible(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.model"
-    with pytest.raises(UserError, match="vocabulary of 100 is too small") as too_small:
+    with pytest.raises(UserError, match=naming(100, "small")) as too_small:
         Tokenizer.train(SOURCES, 100, path)
-    smallest = re.search(r"at least (\d+)", str(too_small.value))
-    with pytest.raises(UserError, match="vocabulary of 9000 is too large") as too_large:
+    smallest = re.findall(r"\d+", str(too_small.value))[1]
+    with pytest.raises(UserError, match=naming(9000, "large")) as too_large:
         Tokenizer.train(SOURCES, 9000, path)
-    largest = re.search(r"at most (\d+)", str(too_large.value))
-    with pytest.raises(UserError, match="no text"):
+    largest = re.findall(r"\d+", str(too_large.value))[1]
+    with pytest.raises(UserError, match="text"):
         Tokenizer.train(["", ""], 480, path)
     assert not path.exists()
-    assert smallest and largest
-    for size in (int(smallest[1]), int(largest[1])):
+    for size in (int(smallest), int(largest)):
         assert Tokenizer.train(SOURCES, size, path).vocab_size == size
 
 
@@ -197,7 +197,7 @@ def test_saves_and_pickles_as_its_model_file(small: Tokenizer, tmp_path: Path) -
     for copy in (Tokenizer.load(tmp_path / "copy.model"), pickle.loads(pickle.dumps(small))):
         assert copy.fingerprint == small.fingerprint
         assert copy.encode(SOURCES[0]) == small.encode(SOURCES[0])
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / "copy.model" / "below-a-file.model"))):
         small.save(tmp_path / "copy.model" / "below-a-file.model")
 
 
@@ -219,7 +219,7 @@ def test_files_that_are_no_tokenizer(
         path.write_bytes(content)
         with pytest.raises(UserError, match=f"{re.escape(str(path))} .*tokenizer.model"):
             Tokenizer.load(path)
-    with pytest.raises(UserError, match="missing"):
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / "missing"))):
         Tokenizer.load(tmp_path / "missing")
     assert capfd.readouterr() == ("", "")
 
@@ -229,5 +229,5 @@ def test_model_that_loses_white_space_is_refused(small: Tokenizer) -> None:
     normalizer = b"\x08identity\x12\x00\x18"
     dummy_prefix = small._model.replace(normalizer + b"\x00", normalizer + b"\x01")
     assert dummy_prefix != small._model
-    with pytest.raises(UserError, match="does not keep white space"):
+    with pytest.raises(UserError, match="white space"):
         Tokenizer(dummy_prefix)

@@ -23,6 +23,7 @@ from gemma_jax.config import (
     validate,
 )
 from gemma_jax.errors import UserError
+from tests.messages import naming
 
 
 def leaves(config: Any, prefix: str = "") -> dict[str, tuple[Any, Any, str]]:
@@ -125,30 +126,32 @@ def test_the_value_of_an_option_is_left_as_it_was_typed(text: str) -> None:
     assert parse(PretrainConfig(), [f"--run-dir={text}"], "gemma test").run_dir == text
 
 
-WRONG = {
-    "type": (["--steps", "many"], "--steps: invalid int value: 'many'"),
-    "choice": (["--compute.remat", "all"], "--compute.remat: invalid choice: 'all'"),
-    "no value": (["--steps"], "--steps: expected one argument"),
-    "a dash": (["--run_dir", "-x"], "--run_dir: expected one argument; .* --run_dir=-x"),
-    "a dash later": (["--data.sources", "a", "-x"], "unknown option -x; .* --OPTION=-x"),
-    "typing slip": (["--optimizer.learning_rat", "1"], "did you mean --optimizer.learning_rate"),
-    "no section": (["--learning-rate=1"], "did you mean --optimizer.learning_rate"),
-    "one dash": (["-steps", "5"], "did you mean --steps"),
-    "nothing like it": (["--zzzzzzzzzzzz", "5"], "unknown option --zzzzzzzzzzzz \\("),
+WRONG: dict[str, tuple[list[str], tuple[str, ...]]] = {
+    "type": (["--steps", "many"], ("--steps", "'many'")),
+    "choice": (["--compute.remat", "all"], ("--compute.remat", "'all'")),
+    "no value": (["--steps"], ("--steps", "expected")),
+    "a dash": (["--run_dir", "-x"], ("--run_dir", "--run_dir=-x")),
+    "a dash later": (["--data.sources", "a", "-x"], ("-x", "--OPTION=-x")),
+    "typing slip": (
+        ["--optimizer.learning_rat", "1"],
+        ("--optimizer.learning_rat", "--optimizer.learning_rate"),
+    ),
+    "no section": (["--learning-rate=1"], ("--learning-rate", "--optimizer.learning_rate")),
+    "one dash": (["-steps", "5"], ("-steps", "--steps")),
+    "nothing like it": (["--zzzzzzzzzzzz", "5"], ("--zzzzzzzzzzzz (",)),
     "name in a group": (
         ["--optimizer.groups", "a weight_deca=1"],
-        "'weight_deca'; did you mean weight_decay",
+        ("'weight_deca'", "weight_decay"),
     ),
-    "value in a group": (["--optimizer.groups", "a weight_decay=x"], "float value of weight_decay: 'x'"),
+    "value in a group": (["--optimizer.groups", "a weight_decay=x"], ("weight_decay", "'x'")),
 }
 
 
 @pytest.mark.parametrize(("arguments", "told"), WRONG.values(), ids=WRONG)
-def test_wrong_options_end_in_one_sentence(arguments: list[str], told: str) -> None:
-    with pytest.raises(UserError, match=told) as error:
+def test_wrong_options_end_in_one_sentence(arguments: list[str], told: tuple[str, ...]) -> None:
+    with pytest.raises(UserError, match=naming(*told, "`gemma test --help`")) as error:
         parse(PretrainConfig(), arguments, "gemma test")
-    message = str(error.value)
-    assert "\n" not in message and message.endswith("(see `gemma test --help`).")
+    assert "\n" not in str(error.value)
 
 
 def test_the_words_of_a_command_come_first(capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,11 +163,11 @@ def test_the_words_of_a_command_come_first(capsys: pytest.CaptureFixture[str]) -
 
     assert read("a", "b", "--steps", "500") == (["a", "b"], PretrainConfig(run_dir="ab", steps=500))
     for arguments in [(), ("a",), ("a", "--steps"), ("--steps", "5", "a", "b")]:
-        with pytest.raises(UserError, match="^name a run and a step first: gemma test RUN STEP "):
+        with pytest.raises(UserError, match=naming("gemma test RUN STEP")):
             read(*arguments)
-    with pytest.raises(UserError, match="^steps is 0"):
+    with pytest.raises(UserError, match="^" + naming("steps", 0)):
         read("a", "b", "--steps", "0")
-    with pytest.raises(UserError, match="unknown option zzzz .see `gemma test a b --help`"):
+    with pytest.raises(UserError, match=naming("zzzz", "`gemma test a b --help`")):
         read("a", "b", "zzzz")
     for arguments in [("-h",), ("a", "--help"), ("a", "b", "--help")]:
         with pytest.raises(SystemExit):
@@ -204,21 +207,21 @@ def test_configs_beside_the_packages_source_are_found_from_anywhere(home: Path) 
 
 
 START = "from gemma_jax.config import *\n"
-FILES: dict[str, tuple[str | bytes, str | tuple[str, ...]]] = {
-    "syntax.py": (START + "config = (\n", "syntax.py, line 2: '(' was never closed."),
+FILES: dict[str, tuple[str | bytes, tuple[object, ...]]] = {
+    "syntax.py": (START + "config = (\n", ("syntax.py", 2, "'('")),
     "section.py": (
         START + "\nconfig = PretrainConfig(\n    optimizer=OptimizerConfig(learning_rat=1)\n)",
-        ("section.py, line 4: TypeError", "'learning_rat'; did you mean learning_rate?"),
+        ("section.py", 4, "TypeError", "'learning_rat'", "learning_rate"),
     ),
-    "value.py": ("def f():\n  raise ValueError('odd\\nvalue')\nf()\n", "line 2: ValueError: odd"),
-    "said.py": ("from gemma_jax.errors import UserError\nraise UserError('as it says')", "as it says"),
-    "empty.py": ("", "defines no `config`"),
-    "type.py": (START + "config = PretrainConfig(steps='5')", "type.py: steps must be an integer, not '5'"),
-    "bytes.py": (b"config = '\xff'", "bytes.py"),
-    "empty.json": ("", "not valid JSON"),
+    "value.py": ("def f():\n  raise ValueError('odd\\nvalue')\nf()\n", ("value.py", 2, "ValueError", "odd")),
+    "said.py": ("from gemma_jax.errors import UserError\nraise UserError('as it says')", ("as it says",)),
+    "empty.py": ("", ("empty.py", "`config = PretrainConfig(...)`")),
+    "type.py": (START + "config = PretrainConfig(steps='5')", ("type.py", "steps", "integer", "'5'")),
+    "bytes.py": (b"config = '\xff'", ("bytes.py",)),
+    "empty.json": ("", ("empty.json", "JSON")),
     "key.json": (
         '{"experiment": "pretrain", "stepz": 1}',
-        "key.json: unknown key 'stepz'; did you mean steps",
+        ("key.json", "'stepz'", "steps"),
     ),
 }
 
@@ -228,10 +231,8 @@ def test_files_that_are_no_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)  # so that the file is named by a relative path, as people do
     content, told = FILES[name]
     Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=naming(*told)):
         load(name, PretrainConfig)
-    for part in told if isinstance(told, tuple) else (told,):
-        assert part in str(error.value)
 
 
 def test_numbers_in_a_config_file_have_the_types_of_the_fields(home: Path) -> None:
@@ -242,11 +243,10 @@ def test_numbers_in_a_config_file_have_the_types_of_the_fields(home: Path) -> No
 
 
 @pytest.mark.parametrize(("name", "told"), [
-    ("mien", "no config 'mien'; did you mean mine? (a file, a run directory, or one of: demo, "),
-    ("nothing.py", "no config 'nothing.py'"),
-    ("x" * 5000, "no config 'xxx"),
+    ("mien", ("'mien'", "mine", "demo")),
+    ("nothing.py", ("'nothing.py'", "demo")),
+    ("x" * 5000, (f"'{'x' * 5000}'", "demo")),
 ])  # fmt: skip
-def test_names_that_mean_nothing(home: Path, name: str, told: str) -> None:
-    with pytest.raises(UserError) as error:
+def test_names_that_mean_nothing(home: Path, name: str, told: tuple[str, ...]) -> None:
+    with pytest.raises(UserError, match=naming(*told)):
         load(name, PretrainConfig)
-    assert str(error.value).startswith(told)

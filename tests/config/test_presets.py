@@ -6,6 +6,7 @@ import pytest
 
 from gemma_jax.config import PRESETS, PretrainConfig, TransformerConfig, load, validate, validate_model
 from gemma_jax.errors import UserError
+from tests.messages import naming
 
 CONFIGS = sorted(path.stem for path in Path("configs").glob("*.py"))
 
@@ -38,7 +39,7 @@ def test_configs_of_the_repository_are_found_by_their_names_and_contradict_nothi
     config, called = load(name, PretrainConfig)
     validate(config)
     assert called == name and "demo" in CONFIGS
-    with pytest.raises(UserError, match=rf"did you mean {name}\?"):
+    with pytest.raises(UserError, match=naming(f"'{name}-'", name)):
         load(f"{name}-", PretrainConfig)
 
 

@@ -25,6 +25,7 @@ from gemma_jax.config import (
     validate,
 )
 from gemma_jax.errors import UserError
+from tests.messages import naming
 
 # No field at its default where that shows something: tuples, floats, choices, signs.
 EXAMPLE = PretrainConfig(
@@ -58,41 +59,41 @@ def test_keys_that_are_left_out_keep_their_defaults() -> None:
 def test_an_integer_is_a_number_but_true_is_not() -> None:
     config = from_json('{"experiment": "pretrain", "optimizer": {"learning_rate": 1}}', "here")
     assert type(config.optimizer.learning_rate) is float
-    with pytest.raises(UserError, match=r"optimizer\.learning_rate must be a number, not True"):
+    with pytest.raises(UserError, match=naming("optimizer.learning_rate", "number", "True")):
         from_json('{"experiment": "pretrain", "optimizer": {"learning_rate": true}}', "here")
 
 
 PRETRAIN = '{"experiment": "pretrain", '
-WRONG = {
-    "not JSON": ("{", r"not valid JSON"),
-    "deeper than the parser goes": ("[" * 100_000, r"not valid JSON"),
-    "unknown experiment": ('{"experiment": "pretrian"}', r"'pretrian' is not one of pretrain"),
-    "the same key twice": (PRETRAIN + '"steps": 1, "steps": 2}', r"same key twice"),
+WRONG: dict[str, tuple[str, tuple[object, ...]]] = {
+    "not JSON": ("{", ("JSON",)),
+    "deeper than the parser goes": ("[" * 100_000, ("JSON",)),
+    "unknown experiment": ('{"experiment": "pretrian"}', ("'pretrian'", "pretrain")),
+    "the same key twice": (PRETRAIN + '"steps": 1, "steps": 2}', ("twice",)),
     "unknown key": (
         PRETRAIN + '"optimizer": {"learning_rat": 1}}',
-        r"'optimizer\.learning_rat'; did you mean learning_rate\?$",
+        ("'optimizer.learning_rat'", "learning_rate"),
     ),
-    "number for an integer": (PRETRAIN + '"steps": 1.5}', r"steps must be an integer, not 1\.5"),
-    "string for a list": (PRETRAIN + '"data": {"sources": "a"}}', r"data\.sources must be a list, not 'a'"),
+    "number for an integer": (PRETRAIN + '"steps": 1.5}', ("steps", "integer", 1.5)),
+    "string for a list": (PRETRAIN + '"data": {"sources": "a"}}', ("data.sources", "list", "'a'")),
     "groups as runs had them before": (
         PRETRAIN + '"optimizer": {"groups": ["embedding weight_decay=0"]}}',
-        r"optimizer\.groups\[0\] must be an object with pattern, learning_rate_factor, weight_decay, not '",
+        ("optimizer.groups[0]", "pattern", "learning_rate_factor", "weight_decay", "'"),
     ),
     "unknown key of a group": (
         PRETRAIN + '"optimizer": {"groups": [{"patern": "a"}]}}',
-        r"'optimizer\.groups\[0\]\.patern'; did you mean pattern\?",
+        ("'optimizer.groups[0].patern'", "pattern"),
     ),
     "too large for a float": (
         PRETRAIN + '"optimizer": {"b1": 1' + "0" * 400 + "}}",
-        r"optimizer\.b1 is 1000.*too large",
+        ("optimizer.b1", "large"),
     ),
-    "value too long to be shown whole": (PRETRAIN + '"steps": "' + "x" * 10**6 + '"}', r"steps"),
+    "value too long to be shown whole": (PRETRAIN + '"steps": "' + "x" * 10**6 + '"}', ("steps", "integer")),
 }
 
 
 @pytest.mark.parametrize(("text", "told"), WRONG.values(), ids=WRONG)
-def test_wrong_json_ends_in_one_short_sentence(text: str, told: str) -> None:
-    with pytest.raises(UserError, match=told) as error:
+def test_wrong_json_ends_in_one_short_sentence(text: str, told: tuple[object, ...]) -> None:
+    with pytest.raises(UserError, match=naming(*told)) as error:
         from_json(text, "here.json")
     message = str(error.value)
     assert message.startswith("here.json") and "\n" not in message and len(message) < 400
