@@ -126,9 +126,9 @@ def test_scores_of_generated_tokens_and_of_texts(gemma: Gemma) -> None:
     assert of_one == []
     for bad, told in [
         ("text", "list"),
-        ([[]], naming(0, "tokens")),
-        ([[0] * 257], naming(257, "tokens")),
-        ([[410]], "410"),
+        ([[]], naming(0, 1, 256)),
+        ([[0] * 257], naming(257, 1, 256)),
+        ([[410]], naming(410, 0, 409)),
     ]:
         with pytest.raises(UserError, match=told):
             gemma.score(bad)

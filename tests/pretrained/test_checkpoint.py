@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from gemma_jax.cli import main
 from gemma_jax.config import MeshConfig
 from gemma_jax.pretrained.checkpoint import open_checkpoint
 from gemma_jax.tokenizer import Tokenizer
+from tests.messages import naming
 from tests.pretrained.published import MULTI_QUERY, random_tensors, write_huggingface
 
 ONE = MeshConfig(cpu_devices=1)
@@ -78,9 +80,8 @@ def test_an_orbax_directory_with_special_files_is_refused(
 def test_a_file_an_adapter_and_a_dead_link_are_named_for_what_they_are(
     tmp_path: Path, directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert f"give the directory that holds it, {directory}" in refusal(
-        capsys, directory / "model.safetensors"
-    )
+    file = directory / "model.safetensors"
+    assert re.search(naming(file, directory), refusal(capsys, file))
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "google/gemma-2b"}))
@@ -89,7 +90,7 @@ def test_a_file_an_adapter_and_a_dead_link_are_named_for_what_they_are(
     assert "adapter" in message and "google/gemma-2b" in message
     for name in ("pipe", "dead link"):
         SPECIAL[name](tmp_path / name)
-        assert "no directory" in refusal(capsys, tmp_path / name)
+        assert re.search(naming(tmp_path / name, "directory"), refusal(capsys, tmp_path / name))
 
 
 def test_names_without_a_prefix_are_those_of_a_model_without_its_head(
@@ -121,7 +122,7 @@ def test_added_rows_of_the_embedding_have_no_text(
     (generation,) = gemma.generate([[2, last]], max_new_tokens=4)
     assert last in generation.token_ids and "".join(generation.text.split()) == generation.text.strip()
     assert main(["verify", str(folder), "--mesh.cpu_devices", "1"]) == 0
-    assert "3 ids of the model have no text" in capsys.readouterr().out
+    assert "3 ids" in capsys.readouterr().out
 
 
 def test_what_ends_an_answer_stands_in_config_json_too_and_is_in_the_vocabulary(

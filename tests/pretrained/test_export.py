@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from gemma_jax.pretrained.checkpoint import open_checkpoint
 from gemma_jax.pretrained.layout import Weights, in_order
 from gemma_jax.testing import cpu_mesh, tiny_gemma
 from gemma_jax.tokenizer import Tokenizer
+from tests.messages import naming
 from tests.pretrained.published import MULTI_HEAD, MULTI_QUERY, TYPES, random_tensors, write_huggingface
 
 ONE = MeshConfig(cpu_devices=1)
@@ -100,8 +102,7 @@ def test_a_changed_dtype_rounds_and_a_too_small_one_is_refused(
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = 1e6
     write_huggingface(source, MULTI_QUERY, tensors)
     assert main(["convert", str(source), str(tmp_path / "f16"), "--dtype", "float16"]) == 2
-    told = "model.layers.1.mlp.up_proj.weight in "
-    assert told in (error := capsys.readouterr().err) and "too large for float16" in error
+    assert re.search(naming("model.layers.1.mlp.up_proj.weight", "float16"), capsys.readouterr().err)
     assert not (tmp_path / "f16").exists()
 
 
@@ -147,14 +148,14 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with monkeypatch.context() as patch:
         usage = namedtuple("usage", "total used free")
         patch.setattr(shutil, "disk_usage", lambda _: usage(10**6, 10**6, 1000))
-        with pytest.raises(UserError, match="needs 154.8 kB, but its disk has 1 kB free"):
+        with pytest.raises(UserError, match=naming(tmp_path / "out", "154.8 kB", "1 kB")):
             gemma.save_pretrained(tmp_path / "out", format=format)
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(export_module, "write_generation_config", full)
-    with pytest.raises(UserError, match=r"cannot write .*/out \(No space left on device\)"):
+    with pytest.raises(UserError, match=naming(tmp_path / "out", "No space left on device")):
         gemma.save_pretrained(tmp_path / "out", format=format)
     assert left(tmp_path) == {"source"}
 
@@ -164,12 +165,12 @@ def test_an_interruption_leaves_nothing_and_what_is_there_is_never_overwritten(
 ) -> None:
     gemma = tiny_gemma()
     (tmp_path / "mine").write_text("precious")
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match=naming(tmp_path / "mine", "already")):
         gemma.save_pretrained(tmp_path / "mine")
     monkeypatch.chdir(tmp_path)  # where a folder of that name was made
-    with pytest.raises(UserError, match="^s3://bucket/a is no directory of this machine"):
+    with pytest.raises(UserError, match=naming("s3://bucket/a", "directory")):
         gemma.save_pretrained("s3://bucket/a")
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match=naming(tmp_path, "already")):
         gemma.save_pretrained(tmp_path)
     (tmp_path / "empty").mkdir()
     gemma.save_pretrained(tmp_path / "empty")
@@ -224,5 +225,5 @@ def test_a_limit_on_what_is_written_is_told(tmp_path: Path, form: str) -> None:
     line = "ulimit -f 1; exec " + " ".join(map(str, words))
     ended = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False, timeout=120)
     assert ended.returncode == 2, ended.stderr
-    assert ended.stderr.splitlines()[-1].startswith("error: cannot write ")
+    assert re.search(naming("error: ", tmp_path / "out"), ended.stderr.splitlines()[-1])
     assert "Traceback" not in ended.stderr and left(tmp_path) == {"source"}

@@ -12,6 +12,7 @@ import pytest
 from gemma_jax.config import TransformerConfig, replace
 from gemma_jax.errors import UserError
 from gemma_jax.pretrained.checkpoint import open_checkpoint
+from tests.messages import naming
 
 Arrays = dict[str, np.ndarray]
 TWO_B = TransformerConfig(
@@ -101,39 +102,41 @@ def renamed(arrays: Arrays, old: str, new: str) -> Arrays:
     return {new if name == old else name: x for name, x in arrays.items()}
 
 
-FAULTS: dict[str, tuple[Callable[[Arrays], Arrays], str]] = {
+FAULTS: dict[str, tuple[Callable[[Arrays], Arrays], tuple[object, ...]]] = {
     "missing": (
         lambda a: {name: x for name, x in a.items() if name != "layer_1/mlp/linear"},
-        r"layer_1/mlp/linear of shape \(48, 32\), which its first layer",
+        ("layer_1/mlp/linear", "(48, 32)"),
     ),
     "extra": (
         lambda a: a | {"layer_1/mlp/bias": np.zeros(3, np.float32)},
-        r"'layer_1/mlp/bias' of shape \(3,\), but it is not there",
+        ("'layer_1/mlp/bias'", "(3,)"),
     ),
     "mis-shaped": (
         lambda a: a | {"layer_2/attn/q_einsum/w": np.zeros((4, 32, 8), np.float32)},
-        r"layer_2/attn/q_einsum' of shape \(4, 32, 8\), but .* \(4, 32, 16\) by its first layer",
+        ("layer_2/attn/q_einsum'", "(4, 32, 8)", "(4, 32, 16)"),
     ),
     "a layer left out": (
         lambda a: renamed(a, "layer_1/mlp/linear", "layer_7/mlp/linear"),
-        r"layer_1/mlp/linear",
+        ("layer_1/mlp/linear",),
     ),
     "another dtype": (
         lambda a: a | {"final_norm/scale": np.zeros(32, np.int32)},
-        "final_norm/scale in .* is int32",
+        ("final_norm/scale", "int32"),
     ),
-    "no table": (lambda a: renamed(a, "embedder/input_embedding", "x"), "has no embedder/input_embedding"),
+    "no table": (lambda a: renamed(a, "embedder/input_embedding", "x"), ("embedder/input_embedding",)),
     "axes": (
         lambda a: a | {"layer_0/attn/attn_vec_einsum/w": np.zeros((4, 4), np.float32)},
-        r"attn_vec_einsum has shape \(4, 4\), but must have 3 axes",
+        ("attn_vec_einsum", "(4, 4)", 3),
     ),
 }
 
 
 @pytest.mark.parametrize(("change", "told"), FAULTS.values(), ids=FAULTS)
-def test_each_fault_is_named(tmp_path: Path, change: Callable[[Arrays], Arrays], told: str) -> None:
+def test_each_fault_is_named(
+    tmp_path: Path, change: Callable[[Arrays], Arrays], told: tuple[object, ...]
+) -> None:
     folder = save(tmp_path / "2b", change(published(TWO_B)), "flat")
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=naming(*told)):
         open_checkpoint(folder)
 
 
@@ -143,12 +146,10 @@ def test_a_checkpoint_of_the_other_size_contradicts_the_config_beside_it(tmp_pat
     folder = save(tmp_path / "2b", published(SEVEN_B), "flat")
     write_config(tmp_path, TWO_B, "bfloat16")
     for name in (folder, tmp_path):
-        with pytest.raises(UserError, match=r"the config\.json beside it"):
+        with pytest.raises(UserError, match=r"config\.json"):
             open_checkpoint(name)
     write_config(tmp_path, replace(SEVEN_B, {"embed_dim": 32}), "bfloat16")
-    with pytest.raises(
-        UserError, match=r"input_embedding' of shape \(128, 40\), but .* \(128, 32\) by the config"
-    ):
+    with pytest.raises(UserError, match=naming("input_embedding'", "(128, 40)", "(128, 32)")):
         open_checkpoint(folder)
     write_config(tmp_path, SEVEN_B, "bfloat16")
     assert open_checkpoint(folder).config == SEVEN_B
@@ -157,7 +158,7 @@ def test_a_checkpoint_of_the_other_size_contradicts_the_config_beside_it(tmp_pat
 def test_two_checkpoints_side_by_side_have_to_be_told_apart(tmp_path: Path) -> None:
     for name in ("2b", "7b"):
         save(tmp_path / name, published(TWO_B), "flat")
-    with pytest.raises(UserError, match=r"several Flax checkpoints \(2b, 7b\)"):
+    with pytest.raises(UserError, match=naming("(2b, 7b)")):
         open_checkpoint(tmp_path)
 
 

@@ -19,6 +19,7 @@ import pytest
 from gemma_jax.errors import UserError
 from gemma_jax.pretrained.checkpoint import open_checkpoint
 from gemma_jax.pretrained.hub import is_hub_name
+from tests.messages import naming
 from tests.pretrained.published import MULTI_QUERY, random_tensors, write_huggingface
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -146,8 +147,8 @@ def test_only_what_is_needed_is_downloaded_once_and_then_found_offline(hub: str,
 
 
 @pytest.mark.parametrize(("name", "environment", "told"), [
-    ("google/gemma-gated", {}, "is gated: accept its terms at https://huggingface.co/google/gemma-gated,"),
-    ("google/gemma-3b", {}, "is neither a checkpoint here nor a repository of the Hub"),
+    ("google/gemma-gated", {}, "https://huggingface.co/google/gemma-gated,"),
+    ("google/gemma-3b", {}, "private"),
     ("google/busy", {}, "local directory"),
 ])  # fmt: skip
 def test_each_failure_says_what_to_do(
@@ -166,7 +167,7 @@ def test_names_of_a_hub_are_told_from_paths(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "runs").mkdir()
     monkeypatch.chdir(tmp_path)
     assert not is_hub_name("runs/dmeo")
-    with pytest.raises(UserError, match="there is no checkpoint runs/dmeo"):
+    with pytest.raises(UserError, match=naming("runs/dmeo", "random:PRESET")):
         open_checkpoint("runs/dmeo")
 
 

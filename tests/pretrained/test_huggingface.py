@@ -17,6 +17,7 @@ from gemma_jax.model import ModelSpec
 from gemma_jax.pretrained.checkpoint import open_checkpoint
 from gemma_jax.sharding import named_arrays
 from gemma_jax.testing import cpu_mesh
+from tests.messages import naming
 from tests.pretrained.published import (
     MULTI_HEAD,
     MULTI_QUERY,
@@ -85,7 +86,7 @@ def test_a_model_without_a_tokenizer_takes_token_ids_and_says_what_is_missing(tm
     gemma = Gemma.from_pretrained(tmp_path, mesh=ONE)
     assert gemma.logits([[2, 5, 6]]).shape == (1, 3, 500)
     assert len(gemma.generate([[2, 5, 6]], max_new_tokens=2)[0].token_ids) <= 2
-    with pytest.raises(UserError, match=r"no tokenizer\.model beside it"):
+    with pytest.raises(UserError, match=r"tokenizer\.model"):
         gemma.generate(["text"])
 
 
@@ -115,28 +116,31 @@ def test_a_missing_or_damaged_shard_is_named(tmp_path: Path) -> None:
     folder = write_huggingface(tmp_path, MULTI_QUERY, random_tensors(MULTI_QUERY), 3)
     raw = (folder / SHARD).read_bytes()
     (folder / SHARD).write_bytes(raw[:-1])
-    with pytest.raises(UserError, match=rf"{SHARD} is not a whole safetensors file"):
+    with pytest.raises(UserError, match=naming(SHARD, "whole")):
         open_checkpoint(folder)
     (folder / SHARD).unlink()
-    with pytest.raises(UserError, match=rf"names '{SHARD}', which is missing"):
+    with pytest.raises(UserError, match=naming("model.safetensors.index.json", f"'{SHARD}'")):
         open_checkpoint(folder)
 
 
 EMBEDDING = "model.embed_tokens.weight"
 BIAS, THIRD_NORM = "model.layers.1.self_attn.q_proj.bias", "model.layers.2.input_layernorm.weight"
-FAULTS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
-    "missing": (lambda t: {name: x for name, x in t.items() if name != GATE}, f"{GATE} of shape (64, 32), "),
-    "extra": (lambda t: t | {BIAS: np.zeros(64, np.float32)}, f"{BIAS}' of shape (64,)"),
-    "a layer too many": (lambda t: t | {THIRD_NORM: np.zeros(32, np.float32)}, THIRD_NORM),
+FAULTS: dict[str, tuple[Callable[[Tensors], Tensors], tuple[str, ...]]] = {
+    "missing": (lambda t: {name: x for name, x in t.items() if name != GATE}, (GATE, "(64, 32)")),
+    "extra": (lambda t: t | {BIAS: np.zeros(64, np.float32)}, (f"{BIAS}'", "(64,)")),
+    "a layer too many": (lambda t: t | {THIRD_NORM: np.zeros(32, np.float32)}, (THIRD_NORM,)),
     "mis-shaped": (
         lambda t: t | {GATE: t[GATE].T.copy()},
-        f"{GATE}' of shape (32, 64), but it is of shape (64, 32)",
+        (f"{GATE}'", "(32, 64)", "(64, 32)"),
     ),
     "wrong kind": (
         lambda t: t | {GATE: t[GATE].astype(np.int32)},
-        f"'{GATE}' of dtype I32; give weights of F32",
+        (f"'{GATE}'", "I32", "F32"),
     ),
-    "untied": (lambda t: t | {"lm_head.weight": t[EMBEDDING] + 1}, "lm_head.weight of shape (500, 32) in "),
+    "untied": (
+        lambda t: t | {"lm_head.weight": t[EMBEDDING] + 1},
+        ("lm_head.weight", "(500, 32)", EMBEDDING, "(500, 32)"),
+    ),
 }
 
 
@@ -144,7 +148,7 @@ FAULTS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
 def test_tensors_that_are_not_those_of_the_config_are_named(tmp_path: Path, fault: str) -> None:
     change, told = FAULTS[fault]
     write_huggingface(tmp_path, MULTI_QUERY, change(random_tensors(MULTI_QUERY)))
-    with pytest.raises(UserError, match=re.escape(told)):
+    with pytest.raises(UserError, match=naming(*told)):
         open_checkpoint(tmp_path)
 
 
@@ -158,10 +162,10 @@ def test_a_tied_head_and_old_buffers_may_be_there(tmp_path: Path) -> None:
 
 def test_a_config_of_another_size_contradicts_the_tensors(tmp_path: Path) -> None:
     write_huggingface(tmp_path, MULTI_QUERY | {"num_hidden_layers": 10**8}, random_tensors(MULTI_QUERY))
-    with pytest.raises(UserError, match=r"model\.layers\.2\.input_layernorm\.weight of shape \(32,\), which"):
+    with pytest.raises(UserError, match=naming(THIRD_NORM, "(32,)")):
         open_checkpoint(tmp_path)
     write_huggingface(tmp_path, MULTI_QUERY | {"hidden_size": 48}, random_tensors(MULTI_QUERY))
-    with pytest.raises(UserError, match=r"embed_tokens\.weight' of shape \(500, 32\), but .* \(500, 48\)"):
+    with pytest.raises(UserError, match=naming(f"{EMBEDDING}'", "(500, 32)", "(500, 48)")):
         open_checkpoint(tmp_path)
 
 
@@ -170,17 +174,17 @@ def test_numbers_that_are_not_finite_are_refused_by_name(tmp_path: Path, value: 
     tensors = random_tensors(MULTI_QUERY, "bfloat16")
     tensors[GATE][5, 7] = value
     write_huggingface(tmp_path, MULTI_QUERY, tensors)
-    with pytest.raises(UserError, match=re.escape(GATE) + " in .* holds NaN or infinity"):
+    with pytest.raises(UserError, match=naming(GATE, "NaN")):
         load(tmp_path, devices)
 
 
 def test_another_kind_of_directory_is_told(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no checkpoint"):
+    with pytest.raises(UserError, match=naming(tmp_path, "checkpoint")):
         open_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
-    with pytest.raises(UserError, match="model_type 'llama'"):
+    with pytest.raises(UserError, match=naming("model_type", "'llama'")):
         open_checkpoint(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(MULTI_QUERY))
-    with pytest.raises(UserError, match=r"pickled \.bin files are not read"):
+    with pytest.raises(UserError, match=naming("model.safetensors", ".bin")):
         open_checkpoint(tmp_path)

@@ -15,6 +15,7 @@ from gemma_jax.errors import UserError
 from gemma_jax.pretrained.huggingface import HuggingFaceDirectory
 from gemma_jax.pretrained.layout import in_order
 from gemma_jax.pretrained.safetensors import SafetensorsFile, write_safetensors
+from tests.messages import naming
 from tests.pretrained.published import MULTI_QUERY, random_tensors, safetensors_bytes, write_huggingface
 
 Header = dict[str, Any]
@@ -86,14 +87,14 @@ def test_a_header_that_does_not_describe_its_file_is_refused(tmp_path: Path, fau
 
 def test_a_file_that_is_too_short_or_claims_too_much_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"1234567")
-    with pytest.raises(UserError, match="it has 7 bytes"):
+    with pytest.raises(UserError, match=naming(tmp_path / "a", "7 bytes")):
         SafetensorsFile(tmp_path / "a")
     for length in (3, 2**40, 2**64 - 1):
-        with pytest.raises(UserError, match="its header claims"):
+        with pytest.raises(UserError, match=naming(tmp_path / "a", "header", f"{length:,}")):
             SafetensorsFile(file_of(tmp_path / "a", b"{}", length=length))
     (tmp_path / "folder").mkdir()
     for name in ("missing", "folder"):
-        with pytest.raises(UserError, match="cannot be read"):
+        with pytest.raises(UserError, match=naming(tmp_path / name)):
             SafetensorsFile(tmp_path / name)
 
 
@@ -105,7 +106,7 @@ def test_a_flipped_bit_in_numbers_that_we_wrote_is_told(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(raw)
     file = SafetensorsFile(tmp_path / "f")
     file.check("x")
-    with pytest.raises(UserError, match="the numbers of 'y' have changed since they were written"):
+    with pytest.raises(UserError, match="'y'"):
         file.check("y")
 
 
