@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import select
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 from gemma_jax import Gemma
 from gemma_jax.cli import main
 from gemma_jax.config import MeshConfig
+from tests.messages import naming
 
 # Ctrl-C reaches the programs whose controlling terminal it is typed on.
 IN_THIS_TERMINAL = """
@@ -68,8 +70,7 @@ def test_commands_reset_and_save(
         {"role": "user", "content": "2"},
         {"role": "model", "content": two},
     ]
-    told = capsys.readouterr().err
-    assert all(part in told for part in ("begins anew", "2 messages are in", "/save FILE"))
+    assert re.search(naming(2, file, "anew", 2, file, "/save FILE"), capsys.readouterr().err)
 
 
 def test_in_a_pipe_a_mistake_ends_it(
@@ -78,18 +79,18 @@ def test_in_a_pipe_a_mistake_ends_it(
     taken = tmp_path / "taken"
     taken.write_text("mine")
     for line, told in [
-        ("/rest", "there is no command /rest; did you mean /reset?"),
-        ("/save", "/save needs the name of a file"),
-        (f"/save {taken}", "is there already"),
-        (f"/save {tmp_path / 'no' / 'where'}", "cannot be written"),
-        ("1 and 2 " * 200, "context holds 256"),
-        ("half a character: \udcff", "surrogate"),
+        ("/rest", naming("/rest", "/reset")),
+        ("/save", naming("/save", "/save dialogue.jsonl")),
+        (f"/save {taken}", naming(taken, "already")),
+        (f"/save {tmp_path / 'no' / 'where'}", naming(tmp_path / "no" / "where", "written")),
+        ("1 and 2 " * 200, naming("context", 256, "reset")),
+        ("half a character: \udcff", naming("U+DCFF")),
     ]:
         typed(f"{line}\n1\n")
         assert main(["chat", str(run), *SETTINGS]) == 2
         captured = capsys.readouterr()
         [sentence] = captured.err.splitlines()
-        assert sentence.startswith("error: ") and told in sentence and captured.out == ""
+        assert re.search("^error: .*" + told, sentence) and captured.out == ""
     assert taken.read_text() == "mine"
 
 
@@ -123,9 +124,9 @@ def test_a_real_terminal_with_a_real_ctrl_c(run: Path) -> None:
         # Where the key meets it depends on the machine: typing, compiling, answering, or done already.
         shown_until("> ")
         os.write(keyboard, b"/rest\n")
-        assert "did you mean /reset?" in shown_until("> ")
+        assert "/reset" in shown_until("> ")
         os.write(keyboard, b"/help\n")
-        assert "/save FILE" in shown_until("this list")
+        shown_until("/save FILE")
         shown_until("> ")
         os.write(keyboard, b"\x04")
         assert program.wait(60) == 0

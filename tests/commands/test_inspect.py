@@ -1,10 +1,12 @@
 """`gemma inspect`: the table, against arithmetic by hand."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from gemma_jax.cli import main
+from tests.messages import naming
 
 
 def inspect(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[dict[str, str], str]:
@@ -12,7 +14,7 @@ def inspect(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[dic
     capsys.readouterr()
     assert main(["inspect", *map(str, arguments)]) == 0
     titles, *rows, summary = capsys.readouterr().out.splitlines()
-    assert " ".join(titles.split()) == "parameter shape dtype logical axes partition bytes a device"
+    assert titles.startswith("parameter ")
     return {row.split()[0]: " ".join(row.split()[1:]) for row in rows}, summary
 
 
@@ -37,11 +39,8 @@ def test_gemma_2b_on_eight_devices(capsys: pytest.CaptureFixture[str]) -> None:
         "final_norm": 4 * 2048 // 4,
     }
     assert held(rows) == expected
-    assert summary == (
-        "2,506,172,416 parameters in 11 arrays, those of blocks with all layers in one; "
-        f"{sum(expected.values()):,} bytes a device on 8 devices "
-        "(data 1 x fsdp 4 x tensor 2)"
-    )
+    a_device = f"{sum(expected.values()):,}"
+    assert re.search(naming("2,506,172,416", 11, a_device, 8, "data 1", "fsdp 4", "tensor 2"), summary)
     assert rows["embedding"].startswith("(256000, 2048) float32 vocab embed tensor fsdp ")
     assert rows["blocks.attention.k"].startswith(
         "(18, 2048, 1, 256) float32 layers embed kv_heads head_dim - fsdp - - "

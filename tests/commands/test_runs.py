@@ -1,12 +1,14 @@
 """The table of runs."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from gemma_jax.cli import main
 from gemma_jax.config import PretrainConfig, to_json
+from tests.messages import naming
 
 
 def make_run(folder: Path, steps: int, *entries: dict[str, float]) -> None:
@@ -52,12 +54,12 @@ def test_the_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ["waiting", "0/7", "-", "-", "-", "-", "-"],
     ]
     broken, mistyped = err.splitlines()
-    assert broken.startswith("left out: ") and "broken/config.json" in broken
-    assert mistyped.startswith("left out: ") and "stepz" in mistyped
+    assert "broken/config.json" in broken
+    assert "stepz" in mistyped
 
 
 def test_the_picture(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = tmp_path / "curves.png"
     assert main(["runs", str(folder), "--plot", str(picture)]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert f"first, sweep/deep/second: {picture}" in capsys.readouterr().err
+    assert re.search(naming("first", "sweep/deep/second", picture), capsys.readouterr().err)

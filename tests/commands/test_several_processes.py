@@ -2,6 +2,7 @@
 
 import collections
 import os
+import re
 import shutil
 import signal
 import time
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from gemma_jax.training.metrics import read_metrics
+from tests.messages import naming
 from tests.commands.processes import STEPS, Job, Runs, last_arrays, losses
 
 pytestmark = pytest.mark.slow
@@ -80,7 +82,7 @@ def test_processes_train_as_one_does_and_read_their_own_rows(
         np.testing.assert_array_equal(own, one[:, index * part : (index + 1) * part])
     # The first one alone writes the log.
     first, *others = (path.read_text() for path in job.said_in)
-    assert f"step {STEPS}/{STEPS}" in first and "done: " in first
+    assert f"step {STEPS}/{STEPS}" in first and "done" in first
     assert not any("step " in said or "done" in said for said in others)
 
 
@@ -109,7 +111,7 @@ def test_a_run_preempted_on_changing_meshes_ends_as_if_undisturbed(
             time.sleep(0.05)
         job.processes[told].send_signal(signal.SIGTERM)
         assert job.ended(60) == [75] * count, job.said()
-        assert "which is saved" in job.said_in[0].read_text()
+        assert re.search(r"stopped.* step \d+", job.said_in[0].read_text())
         assert len(losses(runs, run)) < STEPS, f"leg {leg} was too fast: give the test more steps"
     assert_same_run(runs, run, undisturbed)
     # What the log says of the goodput goes on over all its processes.
@@ -129,7 +131,7 @@ def test_processes_go_back_after_a_spike_as_one_does(runs: Runs, jobs: list[Job]
         job = Job(runs, f"jumpy-{count}", count, *jumpy)
         jobs.append(job)
         assert job.ended(180) == [0] * count, job.said()
-        assert "the run goes back to step" in job.said_in[0].read_text()
+        assert re.search(r"spike.* step \d+.* step \d+", job.said_in[0].read_text())
         found.append(losses(runs, f"jumpy-{count}"))
     assert [step for step, _ in found[0]] == [step for step, _ in found[1]] == list(range(1, 31))
     for (_, one), (_, two) in zip(*found, strict=True):
@@ -153,7 +155,7 @@ def test_a_process_that_is_killed_ends_the_others(
     # Either a computation failed first, or jax noticed the silence and aborted.
     assert statuses[1 - gone] in (75, -signal.SIGABRT)
     said = job.said_in[1 - gone].read_text()
-    assert "another process of the job has ended" in said or "another task died" in said, said
+    assert "another" in said, said  # process, in our words, or task, in those of jax
 
 
 def test_a_process_that_fails_ends_the_others_and_says_why(
@@ -173,7 +175,7 @@ def test_a_process_that_fails_ends_the_others_and_says_why(
             os.truncate(path, 100)
     first, second = job.ended(60)
     said = job.said_in[1].read_text()
-    assert second == 2 and "ends, and the job with it: The cache" in said and "Traceback" not in said, said
+    assert second == 2 and re.search(naming("error: ", cache), said) and "Traceback" not in said, said
     assert first in (75, -signal.SIGABRT)
 
 

@@ -13,6 +13,7 @@ from gemma_jax.data import source as source_module
 from gemma_jax.data import text_source
 from gemma_jax.errors import UserError
 from gemma_jax.tokenizer import Tokenizer
+from tests.messages import naming
 
 GOOD = b'{"text": "good"}'
 KINDS = {
@@ -46,23 +47,23 @@ def write(folder: Path, kind: str, records: Sequence[bytes | None]) -> str:
 @pytest.mark.parametrize(
     ("kind", "record", "says"),
     [
-        ("txt", "naïve 数 ".encode() + b"\xff and more", "not UTF-8 text (invalid start byte at byte 11;"),
-        ("long.txt", "数".encode()[:-1] * 20, "not UTF-8 text"),
-        ("jsonl", b'{"text": "a"', "not valid JSON"),
-        ("jsonl", b"[1]", "a JSON list where a line with an object is expected"),
-        ("jsonl", b'{"txt": "a", "n": 1}', "no field 'text' (data.text_field); its fields are: txt, n"),
-        ("jsonl", b'{"text": null}', "field 'text' is not a string but NoneType"),
-        ("jsonl.gz", b'{"text": "\\ud800"}', "lone surrogate"),
-        ("jsonl", b'{"text": "\xff"}', "not UTF-8"),
-        ("jsonl", b"[" * 100_000, "not valid JSON"),
+        ("txt", "naïve 数 ".encode() + b"\xff and more", "UTF-8 byte 11"),
+        ("long.txt", "数".encode()[:-1] * 20, "UTF-8"),
+        ("jsonl", b'{"text": "a"', "JSON"),
+        ("jsonl", b"[1]", "list object"),
+        ("jsonl", b'{"txt": "a", "n": 1}', "'text' data.text_field txt n"),
+        ("jsonl", b'{"text": null}', "field 'text' NoneType"),
+        ("jsonl.gz", b'{"text": "\\ud800"}', "surrogate"),
+        ("jsonl", b'{"text": "\xff"}', "UTF-8"),
+        ("jsonl", b"[" * 100_000, "JSON"),
         ("jsonl.gz", '{"text": "a"}'.encode("utf-16-le"), "not"),
-        ("array_record", b"\xff\xfe", "not a tf.train.Example"),
-        ("array_record", b"", "not a tf.train.Example"),
-        ("array_record", example(body="x"), "no feature 'text'"),
-        ("array_record", example(text="#").replace(b"#", b"\xff"), "is not UTF-8"),
-        ("tokens", b"abc", "3 bytes are no whole number of uint16"),
-        ("parquet", None, "column 'text' is not a string but NoneType"),
-        ("parquet", b"caf\xe9", "column 'text' is not UTF-8"),
+        ("array_record", b"\xff\xfe", "tf.train.Example"),
+        ("array_record", b"", "tf.train.Example"),
+        ("array_record", example(body="x"), "feature 'text' data.text_field"),
+        ("array_record", example(text="#").replace(b"#", b"\xff"), "UTF-8"),
+        ("tokens", b"abc", "3 bytes uint16"),
+        ("parquet", None, "column 'text' NoneType"),
+        ("parquet", b"caf\xe9", "column 'text' UTF-8"),
     ],
 )
 def test_a_bad_record_is_named_or_skipped_and_counted(
@@ -78,9 +79,7 @@ def test_a_bad_record_is_named_or_skipped_and_counted(
         monkeypatch.setattr(text_source, "LONG_FILE_BYTES", 8)
     place, good = KINDS[kind]
     spec = write(tmp_path, kind, [good, good, good, record, good])
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=naming(place, *says.split(), "data.bad_records=skip")):
         build(open_default(spec), tokenizer, tmp_path)
-    for words in (place, says, "data.bad_records=skip"):
-        assert words in str(error.value)
     cache = build(open_default(spec, bad_records="skip"), tokenizer, tmp_path)
     assert (cache.size("train").documents, cache.skipped) == (4, 1)

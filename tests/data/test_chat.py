@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from gemma_jax.data.chat import encode_dialogue, turns
 from gemma_jax.errors import UserError
 from gemma_jax.tokenizer import Tokenizer
+from tests.messages import naming
 
 TEXTS = [
     f"user and model take turns, {n} of them\n\n\n\tand  more: naïve <b>bold</b>\n" * 4 for n in range(60)
@@ -63,7 +64,7 @@ def test_no_text_becomes_a_control_token(small: Tokenizer) -> None:
 
 def test_a_system_message_is_merged_only_when_asked_to_be() -> None:
     messages = [{"role": "system", "content": " Be brief. \n"}, *dialogue(" Why? ")]
-    with pytest.raises(UserError, match="system message.*merge it"):
+    with pytest.raises(UserError, match=naming("system", "merge")):
         turns(messages)
     assert turns(messages, merge_system=True) == [("user", "Be brief.\n\nWhy?")]
     assert turns([{"role": "system", "content": "  "}, *dialogue("Why?")], merge_system=True) == [
@@ -72,11 +73,11 @@ def test_a_system_message_is_merged_only_when_asked_to_be() -> None:
 
 
 @pytest.mark.parametrize(("messages", "problem"), [
-    ([{"role": "system", "content": "x"}], "no turn"),
-    ([*dialogue("a"), *dialogue("b")], "turn 2 .* of user, but must be of the model"),
-    ([{"role": ["user"], "content": "a"}], r"turn 1 .* of \['user'\]"),
-    ([{"role": "user", "content": [{"text": "a"}]}], "has no text"),
-    (["hello"], "message hello has no text"),
+    ([{"role": "system", "content": "x"}], naming("turn", "user")),
+    ([*dialogue("a"), *dialogue("b")], naming("turn 2", "user", "model")),
+    ([{"role": ["user"], "content": "a"}], naming("turn 1", "['user']")),
+    ([{"role": "user", "content": [{"text": "a"}]}], naming("{'text': 'a'}", "'content': TEXT")),
+    (["hello"], naming("hello", "'content': TEXT")),
 ])  # fmt: skip
 def test_what_is_no_dialogue_is_refused(messages: list[dict[str, str]], problem: str) -> None:
     with pytest.raises(UserError, match=problem):
@@ -84,5 +85,5 @@ def test_what_is_no_dialogue_is_refused(messages: list[dict[str, str]], problem:
 
 
 def test_the_model_does_not_answer_itself(small: Tokenizer) -> None:
-    with pytest.raises(UserError, match="ends with a turn of the model"):
+    with pytest.raises(UserError, match=naming("turn", "model", "user")):
         encode_dialogue(small, dialogue("a", "b"), answer=True)

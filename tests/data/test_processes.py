@@ -12,6 +12,7 @@ import pytest
 
 from gemma_jax.data.processes import in_processes
 from gemma_jax.errors import UserError
+from tests.messages import naming
 
 
 def wait_until_gone(pid: int) -> None:
@@ -41,7 +42,7 @@ def test_mistakes_come_back_as_they_were_and_ends_are_told(tmp_path: Path) -> No
     wait_until_gone(int(notes[0][0]))
     with (
         in_processes(functools.partial(leave_a_note, tmp_path), [1001], 1) as finished,
-        pytest.raises(RuntimeError, match="status 3 at number 1001"),
+        pytest.raises(RuntimeError, match=naming(3, 1001)),
     ):
         finished(1001)
 

@@ -24,7 +24,7 @@ def test_instructions_are_read() -> None:
     assert MODULE.source(splash) == (
         "/package/gemma_jax/model/layers.py:76 < /package/gemma_jax/model/transformer.py:67"
     )
-    with pytest.raises(ValueError, match="no ENTRY"):
+    with pytest.raises(ValueError, match="ENTRY"):
         parse("HloModule empty")
 
 

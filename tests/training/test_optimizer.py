@@ -15,6 +15,7 @@ from gemma_jax.training.objectives import pretraining
 from gemma_jax.training.optimizer import settings_of
 from gemma_jax.training.state import abstract_train_state, create_train_state
 from gemma_jax.training.step import make_train_step
+from tests.messages import naming
 
 FIRST = replace(CONFIG, {"optimizer.warmup_steps": 0})
 
@@ -88,5 +89,5 @@ def test_a_group_has_a_decay_of_its_own() -> None:
 
 def test_a_pattern_that_matches_nothing_is_told_with_the_names_there_are() -> None:
     config = grouped(ParameterGroup("embedding", weight_decay=0.0), ParameterGroup("embeding", 0.1))
-    with pytest.raises(UserError, match="is called 'embeding'.*blocks.attention.q, .*final_norm"):
+    with pytest.raises(UserError, match=naming("'embeding'", "blocks.attention.q", "final_norm")):
         abstract_train_state(pretraining(config, cpu_mesh(1)))

@@ -9,6 +9,7 @@ import pytest
 from gemma_jax.config import StabilityConfig
 from gemma_jax.errors import UserError
 from gemma_jax.training.stability import Gap, RollBack, Stability
+from tests.messages import naming
 
 CONFIG = StabilityConfig(spike_threshold=6.0, spike_window=32, spike_steps=3)
 
@@ -82,5 +83,5 @@ def test_where_a_run_goes_back_to() -> None:
 def test_too_many_spikes_end_the_run() -> None:
     stability = Stability(StabilityConfig(**{**vars(CONFIG), "max_rollbacks": 2}))
     stability.gaps = (Gap(10, 4), Gap(20, 4))
-    with pytest.raises(UserError, match="spiked again at step 103, after 2 spikes"):
+    with pytest.raises(UserError, match=naming("step 103", 2, "stability.max_rollbacks")):
         stability.roll_back(103, [100], 4)
