@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from tests.messages import naming
 from tests.commands.processes import STEPS, Arrays, Runs, assert_same_bits, ended, losses, wait_for
+from tests.messages import naming
 from tests.tiny_run import WORDS
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Sharding info not provided")]

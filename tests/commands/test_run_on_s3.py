@@ -70,7 +70,9 @@ def test_a_run_on_s3_is_trained_resumed_forked_sampled_replayed_and_deleted(
     (steps / "7.unfinished").write_text("")
     assert train("a", 8) == 0
     said = capsys.readouterr().err
-    assert re.search(naming("step 8", "params/manifest.ocdbt", "s3://bucket/runs/a/checkpoints/8.damaged"), said)
+    assert re.search(
+        naming("step 8", "params/manifest.ocdbt", "s3://bucket/runs/a/checkpoints/8.damaged"), said
+    )
     assert re.search(naming("resuming", "s3://bucket/runs/a", 6, 8), said)
     assert {path.name for path in steps.iterdir()} == {"6", "8", "8.damaged"}
     assert run_record(steps / "8").arrays == before.arrays  # which are the fingerprints too

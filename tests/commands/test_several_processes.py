@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from gemma_jax.training.metrics import read_metrics
-from tests.messages import naming
 from tests.commands.processes import STEPS, Job, Runs, last_arrays, losses
+from tests.messages import naming
 
 pytestmark = pytest.mark.slow
 

@@ -76,5 +76,7 @@ def test_array_records_in_a_bucket(
     files[1].write_bytes(b"")
     for name in ("a", "b"):
         source = open_default(f"gs://bucket/corpus/{name}.array_record")
-        with pytest.raises(UserError, match="^" + naming(f"gs://bucket/corpus/{name}.array_record", "ArrayRecord")):
+        with pytest.raises(
+            UserError, match="^" + naming(f"gs://bucket/corpus/{name}.array_record", "ArrayRecord")
+        ):
             list(source.read(source.shards[0], print))

@@ -96,7 +96,9 @@ def test_tfds_by_directory_and_by_name(tfds_folder: Path, monkeypatch: pytest.Mo
     with pytest.raises(UserError, match=naming("'body'", "data.text_field", "text")):
         open_default("tfds:little_corpus", text_field="body")
     monkeypatch.setattr(tfds.core.constants, "DATA_DIR", str(tfds_folder / "nothing"))
-    with pytest.raises(UserError, match=naming("tfds:little_corpus", "download_and_prepare")):
+    with pytest.raises(
+        UserError, match=naming("tfds:little_corpus", tfds_folder / "nothing", "array_record")
+    ):
         check_source("tfds:little_corpus")
 
 
