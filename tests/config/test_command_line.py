@@ -72,7 +72,7 @@ def test_every_field_can_be_set_and_help_has_its_meaning_and_default(
     for name, (annotation, default, meaning) in fields.items():
         assert len(meaning) >= 10 and meaning.endswith("."), f"{name} has no meaning: {meaning!r}"
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
-        assert f"{meaning} (default: {shown or 'empty'})" in entries[name]
+        assert re.search(naming(meaning, shown or "empty"), entries[name]), name
         words, value = another(annotation, default)
         assert parse(kind(), [f"--{name}", *words], "gemma test") == replace(kind(), {name: value}), name
 

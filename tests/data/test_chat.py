@@ -73,7 +73,7 @@ def test_a_system_message_is_merged_only_when_asked_to_be() -> None:
 
 
 @pytest.mark.parametrize(("messages", "problem"), [
-    ([{"role": "system", "content": "x"}], naming("turn", "user")),
+    ([{"role": "system", "content": "x"}], naming("no turn", "user")),
     ([*dialogue("a"), *dialogue("b")], naming("turn 2", "user", "model")),
     ([{"role": ["user"], "content": "a"}], naming("turn 1", "['user']")),
     ([{"role": "user", "content": [{"text": "a"}]}], naming("{'text': 'a'}", "'content': TEXT")),
@@ -85,5 +85,5 @@ def test_what_is_no_dialogue_is_refused(messages: list[dict[str, str]], problem:
 
 
 def test_the_model_does_not_answer_itself(small: Tokenizer) -> None:
-    with pytest.raises(UserError, match=naming("turn", "model", "user")):
+    with pytest.raises(UserError, match=naming("ends", "model", "user")):
         encode_dialogue(small, dialogue("a", "b"), answer=True)
