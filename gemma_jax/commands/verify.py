@@ -267,7 +267,7 @@ def _show_quantised(report: Report, found: "Checkpoint", other: "Checkpoint", co
         ["on one device", "bytes", f"perplexity of {compared.tokens:,} tokens"],
         [
             [config.quantization or found.quantization, f"{sizes[0]:,}", f"{compared.perplexity:.4f}"],
-            [f"original ({other.name})", f"{sizes[1]:,}", f"{compared.other_perplexity:.4f}"],
+            ["original", f"{sizes[1]:,}", f"{compared.other_perplexity:.4f}"],
         ],
     )
     report.line("likeliest", f"the same token at {compared.agreement:.2%} of the positions")

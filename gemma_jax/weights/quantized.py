@@ -23,7 +23,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from gemma_jax.errors import UserError
-from gemma_jax.sharding import Axes, partition_spec
+from gemma_jax.sharding import RULES, Axes, partition_spec
 from gemma_jax.weights.matmul import precision
 from gemma_jax.weights.table import Parameter
 from gemma_jax.weights.weight import Context, Dense, Kind, Weight, initial_values
@@ -93,12 +93,20 @@ class Quantized(Weight):
         outputs = math.prod(array.shape[self.parameter.inputs :])
         return array.reshape(-1, block, outputs).astype(jnp.float32)
 
-    def _channels(self) -> tuple[Any, Any]:
-        """Returns the logical axes of C and of O. An axis that the mesh does not split has none."""
+    def _axes(self, blocks: int, size: int) -> tuple[Any, Any, Any]:
+        """Returns the logical axes of G, K and O; None for a dimension that the mesh does not split.
+
+        The mesh splits C between the blocks, or within each where it does not divide their number.
+        """
         about = self.parameter
         spec = partition_spec(about.axes, about.shape, self.mesh, about.name)
-        names = [axis if entry else None for axis, entry in zip(about.axes, spec, strict=True)]
-        return names[0], names[about.inputs]
+        inward, outward = (about.axes[axis] if spec[axis] else None for axis in (0, about.inputs))
+        if inward is None:
+            return None, None, outward
+        parts = math.prod(self.mesh.shape[axis] for axis in RULES[inward])
+        if blocks % parts == 0:
+            return inward, None, outward
+        return None, inward if size % parts == 0 else None, outward
 
     def dense(self, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
         """See `Weight.dense`; float32 if no dtype is given."""
@@ -184,10 +192,8 @@ class Integer(Quantized):
         """See `Quantized.array_axes`."""
         if not self.parameter.inputs:
             return {"codes": self.parameter.axes, "scale": (self.parameter.axes[0], None)}
-        inward, outward = self._channels()
-        if self.blocks == 1:
-            return {"codes": (None, inward, outward), "scale": (None, outward)}
-        return {"codes": (inward, None, outward), "scale": (inward, outward)}
+        blocks, size, outputs = self._axes(self.blocks, self.block)
+        return {"codes": (blocks, size, outputs), "scale": (blocks, outputs)}
 
     def unscaled(self, dtype: jax.typing.DTypeLike) -> jax.Array:
         """See `Quantized.unscaled`."""
@@ -258,14 +264,14 @@ class NF4(Quantized):
 
     def array_axes(self) -> dict[str, Axes]:
         """See `Quantized.array_axes`."""
-        inward, outward = self._channels()
+        blocks, size, outputs = self._axes(self.blocks, NF4_BLOCK)
         return {
-            "codes": (inward, None, outward),
-            "absmax": (inward, outward),
+            "codes": (blocks, size, outputs),
+            "absmax": (blocks, outputs),
             "nested": (None,),
             "offset": (),
-            "rows": (outward,),
-            "columns": (inward,),
+            "rows": (outputs,),
+            "columns": (blocks,),
         }
 
     def unscaled(self, dtype: jax.typing.DTypeLike) -> jax.Array:
