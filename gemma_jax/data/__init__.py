@@ -1,5 +1,5 @@
-"""From named corpora to batches: documents, their token cache, packed rows, and the loader that reads them.
+"""Turns named corpora into batches: documents, their token cache, packed rows, and the loader of the rows.
 
-`loader.prepare` is the front door. Reading documents and packing need numpy alone; Grain, TFDS, ArrayRecord
-and zstandard are imported where they are first needed.
+`loader.prepare` is the entry point. Reading documents and packing need numpy alone; Grain, TFDS, ArrayRecord
+and zstandard are imported only where they are first needed.
 """

@@ -1,15 +1,19 @@
-"""One shard of a token cache: its files, and whether they are whole.
+"""One shard of a token cache: its files, and the checks that they are complete and intact.
 
-A cache is kept under CACHE_DIR/tokens/KEY, where KEY is a hash of everything that decides its contents. For
-each shard NNNNN of the corpus and each split, `NNNNN.SPLIT.ids` holds the token ids of its examples one after
-the other (little-endian uint16, or uint32 for vocabularies over 65,536), those of a document followed by eos,
-and `NNNNN.SPLIT.lengths.npy` their lengths (int64). Of a source with loss weights, `NNNNN.SPLIT.weights`
-holds the weight of each id, one byte, in hundredths. `NNNNN.json`, written last, holds the sizes, a digest of
-each file's examples, a CRC-32 of each file, and a digest of this metadata: a shard without it, or whose files
-have other sizes, is written again. The CRCs are compared when rows are made of it. All writers write the same
-bytes, so that any number of processes may fill one cache at once.
+A cache is kept under CACHE_DIR/tokens/KEY, where KEY is a hash of everything that decides its contents. Each
+shard NNNNN of the corpus has these files for each split:
 
-The ids are flat files rather than records because packing wants any piece of any document as one slice.
+- `NNNNN.SPLIT.ids`: the token ids of its examples, concatenated (little-endian uint16, or uint32 for
+  vocabularies over 65,536). The ids of a document are followed by eos.
+- `NNNNN.SPLIT.lengths.npy`: the lengths of the examples in tokens (int64).
+- `NNNNN.SPLIT.weights`, if the source has loss weights: the weight of each id, one byte, in hundredths.
+
+`NNNNN.json` is written last. It holds the sizes, a digest of each corpus file's examples, a CRC-32 of each
+cache file, and a digest of this metadata. A shard that has no such file, or files of other sizes, is written
+again. The CRCs are compared when rows are built from the shard. All writers write the same bytes, so any
+number of processes may fill one cache at once.
+
+The ids are flat files rather than records because packing needs any piece of any document as one slice.
 """
 
 import dataclasses
@@ -24,12 +28,12 @@ from numpy.typing import NDArray
 from gemma_jax.data.source import SPLITS, Split, hash_of
 from gemma_jax.data.storage import ArrayFile, cache_error
 
-_CHECKED_TOKENS = 2**24  # at a time
+_CHECKED_TOKENS = 2**24  # tokens read at once when a shard's CRCs are compared
 
 
 @dataclasses.dataclass(frozen=True)
 class SplitSize:
-    """How much a split holds. `tokens` counts one eos a document; `num_bytes` is its text in UTF-8."""
+    """How much a split holds. `tokens` includes one eos per document; `num_bytes` is its text in UTF-8."""
 
     documents: int = 0
     tokens: int = 0
@@ -43,7 +47,7 @@ class SplitSize:
 
 @dataclasses.dataclass(frozen=True)
 class CachedShard:
-    """One shard of a cache, checked to be whole."""
+    """One shard of a cache. `open_shard` returns one only if its files are complete."""
 
     directory: epath.Path
     number: int
@@ -51,29 +55,29 @@ class CachedShard:
     sizes: dict[Split, SplitSize] = dataclasses.field(default_factory=dict, hash=False)
     skipped: int = 0
     digests: tuple[str, ...] = dataclasses.field(default=(), hash=False)
-    """Of the documents of each of its files, in order."""
+    """For each corpus file in the shard, in order, a digest of its documents."""
     weighted: bool = False
     checksums: dict[Split, list[int]] = dataclasses.field(default_factory=dict, hash=False)
-    """CRC-32 of the ids, the weights and the lengths of each split."""
+    """For each split, the CRC-32 of its ids, of its weights and of its lengths."""
 
     def path(self, split: Split, ending: str) -> epath.Path:
         return self.directory / f"{self.number:05d}.{split}.{ending}"
 
     def tokens(self, split: Split) -> ArrayFile:
-        """The ids of all documents one after the other, each followed by eos."""
+        """The token ids of all examples, concatenated; those of a document are followed by eos."""
         return ArrayFile(self.path(split, "ids"), self.dtype)
 
     def weights(self, split: Split) -> ArrayFile | None:
-        """For each id its weight in the loss, in hundredths, where the corpus has weights."""
+        """The loss weight of each id, in hundredths; None if the corpus has no weights."""
         return ArrayFile(self.path(split, "weights"), np.dtype("u1")) if self.weighted else None
 
     def lengths(self, split: Split) -> NDArray[np.int64]:
-        """int64 [documents]: tokens of each document, eos included."""
+        """int64 [documents]: the number of tokens of each document, eos included."""
         file = ArrayFile(self.path(split, "lengths.npy"))
         return file.read(0, len(file))
 
     def is_as_written(self, split: Split) -> bool:
-        """Whether the files of a split hold what was written. Reads all of them."""
+        """Whether the CRCs of a split's files match those recorded at writing. Reads the files."""
         size = self.sizes[split].tokens
         checksums = [0, 0, zlib.crc32(self.lengths(split).tobytes())]
         for i, file in enumerate((self.tokens(split), self.weights(split))):
@@ -85,7 +89,11 @@ class CachedShard:
 
 
 def open_shard(directory: epath.Path, number: int, dtype: np.dtype[Any]) -> CachedShard | None:
-    """A shard whose files have the sizes in its metadata, or None."""
+    """Returns the shard, or None if it is missing or its files do not have the sizes in its metadata.
+
+    Raises:
+      UserError: The files cannot be read.
+    """
     try:
         metadata = json.loads((directory / f"{number:05d}.json").read_text())
         if metadata.pop("digest") != hash_of(metadata):

@@ -1,11 +1,11 @@
-"""Dialogues as token ids: the turn format that Gemma's instruction-tuned models were trained with.
+"""Encodes dialogues as token ids, in the turn format that Gemma's instruction-tuned models were trained on.
 
     <bos><start_of_turn>user
     TEXT<end_of_turn>
     <start_of_turn>model
     TEXT<end_of_turn>
 
-A dialogue is a list of messages `{"role": ..., "content": ...}`, as most data sets and servers write it.
+A dialogue is a list of messages `{"role": ..., "content": ...}`, as in most data sets and servers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from gemma_jax.errors import UserError
 from gemma_jax.tokenizer import Tokenizer
 
-# What other formats call the two that speak here.
+# Maps the role names of this and other formats to the two roles of Gemma's format.
 ROLES = {"user": "user", "model": "model", "assistant": "model"}
 SYSTEM = "system"
 
@@ -21,16 +21,16 @@ Message = Mapping[str, str]
 
 
 def turns(messages: Sequence[Message], *, merge_system: bool = False) -> list[tuple[str, str]]:
-    """The turns of a dialogue: role, `user` or `model`, and text without white space around it.
+    """Returns the turns of a dialogue as pairs of role (`user` or `model`) and stripped text.
 
     Args:
-      messages: user first, then in turn.
-      merge_system: put a system message in front of the first user turn, an empty line between them; the
-        format has no place of its own for one.
+      messages: The messages; the user's comes first, then the roles alternate.
+      merge_system: Whether to prepend a system message, with an empty line, to the first user turn; the
+        format has no turn for it.
 
     Raises:
-      UserError: no message, one without a text, an unknown role, roles out of turn, or a system message that
-        is not to be merged.
+      UserError: There is no message, a message has no text or an unknown role, the roles do not alternate, or
+        there is a system message and `merge_system` is false.
     """
     for message in messages:
         if not isinstance(message, Mapping) or not isinstance(message.get("content"), str):
@@ -64,16 +64,16 @@ def turns(messages: Sequence[Message], *, merge_system: bool = False) -> list[tu
 def encode_dialogue(
     tokenizer: Tokenizer, messages: Sequence[Message], *, answer: bool, merge_system: bool = False
 ) -> list[int]:
-    """Token ids of a dialogue, from `<bos>` on. Nothing in the texts becomes a control token.
+    """Returns the token ids of a dialogue, `<bos>` included. No text in a message becomes a control token.
 
     Args:
-      tokenizer: of the model.
-      messages: as for `turns`.
-      answer: open a turn of the model at the end, for it to fill.
-      merge_system: as for `turns`.
+      tokenizer: The tokenizer of the model.
+      messages: The messages, as for `turns`.
+      answer: Whether to open a model turn at the end, which the model then completes.
+      merge_system: As for `turns`.
 
     Raises:
-      UserError: as `turns`; or an answer is wanted where the last turn is the model's own.
+      UserError: As for `turns`; or `answer` is true but the last turn is already the model's.
     """
     start, end = tokenizer.start_of_turn_id, tokenizer.end_of_turn_id
     spoken = turns(messages, merge_system=merge_system)

@@ -1,4 +1,4 @@
-"""Named corpora: from what a user writes in data.sources to a `Source` of documents."""
+"""Opens corpora by name: turns an entry of data.sources into a `Source` of documents."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ _SAMPLED_SHARDS = 32
 
 
 def open_sources(data: DataConfig) -> list[Source]:
-    """Opens the corpora of a config. Raises UserError as `open_source` does."""
+    """Opens the corpora that a config names. Raises UserError as `open_source` does."""
     return [
         open_source(spec, text_field=data.text_field, bad_records=data.bad_records) for spec in data.sources
     ]
@@ -33,13 +33,13 @@ def open_source(spec: str, *, text_field: str, bad_records: str) -> Source:
     """Opens a corpus without reading its documents.
 
     Args:
-      spec: `python-stdlib`; `tfds:NAME[/config][:version]`; a directory that TFDS prepared;
-        `tokens:uint16:PATH` or `tokens:uint32:PATH`, ArrayRecord files whose records are one document's
-        token ids each, as raw little-endian integers; or the path or glob (`**` too), local or in a bucket,
-        of JSON lines (.jsonl, .ndjson, .json), of .parquet files, of .array_record files of text, or of text
-        files, one document each. JSON lines and text may be compressed (.gz, .bz2, .zst).
+      spec: One of: `python-stdlib`; `tfds:NAME[/config][:version]`; a directory that TFDS prepared;
+        `tokens:uint16:PATH` or `tokens:uint32:PATH`, ArrayRecord files in which each record holds the token
+        ids of one document as raw little-endian integers; or the path or glob (`**` included), local or in a
+        bucket, of JSON lines (.jsonl, .ndjson, .json), of .parquet files, of .array_record files of text, or
+        of text files with one document each. JSON lines and text may be compressed (.gz, .bz2, .zst).
       text_field: The field or column that holds the text.
-      bad_records: "error" or "skip": what a record without readable text leads to.
+      bad_records: What happens at a record without readable text: "error" raises, "skip" leaves it out.
 
     Raises:
       UserError: The corpus is unknown, or nothing matches it.
@@ -60,7 +60,7 @@ def open_source(spec: str, *, text_field: str, bad_records: str) -> Source:
 
 
 def check_source(spec: str) -> None:
-    """Raises UserError if a corpus is unknown or nothing matches it. Lists names, reads no documents."""
+    """Raises UserError if a corpus is unknown or no file matches it. Lists file names; reads no documents."""
     if spec.startswith("tfds:"):
         find_builder(spec)
     elif spec != "python-stdlib" and not _is_tfds_directory(spec):
@@ -70,11 +70,11 @@ def check_source(spec: str) -> None:
 def sample_texts(sources: Sequence[Source], megabytes: float, held_out: float) -> Iterator[str]:
     """Yields about `megabytes` * 10**6 bytes of text spread evenly over the corpora, to train a tokenizer on.
 
-    Deterministic: evenly spaced shards of every corpus, and in each the blocks of documents whose hash is
-    below a threshold. Nothing is yielded of held-out documents.
+    The choice is deterministic: it takes evenly spaced shards of every corpus and, in each, the text blocks
+    whose hash is below a threshold. Held-out documents are left out, unless nothing else is found.
 
     Raises:
-      UserError: The corpora hold token ids only.
+      UserError: The corpora have no text.
     """
     total = sum(shard.size for source in sources for shard in source.shards)
     found = False
@@ -85,7 +85,7 @@ def sample_texts(sources: Sequence[Source], megabytes: float, held_out: float) -
         share = megabytes * 1e6 * size / max(total, 1)
         fraction = share / max(sum(shard.size for shard in chosen), 1)
         for shard in chosen:
-            # Compressed shards hold more than their size says: stop at the share that was meant.
+            # A compressed shard holds more text than its size in bytes, so stop at the intended share.
             left = fraction * shard.size
             for document in source.read(shard, lambda reason: None):
                 if left <= 0:
@@ -98,7 +98,9 @@ def sample_texts(sources: Sequence[Source], megabytes: float, held_out: float) -
                         found = True
                         left -= sampled.num_bytes
                         yield block
-    if not found and held_out:  # too few documents: pieces are held out, which only the tokenizer decides
+    # With too few documents, all of them may be on the held-out side. Pieces of them are then held out
+    # instead, and which ones is known only after tokenizing, so sample from all documents.
+    if not found and held_out:
         yield from sample_texts(sources, megabytes, 0.0)
     elif not found:
         names = ", ".join(source.name for source in sources)
@@ -106,7 +108,8 @@ def sample_texts(sources: Sequence[Source], megabytes: float, held_out: float) -
 
 
 def _rehash(text: Text) -> Text:
-    # A document shorter than a block has the hash that the held-out split looked at already.
+    # A document that is one block has the same hash as the block, and that hash already decided its split, so
+    # sampling uses another hash.
     return Text(f"sample {text.digest.hex()}")
 
 

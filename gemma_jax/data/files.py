@@ -1,4 +1,4 @@
-"""The files of a corpus, local or in a bucket: which ones a path or glob names, and reading them."""
+"""Finds and reads the files of a corpus, local or in a bucket."""
 
 import contextlib
 import difflib
@@ -18,20 +18,20 @@ from gemma_jax.errors import UserError
 from gemma_jax.paths import user_path
 
 KINDS = "text, .jsonl, .ndjson and .json files (also .gz, .bz2, .zst), .parquet and .array_record files"
-"""What is read, for messages."""
+"""The kinds of files that can be read, for use in messages."""
 
 GLOB_CHARACTERS = re.compile(r"[*?\[]")
 _CODECS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 
 
 def matching_files(spec: str, pattern: str) -> list[str]:
-    """The files that a path or glob (`**` too) names, in sorted order.
+    """Returns the files that a path or glob (`**` included) matches, sorted.
 
-    A file that several symbolic links lead to counts once, so a link to a parent folder adds nothing. As in a
-    shell, a glob matches no hidden names, and folders that it matches are left out.
+    A file that can be reached through several symbolic links is returned once, so a link to a parent folder
+    adds nothing. As in a shell, a glob matches no hidden names. Folders that it matches are left out.
 
     Raises:
-      UserError: Nothing matches, or a file or folder that belongs to the glob cannot be read.
+      UserError: Nothing matches, or a file or folder that the glob covers cannot be read.
     """
     if "://" in pattern:
         return _matching_bucket_files(spec, pattern)
@@ -58,9 +58,9 @@ def matching_files(spec: str, pattern: str) -> list[str]:
 
 
 def _regular_files(pattern: str) -> list[str]:
-    """Absolute names of the files that a glob matches; of several names for one file the first.
+    """Returns the absolute paths of the files that a glob matches, one path (the first) for each file.
 
-    Raises OSError for what can be read as neither file nor folder.
+    Raises OSError for a match that cannot be read or is neither a file nor a folder.
     """
     top, parts = _split_glob(pattern)
     real_folder = functools.cache(os.path.realpath)
@@ -77,14 +77,17 @@ def _regular_files(pattern: str) -> list[str]:
 
 
 def _split_glob(pattern: str) -> tuple[str, list[str]]:
-    """The folder that holds all that a glob matches, and the rest of the glob."""
+    """Splits a glob into the folder that holds all its matches and the remaining parts of the pattern."""
     parts = pattern.split("/")
     first = next((i for i, part in enumerate(parts) if GLOB_CHARACTERS.search(part)), len(parts) - 1)
     return "/".join([*parts[:first], ""]), parts[first:]
 
 
 def _expand(folder: str, parts: Sequence[str]) -> Iterator[str]:
-    """What the parts of a glob match below a folder. Raises OSError where Python's own glob finds nothing."""
+    """Yields the paths below a folder that the parts of a glob match.
+
+    Raises OSError for a folder that cannot be listed, which Python's own glob silently skips.
+    """
     first, *rest = parts
     if first == "**":
         for each in _folders_below(folder):
@@ -101,7 +104,7 @@ def _expand(folder: str, parts: Sequence[str]) -> Iterator[str]:
 
 
 def _folders_below(top: str) -> Iterator[str]:
-    """A folder and all below it, each once, whatever links lead to it."""
+    """Yields a folder and all folders below it, each once even if several links lead to it."""
 
     def fail(error: OSError) -> None:
         raise error
@@ -127,7 +130,7 @@ def _matching_bucket_files(spec: str, pattern: str) -> list[str]:
 
 
 def _suggestion(pattern: str) -> str:
-    """Names the known corpus or the neighbouring file whose name is nearest, if one is near."""
+    """Suggests the known corpus or the file in the same folder with the most similar name, if any."""
     parent, name = os.path.split(pattern)
     near = difflib.get_close_matches(pattern, ["python-stdlib"], 1)
     if not near and os.path.isdir(parent or "."):
@@ -137,7 +140,7 @@ def _suggestion(pattern: str) -> str:
 
 
 def size_and_time(file: str) -> tuple[int, int]:
-    """Bytes in a local or bucket file, and when it was changed last."""
+    """The size of a local or bucket file in bytes, and the time when it was last modified."""
     if "://" in file:
         remote = epath.Path(file).stat()
         return remote.length, int(remote.mtime)
@@ -151,10 +154,10 @@ def is_compressed(file: str) -> bool:
 
 @contextlib.contextmanager
 def reading(file: str) -> Iterator[BinaryIO]:
-    """Opens a file, decompressed if its name ends in .gz, .bz2 or .zst.
+    """Opens a file for reading, and decompresses it if its name ends in .gz, .bz2 or .zst.
 
     Raises:
-      UserError: It cannot be read, or is not whole; also while the block reads it.
+      UserError: The file cannot be read or is incomplete, when it is opened or while the block reads it.
     """
     try:
         with epath.Path(file).open("rb") as stream:
@@ -168,7 +171,7 @@ def unreadable(file: str, error: OSError) -> UserError:
 
 
 def _decompressed(file: str, stream: BinaryIO) -> BinaryIO:
-    # Not by Python's modules: there is none for zstd, and gzip takes an empty file for a whole one.
+    # Python's own modules are not used: there is none for zstd, and gzip accepts an empty file as complete.
     import pyarrow
 
     if not stream.read(1):

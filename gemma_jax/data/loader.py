@@ -1,4 +1,4 @@
-"""Batches of packed rows by number: one integer, the rows consumed so far, is the whole data position."""
+"""Loads batches of packed rows. The data position is one integer: how many rows were consumed so far."""
 
 import bisect
 import collections
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from gemma_jax.tokenizer import Tokenizer
 
 LocalRows = Sequence[int] | None
-"""Which rows of a global batch are wanted: the numbers that one host feeds, or all."""
+"""Which rows of a global batch to load: the indices that one host feeds, or None for all."""
 
 _BATCHES_AHEAD = 4
 
@@ -33,25 +33,26 @@ _BATCHES_AHEAD = 4
 class Loader:
     """An endless stream of training rows, in which row i is a function of the seed and i alone.
 
-    Without weights, an epoch is every row of every source once, in an order that the seed and the epoch
-    decide. With weights, each source has epochs and orders of its own, and rows are taken from the sources in
-    fixed turns: any stretch of the stream has them in proportion to the weights, within a row each. The
-    proportions are kept to 1% (Grain rounds weights so that the smallest is 100).
+    Without weights, an epoch is every row of every source once, in an order that depends on the seed and the
+    epoch. With weights, each source has its own epochs and order, and the sources are interleaved in a fixed
+    pattern: in any stretch of the stream, the number of rows from each source is proportional to its weight,
+    to within one row. The proportions are accurate to 1% (Grain rounds weights so that the smallest is 100).
 
-    Grain's `MapDataset` computes the order; `shuffle` is a keyed permutation of row numbers (four rounds of
-    `index_shuffle`), keyed anew each epoch, so that nothing is stored and any row is found directly.
+    Grain's `MapDataset` computes the order. Its `shuffle` is a keyed permutation of row indices (four rounds
+    of `index_shuffle`) with a new key each epoch, so no order is stored and any row can be found directly.
     """
 
     def __init__(self, rows: "Rows", weights: Sequence[float], seed: int):
-        """Takes one weight for each source, or none."""
+        """Creates the stream from one weight for each source, or no weights."""
         import grain
 
         self._rows = rows
         self.num_rows = len(rows)
-        """Rows of an epoch of all sources."""
+        """The number of rows of all sources together."""
 
         def shuffled(number: int, length: int) -> grain.MapDataset:
-            # A hash of the seed: Grain adds the epoch to it, and must not meet the next seed's epochs there.
+            # The key is a hash of the seed. Grain adds the epoch to it; with the seed itself, the second
+            # epoch would have the order of the next seed's first epoch.
             key = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
             return grain.MapDataset.range(length).shuffle(seed=key).repeat()
 
@@ -65,7 +66,7 @@ class Loader:
             self._order = shuffled(0, self.num_rows)
 
     def batch(self, start_row: int, batch_size: int, local_rows: LocalRows = None) -> Batch:
-        """Rows `start_row` to `start_row + batch_size` of the stream, or those that `local_rows` names.
+        """Returns rows `start_row` to `start_row + batch_size` of the stream, or `local_rows` of these.
 
         Raises:
           UserError: The cache was damaged or deleted.
@@ -74,11 +75,11 @@ class Loader:
         return self._rows.read([self._order[start_row + row] for row in wanted])
 
     def iterate(self, start_row: int, batch_size: int, local_rows: LocalRows = None) -> "BatchIterator":
-        """Endless batches from `start_row` on, read ahead on a background thread."""
+        """Returns an endless iterator of batches from `start_row` on, read ahead on a background thread."""
         return BatchIterator(lambda row: self.batch(row, batch_size, local_rows), start_row, batch_size)
 
     def origin(self, row: int) -> list[Origin]:
-        """Where each segment of a row of the stream comes from, in order. Takes seconds."""
+        """Returns where each segment of a row of the stream comes from, in order. Takes seconds."""
         return self._rows.origin(self._order[row])
 
 
@@ -92,7 +93,7 @@ class HeldOut:
     def batches(
         self, batch_size: int, max_rows: int | None = None, local_rows: LocalRows = None
     ) -> Iterator[Batch]:
-        """Each row once, or `max_rows` of them evenly spread; the last batch is filled up with empty rows."""
+        """Yields each row once, or `max_rows` evenly spaced rows. Empty rows fill up the last batch."""
         count = self.num_rows if max_rows is None else min(max_rows, self.num_rows)
         chosen: list[int | None] = [number * self.num_rows // count for number in range(count)]
         chosen += [None] * (-count % batch_size)
@@ -102,11 +103,11 @@ class HeldOut:
 
 
 class BatchIterator(Iterator[Batch]):
-    """Batches that a background thread reads ahead; close it, or use it in a `with`.
+    """Iterates over batches that a background thread reads ahead. Close it, or use it in a `with` statement.
 
-    `next_row` is the data position: the first row that no batch handed out so far has held. `wait_seconds` is
-    the time that the consumer has spent waiting for batches. An error of the reading thread is raised by
-    `next`, in its place in the stream.
+    `next_row` is the data position: the first row of the next batch that `next` returns. `wait_seconds` is
+    the time that the consumer has spent waiting for batches. If the background thread fails to read a batch,
+    `next` raises that error when it reaches the batch.
     """
 
     def __init__(self, read: Callable[[int], Batch], start_row: int, batch_size: int):
@@ -131,7 +132,7 @@ class BatchIterator(Iterator[Batch]):
         return batch
 
     def close(self) -> None:
-        """Ends the background thread; batches read ahead are dropped, and `next_row` stays."""
+        """Ends the background thread. Batches read ahead are dropped; `next_row` does not change."""
         self._ahead.clear()
         self._thread.shutdown(cancel_futures=True)
 
@@ -149,7 +150,7 @@ class BatchIterator(Iterator[Batch]):
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """The corpora of a config, ready to be trained on."""
+    """The corpora of a config, tokenised, packed and opened for training."""
 
     train: Loader
     held_out: HeldOut
@@ -166,14 +167,16 @@ def prepare(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Dataset:
-    """Tokenises and packs what the cache does not hold yet, and opens it.
+    """Tokenises and packs the parts of the corpora that the cache does not hold yet, and opens the result.
 
     Args:
-      data: The corpora and the shape of rows. `batch_size` plays no part here.
+      data: The corpora and the shape of rows. `batch_size` is not used here.
+      tokenizer: Makes token ids of text.
       seed: Decides the order of training rows; at least 0.
-      progress: Called for each shard with the bytes of all corpora, and its own bytes and tokens.
-      sources: Sources of examples, in the place of those that data.sources names.
-      process_index, process_count: Several processes that share a cache directory divide the work.
+      progress: Called after each shard with the bytes of all corpora, the shard's bytes and its tokens.
+      sources: Sources of examples to use instead of those that data.sources names.
+      process_index, process_count: The index of this process and the number of processes that share the
+        cache directory and divide the work.
 
     Raises:
       UserError: A corpus is unknown, empty or unreadable, or the cache cannot be written.
@@ -202,7 +205,7 @@ def prepare(
 
 
 class Rows:
-    """The rows of several corpora, numbered one corpus after the other."""
+    """The rows of several corpora, indexed consecutively: those of the first corpus come first."""
 
     def __init__(self, sources: Sequence[PackedRows], bos_id: int, pad_id: int):
         self.sources = sources
@@ -214,7 +217,7 @@ class Rows:
         return sum(map(len, self.sources))
 
     def read(self, rows: Sequence[int | None]) -> Batch:
-        """A batch of these rows; None is a row without a segment."""
+        """Returns a batch of these rows; None stands for an empty row."""
         batch = packing.empty_rows(len(rows), self.sources[0].sequence_length, self._pad_id)
         for slot, row in enumerate(rows):
             if row is not None:

@@ -1,10 +1,10 @@
-"""Packing documents into rows: which pieces of which documents make up each row, and what a row holds.
+"""Packs documents into rows: decides which pieces of documents make up each row, and fills the rows.
 
-A document of ids t1..tm and its eos are a body of m + 1 tokens, cut into pieces of at most L tokens. A piece
-body[a:b] becomes a segment of a row: its inputs are bos and body[a:b-1], its targets body[a:b], its positions
-0..b-a-1. So every token of every document and its eos is predicted exactly once, every segment starts with
-bos, and only the last piece of a document ends in eos, as its last target. With L = 8, a document `a b c`
-and a document `d e`:
+The ids t1..tm of a document and its eos form a body of m + 1 tokens, which is cut into pieces of at most L
+tokens. A piece body[a:b] becomes a segment of a row: its inputs are bos and body[a:b-1], its targets are
+body[a:b], and its positions are 0..b-a-1. So every token of every document, and its eos, is predicted exactly
+once, every segment starts with bos, and only the last piece of a document has eos as its last target. With
+L = 8, a document `a b c` and a document `d e` make this row:
 
     tokens         bos  a    b    c    bos  d    e    pad
     targets        a    b    c    eos  d    e    eos  pad
@@ -12,8 +12,9 @@ and a document `d e`:
     positions      0    1    2    3    0    1    2    0
     segment_ids    1    1    1    1    2    2    2    0
 
-Examples with loss weights are bodies as they are. A source may keep its examples in one piece, and groups of
-them as neighbours in one row. A row index is a pure function of the lengths. Pure functions over numpy.
+An example with loss weights is a body without an added eos. A source may require that its examples are not
+cut, and that groups of them are neighbours in one row. The functions here depend on numpy only and, apart
+from `fill_row`, are pure; a row index depends on the lengths alone.
 """
 
 import dataclasses
@@ -30,22 +31,23 @@ class Batch(NamedTuple):
     """Rows of packed segments, all arrays [B, L]."""
 
     tokens: NDArray[np.int32]
-    """What the model reads; pad in unused slots."""
+    """The inputs of the model; pad in unused slots."""
     targets: NDArray[np.int32]
-    """What it is to predict at each place; pad in unused slots."""
+    """The token to predict at each position; pad in unused slots."""
     loss_weights: NDArray[np.float32]
-    """How much the target counts in the loss; 1 in documents, 0 in unused slots."""
+    """The weight of each target in the loss; 1 in documents, 0 in unused slots."""
     positions: NDArray[np.int32]
-    """Places within the segment, from 0."""
+    """The position of each token within its segment, from 0; 0 in unused slots."""
     segment_ids: NDArray[np.int32]
-    """Segments of a row, numbered from 1; 0 in unused slots."""
+    """The segment of each token, numbered from 1 within the row; 0 in unused slots."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RowIndex:
-    """The pieces of row i are `pieces[starts[i]:starts[i + 1]]`.
+    """Says which pieces make up each row: those of row i are `pieces[starts[i]:starts[i + 1]]`.
 
-    pieces: PIECE [number of pieces], by row and in a row by offset. starts: int64 [number of rows + 1].
+    pieces: PIECE [number of pieces], sorted by row, and within a row by offset.
+    starts: int64 [number of rows + 1].
     """
 
     pieces: NDArray[Any]
@@ -55,19 +57,19 @@ class RowIndex:
         return len(self.starts) - 1
 
     def row(self, number: int) -> NDArray[Any]:
-        """PIECE [pieces of the row]."""
+        """Returns the pieces of a row: PIECE [pieces of the row]."""
         return self.pieces[self.starts[number] : self.starts[number + 1]]
 
 
 def cut_documents(document_lengths: NDArray[np.int64], sequence_length: int) -> NDArray[Any]:
-    """PIECE [number of pieces]: consecutive documents cut into pieces, in stream order.
+    """Cuts consecutive documents into pieces. Returns PIECE [number of pieces], in stream order.
 
-    document_lengths: int64 [documents], tokens of each body, at least 1 (eos counts).
+    document_lengths: int64 [documents], the tokens of each body, at least 1 because eos counts.
     """
     counts = -(-document_lengths // sequence_length)
     document_starts = np.cumsum(document_lengths) - document_lengths
     first_pieces = np.cumsum(counts) - counts
-    # The place of each piece within its document, in tokens.
+    # The offset of each piece within its document, in tokens.
     within = (np.arange(counts.sum()) - np.repeat(first_pieces, counts)) * sequence_length
     pieces = np.empty(len(within), PIECE)
     pieces["offset"] = np.repeat(document_starts, counts) + within
@@ -76,9 +78,10 @@ def cut_documents(document_lengths: NDArray[np.int64], sequence_length: int) -> 
 
 
 def keep_examples(example_lengths: NDArray[np.int64], sequence_length: int, group_size: int) -> NDArray[Any]:
-    """PIECE [examples]: one piece for each example; where a group does not fit into a row, of its front part.
+    """Makes one piece of each example, without cutting it into several. Returns PIECE [examples].
 
-    Each example of such a group is shortened to at most the same length, the row's share of one example.
+    Where a group does not fit into a row, each of its examples is truncated to sequence_length // group_size
+    tokens.
     """
     pieces = np.empty(len(example_lengths), PIECE)
     pieces["offset"] = np.cumsum(example_lengths) - example_lengths
@@ -89,15 +92,17 @@ def keep_examples(example_lengths: NDArray[np.int64], sequence_length: int, grou
 
 
 def best_fit_decreasing(lengths: NDArray[np.integer[Any]], capacity: int) -> NDArray[np.int64]:
-    """int64 [pieces]: the bin of each piece, by best-fit decreasing bin packing (Johnson, 1973).
+    """Returns the bin of each piece, int64 [pieces], by best-fit decreasing bin packing (Johnson, 1973).
 
-    From the longest piece to the shortest, each is put into the fullest bin that has room for it. Pieces
-    of one length and bins of one free space are alike, so each step moves all that it can at once: the number
-    of steps depends on the capacity (a few times 1 to capacity), not on the number of pieces.
+    From the longest piece to the shortest, each is put into the fullest bin that has room for it. Pieces of
+    equal length are interchangeable, and so are bins with equal free space, so each step places as many
+    pieces as it can at once. The number of steps therefore grows with the capacity (a few steps for each
+    length from 1 to capacity), not with the number of pieces.
     """
     order = np.argsort(-lengths, kind="stable")
     bins = np.empty(len(lengths), np.int64)
-    # free[space]: arrays of bins that have this much space left. Bit `space` of `spaces`: there are any.
+    # free[space] holds arrays of bins that have this much space left. Bit `space` of `spaces` is set if there
+    # are any such bins.
     free: dict[int, list[NDArray[np.int64]]] = {}
     spaces = 0
     opened = 0
@@ -133,10 +138,10 @@ def best_fit_decreasing(lengths: NDArray[np.integer[Any]], capacity: int) -> NDA
 
 
 def build_row_index(pieces: NDArray[Any], sequence_length: int, group_size: int = 1) -> RowIndex:
-    """Packs a shard's pieces (PIECE, in stream order) into rows; the same pieces make the same rows.
+    """Packs a shard's pieces (PIECE, in stream order) into rows. The result is deterministic.
 
-    `group_size` pieces that follow each other stay together. Rows are numbered by their first piece, so that
-    neighbouring rows come from neighbouring documents.
+    Each group of `group_size` consecutive pieces stays together in one row. Rows are ordered by their first
+    piece, so that neighbouring rows come from neighbouring documents.
     """
     bins = best_fit_decreasing(pieces["length"].reshape(-1, group_size).sum(axis=1), sequence_length)
     _, first_groups, bins = np.unique(bins, return_index=True, return_inverse=True)
@@ -148,7 +153,7 @@ def build_row_index(pieces: NDArray[Any], sequence_length: int, group_size: int 
 
 
 def empty_rows(number: int, sequence_length: int, pad_id: int) -> Batch:
-    """Rows without a segment: [number, L]."""
+    """Returns a batch of `number` rows without any segment; its arrays are [number, L]."""
     shape = (number, sequence_length)
     return Batch(
         np.full(shape, pad_id, np.int32),
@@ -166,7 +171,7 @@ def fill_row(
     bos_id: int,
     weights: list[NDArray[Any]] | None = None,
 ) -> None:
-    """Writes pieces of bodies into an empty row of a batch, one segment each; without weights all weigh 1."""
+    """Writes pieces of bodies into an empty row of a batch, one segment each. Without `weights` all are 1."""
     start = 0
     for segment, piece in enumerate(pieces, start=1):
         stop = start + len(piece)

@@ -1,4 +1,4 @@
-"""Corpora of Parquet files, local or in a bucket, a column of which holds the texts."""
+"""Reads corpora of Parquet files, local or in a bucket, with the texts in one column."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -17,14 +17,14 @@ _FOOTERS_AT_ONCE = 16
 class Parquet(Records):
     """Parquet files with a document in column `text_field` of each row.
 
-    A shard is some row groups of a file, `start` to `stop`. They are read as a stream, a megabyte at a time.
+    A shard is the row groups `start` to `stop` of a file. They are read as a stream, one megabyte at once.
     """
 
     def place(self, shard: Shard, number: int) -> str:
         return f"{shard.files[0]}, row {number}"
 
     def _cut(self, files: Sequence[tuple[str, int]]) -> list[Shard]:
-        with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as threads:  # in a bucket each takes a while
+        with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as threads:  # because reading one from a bucket is slow
             shards = threads.map(self._cut_file, (file for file, _ in files))
         return [shard for of_file in shards for shard in of_file]
 
@@ -36,7 +36,7 @@ class Parquet(Records):
         return [Shard((file,), sum(sizes[part]), part.start, part.stop) for part in grouped(sizes)]
 
     def _checked_column(self, file: str, parquet: Any) -> int:
-        """The number of the column of texts. Raises UserError if it is none."""
+        """Returns the index of the text column. Raises UserError if it is missing or holds no strings."""
         import pyarrow
 
         types = {field.name: field.type for field in parquet.schema_arrow}
@@ -72,7 +72,7 @@ class Parquet(Records):
 
 @contextlib.contextmanager
 def _opened(file: str) -> Iterator[Any]:
-    """A pyarrow ParquetFile. Raises UserError where it is damaged, also while the block reads it."""
+    """Opens a pyarrow ParquetFile. Raises UserError if it is damaged, also while the block reads it."""
     import pyarrow
     from pyarrow.parquet import ParquetFile
 

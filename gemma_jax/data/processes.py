@@ -1,7 +1,7 @@
-"""One function for many numbers, in several processes of this Python.
+"""Calls one function for many numbers, in several Python processes.
 
-Not multiprocessing: its processes run the user's own script again, and live on when their parent is killed.
-These end with their parent, once they have done what they are at.
+Python's multiprocessing is not used: its processes run the user's own script again, and keep running when
+their parent is killed. The processes here end after their parent, once they have finished the current call.
 """
 
 import contextlib
@@ -23,9 +23,10 @@ _SERVE = "from gemma_jax.data.processes import serve; serve()"
 def in_processes(
     function: Callable[[int], None], numbers: Sequence[int], processes: int
 ) -> Iterator[Callable[[int], None]]:
-    """Calls `function` for all numbers, in this order; what is yielded waits for the call of one of them.
+    """Starts the calls of `function` for all numbers, in this order, in `processes` processes.
 
-    It raises the UserError that the function raised there. Leaving the block ends the processes.
+    Yields a function that takes one of the numbers and waits until its call has finished. It raises the
+    UserError that this call raised, if any. Leaving the block ends the processes.
     """
     started = [_start(function) for _ in range(processes)]
     idle: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
@@ -56,7 +57,7 @@ def _start(function: Callable[[int], None]) -> subprocess.Popen[bytes]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        start_new_session=True,  # Ctrl-C is for the parent
+        start_new_session=True,  # so that Ctrl-C interrupts the parent only
     )
     assert process.stdin
     pickle.dump(function, process.stdin)
@@ -66,7 +67,7 @@ def _start(function: Callable[[int], None]) -> subprocess.Popen[bytes]:
 
 def _ask(process: subprocess.Popen[bytes], number: int) -> None:
     assert process.stdin and process.stdout
-    with contextlib.suppress(BrokenPipeError):  # reported below
+    with contextlib.suppress(BrokenPipeError):  # the missing answer is reported below
         process.stdin.write(b"%d\n" % number)
         process.stdin.flush()
     answer = process.stdout.readline()
@@ -77,9 +78,9 @@ def _ask(process: subprocess.Popen[bytes], number: int) -> None:
 
 
 def serve() -> None:
-    """What the processes run: the function for each number that their parent writes, until it is gone."""
+    """The main loop of a process: calls the function for each number that the parent writes, until it ends."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever else is printed is no answer
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # no other output may look like an answer
     function = pickle.load(sys.stdin.buffer)  # noqa: S301  # our own parent wrote it
     for line in sys.stdin.buffer:
         mistake = ""

@@ -1,4 +1,4 @@
-"""Corpora of records: ArrayRecord files of text or token ids, and TFDS datasets. Never imports TensorFlow."""
+"""Reads ArrayRecord files of text or token ids, and TFDS datasets. Never imports TensorFlow."""
 
 import contextlib
 import dataclasses
@@ -23,7 +23,7 @@ _RECORDS_AT_ONCE = 64
 
 
 class _ArrayRecords(Records):
-    """Records of ArrayRecord files. One in a bucket is a shard, and is copied to this machine to be read."""
+    """Records of ArrayRecord files. A file in a bucket is one shard, copied to this machine for reading."""
 
     def _cut(self, files: Sequence[tuple[str, int]]) -> list[Shard]:
         return [shard for file, size in files for shard in self._cut_file(file, size)]
@@ -51,7 +51,7 @@ class _ArrayRecords(Records):
             yield from self._records_on_disk(whole, copy)
 
     def _records_on_disk(self, shard: Shard, path: str) -> Iterator[tuple[int, Any]]:
-        """The records of a shard whose file can be read at `path`."""
+        """Yields the records of a shard, read from `path`: the shard's own file or a local copy of it."""
         for start in range(shard.start, shard.stop, _RECORDS_AT_ONCE):
             try:
                 with _opened(path) as reader:
@@ -67,10 +67,10 @@ class _ArrayRecords(Records):
 
 
 class TextRecords(_ArrayRecords):
-    """ArrayRecord files whose records are a document's UTF-8 text, or tf.train.Example protos as TFDS writes.
+    """ArrayRecord files of documents: UTF-8 texts, or tf.train.Example protos as TFDS writes them.
 
-    Which of the two a file holds is decided by its first record: it holds protos if that is one. A text can
-    only look like a proto if it starts with a newline and its next bytes spell its own nested lengths.
+    The first record of a file decides: if it parses as a proto, all records of the file are protos. A text
+    can be mistaken for a proto only if it starts with a newline and its next bytes match its nested lengths.
     """
 
     def _records_on_disk(self, shard: Shard, path: str) -> Iterator[tuple[int, Any]]:
@@ -86,10 +86,10 @@ class TextRecords(_ArrayRecords):
 
 
 class TokenRecords(_ArrayRecords):
-    """ArrayRecord files whose records are one document's token ids each: raw little-endian uint16 or uint32.
+    """ArrayRecord files in which each record holds one document's token ids, little-endian uint16 or uint32.
 
-    One bos in front and one eos behind are dropped, because packing adds its own; other control ids are an
-    error, for a document cannot hold them.
+    One leading bos and one trailing eos are dropped, because packing adds its own. Other control ids are an
+    error, because a document cannot hold them.
     """
 
     def __init__(self, name: str, files: Sequence[str], dtype: str, bad_records: str):
@@ -103,7 +103,10 @@ class TokenRecords(_ArrayRecords):
 
 
 def open_tfds(spec: str, text_field: str, bad_records: str) -> TextRecords:
-    """The train split of a TFDS dataset that was prepared in the ArrayRecord format."""
+    """Opens the train split of a TFDS dataset that was prepared in the ArrayRecord format.
+
+    Raises UserError if it was not, or has no train split or no feature `text_field`.
+    """
     info = find_builder(spec).info
     splits = dict(info.splits)
     if "train" not in splits:
@@ -123,7 +126,10 @@ def open_tfds(spec: str, text_field: str, bad_records: str) -> TextRecords:
 
 
 def find_builder(spec: str) -> "tfds.core.DatasetBuilder":
-    """The TFDS builder of `tfds:NAME` or of a directory. Raises UserError if its data is not prepared."""
+    """Returns the TFDS builder of `tfds:NAME` or of a directory.
+
+    Raises UserError if it is unknown or cannot be opened, or if its data is not prepared.
+    """
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
@@ -164,10 +170,11 @@ def _text_of_example(record: bytes, text_field: str, number: int) -> Text:
 
 
 def parse_example(record: bytes) -> dict[str, list[bytes]]:
-    """The features of a serialised tf.train.Example, as lists of byte strings (numbers become an empty list).
+    """Parses a serialised tf.train.Example. Returns its features as lists of byte strings.
 
-    Written against the format's definition (tensorflow/core/example/feature.proto): Example.features = 1,
-    Features.feature = 1, map entries key = 1 and value = 2, Feature.bytes_list = 1, BytesList.value = 1.
+    A feature of numbers becomes an empty list. The parser follows the format's definition
+    (tensorflow/core/example/feature.proto): Example.features = 1, Features.feature = 1, map entries key = 1
+    and value = 2, Feature.bytes_list = 1, BytesList.value = 1.
     Raises ValueError if the record is anything else.
     """
     features: dict[str, list[bytes]] = {}
@@ -186,7 +193,10 @@ def parse_example(record: bytes) -> dict[str, list[bytes]]:
 
 
 def _proto_fields(message: bytes) -> Iterator[tuple[int, bytes]]:
-    """Field numbers and contents of a proto message that holds length-delimited fields only."""
+    """Yields the field numbers and contents of a proto message that holds length-delimited fields only.
+
+    Raises ValueError for any other message.
+    """
     position = 0
     while position < len(message):
         tag, position = _varint(message, position)
@@ -219,7 +229,7 @@ def _first_is_example(file: str) -> bool:
 
 
 def _number_of_records(file: str, name: str = "") -> int:
-    """Of a file that is called `name` in messages."""
+    """Returns the number of records in a file, which error messages call `name`."""
     try:
         with _opened(file) as reader:
             return int(reader.num_records())

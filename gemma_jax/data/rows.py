@@ -1,11 +1,11 @@
-"""The packed rows of a cached corpus, read by number. Their index is kept beside the cache.
+"""Reads the packed rows of a cached corpus by index. The row indexes are stored beside the cache.
 
 For each shard and split, `NNNNN.SPLIT.rows-L.pieces.npy` and `NNNNN.SPLIT.rows-L.starts.npy` hold the
 `RowIndex` for rows of L tokens (`rows-L-whole` where examples are not cut), and
-`NNNNN.SPLIT.rows-L.checksums.npy` a CRC-32 of each row: of its pieces and of what they hold. So damage on the
-disk is found in the row that it is in, and no row need be read before its time. Rows never mix shards, so
-that an index needs one shard's lengths only. A corpus whose documents are too few to hold some of them out
-holds out pieces instead; both splits then read the same file of ids.
+`NNNNN.SPLIT.rows-L.checksums.npy` holds a CRC-32 of each row, over its pieces and their contents. So damage
+on the disk is detected when a damaged row is read, and no row need be checked in advance. A row never mixes
+shards, so that an index depends on one shard's lengths only. If a corpus has too few documents to hold some
+of them out, pieces of documents are held out instead; both splits then read the same file of ids.
 """
 
 import bisect
@@ -29,14 +29,15 @@ from gemma_jax.data.token_cache import TokenCache
 from gemma_jax.errors import UserError
 
 _OPEN_SHARDS = 64
-"""Shards whose files stay open, over all corpora: each has up to five files, and 1,024 are a common limit."""
+"""The most shards open at once, over all corpora. Each has up to five files; a common limit is 1,024."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
     """Where a segment's targets come from: tokens `start` to `stop` of a document's body (which ends in eos).
 
-    `place` names the document's file, line or record. `document` counts this split's documents in the shard.
+    `place` names the document's file, line or record. `document` is the document's index among those of the
+    split in the shard.
     """
 
     source: str
@@ -48,7 +49,7 @@ class Origin:
 
 
 class _OpenShard:
-    """The files of a shard's rows. The index is a `RowIndex` that is read by ranges."""
+    """The open files of a shard's rows. `pieces` and `starts` are a `RowIndex` on disk, read by ranges."""
 
     def __init__(self, shard: CachedShard, stored: Split, split: Split, index: str):
         self.tokens = shard.tokens(stored)
@@ -58,7 +59,7 @@ class _OpenShard:
         self.checksums = ArrayFile(shard.path(split, f"{index}.checksums.npy"))
 
     def row(self, number: int) -> NDArray[Any]:
-        """PIECE [pieces of the row]. OSError and ValueError as `ArrayFile.read` raises them."""
+        """Returns PIECE [pieces of the row]. Raises OSError and ValueError as `ArrayFile.read` does."""
         start, stop = self.starts.read(number, number + 2).tolist()
         return self.pieces.read(start, min(stop, len(self.pieces)))
 
@@ -66,7 +67,7 @@ class _OpenShard:
 def _read_row(
     tokens: ArrayFile, hundredths: ArrayFile | None, pieces: NDArray[Any]
 ) -> tuple[list[list[NDArray[Any]]], int]:
-    """The ids of each piece of a row and, where there are any, their weights; and the row's checksum."""
+    """Returns the ids and, if there are any, the weights of each piece of a row; and the row's CRC-32."""
     stops = pieces["offset"] + pieces["length"]
     spans = list(zip(pieces["offset"].tolist(), stops.tolist(), strict=True))
     files = [tokens] if hundredths is None else [tokens, hundredths]
@@ -81,13 +82,13 @@ _open_shard = functools.lru_cache(_OPEN_SHARDS)(_OpenShard)
 
 
 class PackedRows:
-    """The rows of one split of one corpus, numbered from 0 in the order of its shards."""
+    """The rows of one split of one corpus, indexed from 0 in the order of its shards."""
 
     def __init__(self, cache: TokenCache, split: Split, sequence_length: int):
-        """Packs the shards that have no index for this length yet.
+        """Opens the rows, and packs the shards that have no index for this length yet.
 
         Raises:
-          UserError: The cache cannot be read or written, or an example is refused for its length.
+          UserError: The cache cannot be read or written, or an example is refused because it is too long.
         """
         source = cache.source
         if source.group_size > 1 and source.long_examples == "cut":
@@ -104,7 +105,7 @@ class PackedRows:
         self._row_stops = list(itertools.accumulate(map(self._complete, range(len(self._shards)))))
         self.size = cache.size(self._stored)
         self.truncated = 0
-        """Examples of which only the front part is in a row."""
+        """The number of examples that are truncated in their row."""
         if cache.by_pieces or source.long_examples != "cut":
             self._measure()
 
@@ -113,12 +114,12 @@ class PackedRows:
 
     @property
     def utilisation(self) -> float:
-        """Share of all slots that hold a token; 1.0 if there are no rows."""
+        """The share of all slots that hold a token; 1.0 if there are no rows."""
         slots = len(self) * self.sequence_length
         return self.size.tokens / slots if slots else 1.0
 
     def read_into(self, batch: Batch, slot: int, row: int, bos_id: int) -> None:
-        """Writes row number `row` into an empty row of a batch.
+        """Reads row `row` and writes it into row `slot`, which is empty, of a batch.
 
         Raises:
           UserError: The cache was damaged or deleted after it was opened.
@@ -141,7 +142,10 @@ class PackedRows:
         packing.fill_row(batch, slot, bodies, bos_id, weights)
 
     def origin(self, row: int) -> list[Origin]:
-        """Where each segment of a row comes from, in order. Reads the shard's documents again: seconds."""
+        """Returns where each segment of a row comes from, in order.
+
+        This takes seconds, because it reads the shard's documents again.
+        """
         place, local_row = self._locate(row)
         shard = self._shards[place]
         lengths = shard.lengths(self._stored)
@@ -165,10 +169,10 @@ class PackedRows:
         return _open_shard(shard, self._stored, self.split, self._index)
 
     def _complete(self, place: int) -> int:
-        """Builds the index of a shard where it is missing or not whole, and returns its number of rows."""
+        """Builds the index of a shard if it is missing or incomplete, and returns its number of rows."""
         shard = self._shards[place]
         try:
-            with contextlib.suppress(FileNotFoundError, ValueError):  # not built yet, or not whole
+            with contextlib.suppress(FileNotFoundError, ValueError):  # not built yet, or incomplete
                 opened = self._open(shard)
                 end = opened.starts.read(len(opened.starts) - 1, len(opened.starts)).tolist()
                 kinds_fit = opened.pieces.dtype == packing.PIECE and opened.starts.dtype == np.int64
@@ -195,7 +199,7 @@ class PackedRows:
             raise cache_error(shard.path(self.split, self._index), error) from error
 
     def _pieces(self, shard: CachedShard) -> NDArray[Any]:
-        """PIECE: all pieces of a shard, of both splits where pieces are held out."""
+        """Returns all pieces of a shard as PIECE; those of both splits if pieces are held out."""
         source = self.cache.source
         if not shard.is_as_written(self._stored):
             raise _damaged(shard)
@@ -206,10 +210,10 @@ class PackedRows:
 
     @functools.cached_property
     def _held_out_groups(self) -> list[NDArray[np.bool_]]:
-        """For each shard, which of its pieces (or groups of examples) are held out.
+        """For each shard, a mask of the pieces (or groups of examples) that are held out.
 
-        Those with the smallest hashes of their ids, at least one, unless all are equal; so equal pieces are
-        always on the same side.
+        Held out are those whose ids have the smallest hashes, so equal pieces are always in the same split.
+        At least one is held out, unless all are equal.
         """
         digests = []
         for shard in self._shards:
@@ -224,7 +228,10 @@ class PackedRows:
         return [np.isin(each, distinct[:count]) for each in digests]
 
     def _measure(self) -> None:
-        """Counts what is in the rows, where it is not just all of the stored split."""
+        """Counts the tokens and truncated examples of rows that do not hold all of the stored split.
+
+        Raises UserError if an example does not fit into a row and is to be refused.
+        """
         tokens = 0
         for place, shard in enumerate(self._shards):
             opened = self._open(shard)

@@ -1,4 +1,4 @@
-"""Writes the shards of a token cache: reads, tokenises and splits the examples of each."""
+"""Writes the shards of a token cache: reads examples, assigns them to splits and tokenises them."""
 
 import contextlib
 import dataclasses
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
     from gemma_jax.tokenizer import Tokenizer
 
 THREADS_A_PROCESS = 4
-"""Threads that one process can feed: reading, hashing and packing the ids are Python's own work."""
+"""Tokenising threads per process. One process feeds no more: it reads, hashes and packs the ids in Python."""
 
 _BATCH_CHARACTERS = 2**22
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardWriter:
-    """Tokenises shards into a cache."""
+    """Tokenises shards and writes them to a cache."""
 
     source: Source
     tokenizer: "Tokenizer"
@@ -48,10 +48,10 @@ class ShardWriter:
     dtype: np.dtype[Any]
 
     threads: int
-    """To tokenise on; -1: all cores."""
+    """The number of threads that tokenise; -1 uses all cores."""
 
     def write_missing(self, number: int) -> None:
-        """Writes a shard that nobody else has written yet."""
+        """Writes a shard, unless it is in the cache already."""
         if open_shard(self.directory, number, self.dtype) is not None:
             return
         source = self.source
@@ -90,7 +90,7 @@ class ShardWriter:
             stream.write(json.dumps(metadata | {"digest": hash_of(metadata)}, indent=1).encode())
 
     def _checked_ids(self, document: TokenIds | Example, part: Shard) -> NDArray[np.int64]:
-        """The ids, those of a document without a bos in front and an eos behind.
+        """Returns the ids to store; for a document, without a leading bos and a trailing eos.
 
         Raises:
           UserError: There are ids that a document or an example cannot hold.
@@ -114,7 +114,7 @@ class ShardWriter:
 
 
 class _SplitWriter:
-    """Writes the documents and examples of a split to files that `files` closes."""
+    """Writes the documents and examples of a split to files, which `files` closes."""
 
     def __init__(self, job: ShardWriter, shard: CachedShard, split: Split, files: contextlib.ExitStack):
         self._tokenizer = job.tokenizer
@@ -124,14 +124,14 @@ class _SplitWriter:
         if shard.weighted:
             self._weights = files.enter_context(replacing(shard.path(split, "weights")))
         self._blocks: list[str | None] = []
-        """Blocks of texts to be tokenised together; None where a document ends."""
+        """Blocks of text that are tokenised together; None marks the end of a document."""
         self._characters = 0
         self._length = 0
-        """Tokens written of the document that is not finished."""
+        """The number of tokens written so far of the current document."""
         self._num_bytes = 0
         self.lengths: list[int] = []
         self.checksums = [0, 0]
-        """CRC-32 of the ids and of the weights that were written; at the end also of the lengths."""
+        """The CRC-32 of the ids and of the weights written so far; at the end also of the lengths."""
 
     def size(self) -> SplitSize:
         return SplitSize(len(self.lengths), sum(self.lengths), self._num_bytes)
@@ -146,7 +146,7 @@ class _SplitWriter:
         self._blocks.append(None)
 
     def write_texts(self) -> None:
-        """Tokenises and writes the blocks that were added."""
+        """Tokenises and writes the blocks added since the last call."""
         texts = [block for block in self._blocks if block is not None]
         encoded = iter(self._tokenizer.encode_batch(texts, self._threads))
         for block in self._blocks:
@@ -158,7 +158,7 @@ class _SplitWriter:
         self._blocks, self._characters = [], 0
 
     def add_ids(self, document: TokenIds | Example, ids: NDArray[np.int64]) -> None:
-        """Takes the ids of a document, to which eos is added, or those of an example with its weights."""
+        """Writes the ids of a document, followed by eos, or the ids and weights of an example."""
         self._append(ids)
         if isinstance(document, Example):
             weights = document.weights.tobytes()

@@ -1,7 +1,7 @@
-"""What a corpus is to the rest of the package: shards of examples, read one at a time.
+"""Defines the interface of a corpus to the rest of the package: shards of examples, read one at a time.
 
 An example is a sequence of token ids, each with its weight in the loss. A document is the plain case: text or
-token ids without weights, which the cache completes by eos, and whose tokens all weigh 1.
+token ids without weights. The cache adds eos to it, and all its tokens have weight 1.
 """
 
 import abc
@@ -19,10 +19,10 @@ from gemma_jax.data.files import reading, size_and_time
 from gemma_jax.errors import UserError
 
 SHARD_BYTES = 32 * 2**20
-"""Text in a shard, at most, where the format allows a cut: what a killed tokenisation loses."""
+"""The most bytes in a shard, if the format allows a cut. A killed tokenisation loses unfinished shards."""
 
 BLOCK_CHARACTERS = 100_000
-"""Longest text that is tokenised in one piece. It bounds memory and keeps all cores busy."""
+"""The longest text that is tokenised in one piece. It bounds memory and keeps all cores busy."""
 
 
 _READ_CHARACTERS = 2**20
@@ -30,9 +30,10 @@ _READ_CHARACTERS = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A part of a corpus: whole `files`, or the bytes or records `start` to `stop` of one file.
+    """A part of a corpus: whole `files`, or the bytes, records or row groups `start` to `stop` of one file.
 
-    `size` is about how many bytes reading it takes, for progress; a start and stop of 0 mean the whole file.
+    `size` is the approximate number of bytes to read, for progress. If `start` and `stop` are 0, the shard is
+    the whole file.
     """
 
     files: tuple[str, ...]
@@ -44,12 +45,12 @@ class Shard:
 class Text:
     """A document of text, or a part of one.
 
-    `digest` is a blake2b hash of its UTF-8, `num_bytes` its length in UTF-8, and `number` says which file,
-    line or record of its shard it comes from (see `Source.place`).
+    `digest` is a blake2b hash of its UTF-8 encoding, and `num_bytes` is the length of that. `number`
+    identifies the file, line or record of the shard that it comes from (see `Source.place`).
     """
 
     def __init__(self, text: str, number: int = 0):
-        """Raises UnicodeEncodeError when the text holds lone surrogates, which UTF-8 cannot express."""
+        """Raises UnicodeEncodeError if the text holds lone surrogates, which UTF-8 cannot express."""
         encoded = text.encode("utf-8")
         self.text = text
         self.number = number
@@ -58,21 +59,21 @@ class Text:
         self.is_empty = not text
 
     def blocks(self) -> Iterator[str]:
-        """Yields the text in pieces of at most BLOCK_CHARACTERS that tokenise to the ids of the whole."""
+        """Yields the text in pieces of at most BLOCK_CHARACTERS, cut where tokenising is not affected."""
         step = BLOCK_CHARACTERS
         return _blocks(self.text[start : start + step] for start in range(0, len(self.text), step))
 
 
 class LongText:
-    """A file of text that is too long to hold in memory, with the digest and size of the equal `Text`.
+    """A file of text that is too long to hold in memory, with the digest and size that a `Text` of it has.
 
-    It is read once to check and hash it, and again for its blocks.
+    The file is read once to check and hash it, and again for its blocks.
     """
 
     is_empty = False
 
     def __init__(self, file: str, number: int):
-        """Raises UnicodeDecodeError."""
+        """Raises UnicodeDecodeError if the file is not UTF-8."""
         self._file = file
         self.number = number
         self.num_bytes = 0
@@ -84,7 +85,7 @@ class LongText:
         self.digest = digest.digest()
 
     def blocks(self) -> Iterator[str]:
-        """Yields the text in pieces as `Text.blocks` does."""
+        """Yields the text in pieces, as `Text.blocks` does."""
         return _blocks(self._decoded())
 
     def _decoded(self) -> Iterator[str]:
@@ -94,7 +95,7 @@ class LongText:
 
 
 class TokenIds:
-    """A document that is token ids already: int64 [tokens]. How many bytes its text has is not known."""
+    """A document that is already token ids, int64 [tokens]. The number of bytes of its text is unknown."""
 
     num_bytes = 0
 
@@ -106,31 +107,32 @@ class TokenIds:
 
 
 class Example:
-    """Token ids that are stored as they are, and the weight of each in the loss, as a target.
+    """Token ids that are stored unchanged, and the weight of each as a target in the loss.
 
-    The model reads bos and all but the last of `ids`, and is to predict `ids`: so they begin behind bos and
-    end with what ends the answer. A masked prompt is a run of weights 0.
+    The model's inputs are bos and all but the last of `ids`; its targets are `ids`. So `ids` must not include
+    a leading bos, and must end with the token that ends the answer. A prompt is masked by weights of 0.
     """
 
     num_bytes = 0
     is_empty = False
 
     def __init__(self, ids: Sequence[int], weights: Sequence[float], number: int = 0, split_by: bytes = b""):
-        """Takes the ids and weights, [tokens] each.
+        """Creates an example from ids and weights, [tokens] each.
 
         Args:
-          ids: The tokens.
-          weights: Hundredths from 0 to 2.55.
-          number: As of `Text`.
-          split_by: What decides whether the example is held out, such as its prompt; b"" is the ids.
+          ids: The token ids.
+          weights: The loss weights: multiples of 0.01 from 0 to 2.55.
+          number: The file, line or record, as in `Text`.
+          split_by: The bytes, such as the prompt, whose hash decides whether the example is held out. If
+            empty, the ids decide.
 
         Raises:
-          BadRecord: There is no weight above 0, or one that does not fit.
+          BadRecord: No weight is above 0, a weight is not such a multiple, or there is not one for each id.
         """
         self.ids = np.asarray(ids, np.int64)
         hundredths = np.asarray(weights, np.float64) * 100
         self.weights = np.clip(np.nan_to_num(hundredths).round(), 0, 255).astype(np.uint8)
-        """In hundredths."""
+        """The weights in hundredths, uint8."""
         self.number = number
         if self.ids.shape != self.weights.shape or not np.allclose(self.weights, hundredths, 0, 1e-6):
             raise BadRecord("each token needs a loss weight of whole hundredths from 0 to 2.55")
@@ -146,19 +148,19 @@ Split = Literal["train", "held_out"]
 SPLITS: tuple[Split, Split] = ("train", "held_out")
 
 OnSkip = Callable[[str], None]
-"""Called with the reason for every record that is skipped and counted."""
+"""A function that is called for every skipped record, with the reason."""
 
 
 class Source(abc.ABC):
     """A corpus. `name` is its spec as the user wrote it.
 
-    `fingerprint` changes whenever the documents may have changed: it covers the names, sizes and times of
-    the files and the settings that choose their text.
+    `fingerprint` changes whenever the documents may have changed: it covers the names, sizes and modification
+    times of the files and the settings that select their text.
 
-    `weighted` sources yield `Example`s only, others none. `group_size` examples that follow each other belong
-    together, such as the two answers of a preference: they are held out together and are neighbours in one
-    row. `long_examples` says what is done with examples (or groups) that are longer than a row: they are cut
-    into several segments, refused, or truncated and counted; a group of examples is never cut.
+    A `weighted` source yields only `Example`s; any other source yields none. Each `group_size` consecutive
+    examples belong together, such as the two answers of a preference: they are in the same split and are
+    neighbours in one row. `long_examples` decides what happens to examples (or groups) that are longer than a
+    row: they are cut into several segments, refused, or truncated and counted. Groups are never cut.
     """
 
     name: str
@@ -170,25 +172,25 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def read(self, shard: Shard, on_skip: OnSkip) -> Iterator[Document]:
-        """Yields the shard's documents in a fixed order; documents without any text are left out.
+        """Yields the shard's documents in a fixed order; empty documents are left out.
 
-        Raises UserError for a record that cannot be read, or calls `on_skip` where that is the policy.
+        For a record that cannot be read, raises UserError or, if such records are skipped, calls `on_skip`.
         """
 
     @abc.abstractmethod
     def place(self, shard: Shard, number: int) -> str:
-        """Names the file, line or record that is number `number` of a shard, as a person would."""
+        """Describes, for a message, the file, line or record that has number `number` in a shard."""
 
 
 class BadRecord(Exception):
-    """What is wrong with a record, without its place."""
+    """Raised for a record that cannot be used. The message says why, but not where the record is."""
 
 
 class Records(Source):
     """A corpus of files that hold records, each of which is a document or an example."""
 
     def __init__(self, name: str, files: Sequence[str], text_field: str, bad_records: str, *settings: str):
-        """Takes what decides the documents: all but the name are part of the fingerprint."""
+        """Opens the corpus. All arguments except `name` decide the documents and are in the fingerprint."""
         self.name = name
         self._text_field = text_field
         self._bad_records = bad_records
@@ -214,19 +216,19 @@ class Records(Source):
 
     @abc.abstractmethod
     def _cut(self, files: Sequence[tuple[str, int]]) -> list[Shard]:
-        """The shards of files with so many bytes."""
+        """Divides files, given as pairs of name and size in bytes, into shards."""
 
     @abc.abstractmethod
     def _records(self, shard: Shard) -> Iterator[tuple[int, Any]]:
-        """The records of a shard, as they are in the file, with their numbers."""
+        """Yields the number and content of each record of a shard, as stored in the file."""
 
     @abc.abstractmethod
     def _document(self, record: Any, shard: Shard, number: int) -> Document:
-        """What a record holds. Raises BadRecord."""
+        """Returns the document in a record. Raises BadRecord if there is none."""
 
 
 def text_of(value: object, field: str, number: int) -> Text:
-    """The document in a record's field. Raises BadRecord if it is not text."""
+    """Returns the document in a record's field. Raises BadRecord if the value is not text."""
     try:
         if isinstance(value, bytes):
             value = value.decode("utf-8")
@@ -240,7 +242,10 @@ def text_of(value: object, field: str, number: int) -> Text:
 
 
 def grouped(sizes: Sequence[int]) -> list[slice]:
-    """Neighbouring parts of a corpus in groups of at most SHARD_BYTES, or of one part that is larger."""
+    """Groups consecutive parts of a corpus, given their sizes, so that a group has at most SHARD_BYTES.
+
+    A part that is larger than that is a group of its own.
+    """
     groups: list[slice] = []
     total = 0
     for number, size in enumerate(sizes):
@@ -266,25 +271,29 @@ def _blocks(pieces: Iterable[str]) -> Iterator[str]:
 
 
 def _cut_position(text: str) -> int:
-    """Where to cut a text so that the parts tokenise as the whole does: behind its last run of newlines.
+    """Returns the index at which to cut a text so that the parts tokenise as the whole does.
 
-    Newlines are user-defined pieces in Gemma's model and in ours, so no piece spans such a place. A text of
-    one line is cut in front of its last run of spaces (where no piece of Gemma's spans either), and one
-    without spaces at its end: no character is lost, but the tokens there may differ.
+    This is after the last run of newlines. Newlines are user-defined pieces in Gemma's tokenizer and in ours,
+    so no piece spans such an index. A text of one line is cut before its last run of spaces (which no piece
+    of Gemma's spans either), and a text without spaces at its end: no character is lost there, but the tokens
+    may differ.
     """
     behind_newlines = text.rstrip("\n").rfind("\n") + 1
     return behind_newlines or len(text[: text.rfind(" ") + 1].rstrip(" ")) or len(text)
 
 
 def is_held_out(document: Document, held_out: float) -> bool:
-    """Whether a document belongs to the held-out split: its hash decides, so equal documents go together."""
+    """Whether a document is held out. Its hash decides, so equal documents are in the same split."""
     return int.from_bytes(document.digest, "little") < held_out * 2**64
 
 
 def split_documents(
     source: Source, shard: Shard, held_out: float, on_skip: OnSkip
 ) -> Iterator[tuple[Split, Document]]:
-    """The documents of a shard, each with its split. Groups are split by their first example."""
+    """Yields the documents of a shard, each with its split. A group's first example decides for all of it.
+
+    Raises ValueError if the last group is incomplete.
+    """
     split: Split = "train"
     count = 0
     for document in source.read(shard, on_skip):
@@ -297,5 +306,5 @@ def split_documents(
 
 
 def hash_of(*parts: object) -> str:
-    """A hex SHA-256 of plain values."""
+    """Returns the SHA-256, in hexadecimal, of values that JSON can hold."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

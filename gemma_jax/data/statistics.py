@@ -1,4 +1,4 @@
-"""What the corpora of a run hold, for people, and for a later start to see whether they are the same."""
+"""Statistics of a run's corpora, for messages and to detect at a later start that the data has changed."""
 
 import dataclasses
 import os
@@ -16,29 +16,29 @@ _NAMED_FILES = 3
 
 @dataclasses.dataclass(frozen=True)
 class SourceStatistics:
-    """What one corpus holds. No token of a document is ever dropped: an epoch predicts train.tokens."""
+    """What one corpus holds. No token of a document is ever dropped: an epoch has train.tokens targets."""
 
     name: str
     train: SplitSize
     held_out: SplitSize
-    """Without documents and bytes where pieces of documents are held out."""
+    """Its documents and bytes are 0 if pieces of documents are held out."""
     train_rows: int
     held_out_rows: int
     utilisation: float
-    """Share of the slots of training rows that hold a token."""
+    """The share of the slots of training rows that hold a token."""
     skipped: int
-    """Records that could not be read, with data.bad_records=skip."""
+    """The number of records that could not be read and were skipped (data.bad_records=skip)."""
     truncated: int
-    """Examples that are longer than a row and lack their end in it."""
+    """The number of examples that were truncated because they are longer than a row."""
     by_pieces: bool
     """Whether pieces of documents are held out, because there are too few documents."""
     digest: str
-    """Of the contents, in order: the same wherever the files are, and whatever their times are."""
+    """A digest of the contents, in order. It does not depend on where the files are, or on their times."""
     files: Mapping[str, str]
-    """A digest of each file (of neighbouring ones where there are many), by its name below their folder."""
+    """A digest of each file, by its path in their common folder; if there are many, of runs of files."""
 
     def sentences(self) -> list[str]:
-        """What to say of the corpus when a run starts."""
+        """Returns the sentences that describe the corpus when a run starts."""
         train, held_out = self.train, self.held_out
         rows = f"{self.train_rows:,} rows ({self.utilisation:.1%} full)"
         held = f"{held_out.documents:,} documents, {held_out.tokens:,} tokens held out"
@@ -54,10 +54,10 @@ class SourceStatistics:
         return [f"{self.name}: {line}" for line in lines]
 
     def change_since(self, then: Mapping[str, Any]) -> str:
-        """What has changed since these statistics (as JSON has them) were taken; "" if the rows are the same.
+        """Describes the changes since the statistics `then`, read from JSON; "" if the rows are the same.
 
         Raises:
-          ValueError, KeyError, TypeError: `then` is something else.
+          ValueError, KeyError, TypeError: `then` does not hold such statistics.
         """
         now = dataclasses.asdict(self)
         deciding = ("digest", "files", "train", "held_out", "train_rows", "held_out_rows")

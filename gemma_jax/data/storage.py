@@ -1,4 +1,4 @@
-"""Files of the cache: written whole or not at all, and read without loading them, on disk or in a bucket."""
+"""Writes files of the cache atomically, and reads ranges of them, on disk or in a bucket."""
 
 import contextlib
 import errno
@@ -19,10 +19,10 @@ from gemma_jax.paths import in_bucket
 
 @contextlib.contextmanager
 def replacing(path: epath.Path) -> Iterator[BinaryIO]:
-    """Opens a temporary file that takes the place of `path` if the block ends well, and else is deleted.
+    """Opens a temporary file, which replaces `path` if the block succeeds and is deleted if it raises.
 
-    A reader, another writer or a kill therefore meets a whole file or none. OSError raised in the block must
-    come from writing: it becomes a UserError about the cache.
+    So there is always a complete file or none, even if several processes write it or one is killed. An
+    OSError in the block must come from writing: it becomes a UserError about the cache.
     """
     temporary = path.parent / f"{path.name}.{uuid.uuid4().hex}.tmp"
     try:
@@ -53,29 +53,29 @@ def save_array(path: epath.Path, array: NDArray[Any]) -> None:
 class ArrayFile:
     """An array of one dimension in a file on disk or in a bucket, read by ranges.
 
-    Not a memory map: there, a file that is cut short or a disk that fails ends the process (SIGBUS), where a
-    read raises OSError. A read in between takes microseconds.
+    It is not a memory map, because a truncated file or a failing disk would then end the process (SIGBUS),
+    while a read raises an exception. A read takes only microseconds more.
     """
 
     def __init__(self, path: epath.Path, dtype: np.dtype[Any] | None = None):
-        """Opens a flat file of values of `dtype`, or a .npy file, whose header has the dtype.
+        """Opens a flat file of values of `dtype` or, if that is None, a .npy file.
 
         Raises:
-          OSError: The file is not there or cannot be read.
-          ValueError: It is not a whole .npy file of one dimension and plain values.
+          OSError: The file does not exist or cannot be read.
+          ValueError: It is not a complete .npy file of one dimension and plain values.
         """
         self._path = path
-        self._file = None if in_bucket(path) else open(path, "rb", buffering=0)  # noqa: SIM115  # it stays open
+        self._file = None if in_bucket(path) else open(path, "rb", buffering=0)  # noqa: SIM115  # stays open for later reads
         self._start = 0
         self._whole: bytes | None = None
         if dtype is None:
-            if self._file is None:  # one request, instead of one for each row
+            if self._file is None:  # one request instead of one per row
                 self._whole = path.read_bytes()
             stream = self._file or io.BytesIO(self._whole or b"")
             try:
                 np.lib.format.read_magic(stream)
                 shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
-            except tokenize.TokenError as error:  # numpy takes a damaged header for one of Python 2
+            except tokenize.TokenError as error:  # numpy parses a damaged header as one written by Python 2
                 raise ValueError(f"{path} has no whole header") from error
             self._start = stream.tell()
             size = stream.seek(0, os.SEEK_END)
@@ -85,19 +85,19 @@ class ArrayFile:
         self.dtype = dtype
 
     def __len__(self) -> int:
-        """Values in a .npy file."""
+        """The number of values in a .npy file."""
         return self._length
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
-        """Values `start` to `stop`.
+        """Returns values `start` to `stop`.
 
         Raises:
           OSError: The file cannot be read.
-          ValueError: It ends before.
+          ValueError: The file ends before `stop`, or the range is not valid.
         """
         if (
             not 0 <= start <= stop < 2**48
-        ):  # as from a damaged index; what the system cannot count raises otherwise
+        ):  # such a range can come from a damaged index; os.pread raises another error for huge offsets
             raise ValueError(f"{self._path} has no values {start} to {stop}")
         size = self.dtype.itemsize
         begin, length = self._start + start * size, (stop - start) * size

@@ -1,4 +1,4 @@
-"""Corpora of text files and of JSON lines, local or in a bucket, also compressed."""
+"""Reads corpora of text files and of JSON lines, local or in a bucket, compressed or not."""
 
 import codecs
 import json
@@ -15,11 +15,11 @@ from gemma_jax.data.source import BadRecord, Document, LongText, Records, Shard,
 from gemma_jax.errors import UserError
 
 LONG_FILE_BYTES = 16 * 2**20
-"""Text files from here on are read in blocks, never whole."""
+"""Text files with more bytes than this are read in blocks, never as a whole."""
 
 
 class TextFiles(Records):
-    """Files of UTF-8 text, one document each, unchanged down to their line ends."""
+    """Files of UTF-8 text, one document each. The text is kept unchanged, line endings included."""
 
     def _cut(self, files: Sequence[tuple[str, int]]) -> list[Shard]:
         groups = [files[group] for group in grouped([size for _, size in files])]
@@ -43,10 +43,10 @@ class TextFiles(Records):
 
 
 class PythonStdlib(TextFiles):
-    """The Python sources of this installation's standard library, tests included, installed packages not.
+    """The Python sources of this installation's standard library: with its tests, without installed packages.
 
-    Files are read by Python's own rules (PEP 263). The few that these rules cannot decode are the standard
-    library's own tests of bad encodings, and no part of the corpus.
+    Files are decoded by Python's own rules (PEP 263). The few files for which this fails are the standard
+    library's tests of bad encodings; they are not part of the corpus.
     """
 
     def __init__(self, name: str):
@@ -69,9 +69,9 @@ class PythonStdlib(TextFiles):
 
 
 class JsonLines(Records):
-    """Files with one JSON object a line, whose field `text_field` is a document.
+    """Files with one JSON object per line. Its field `text_field` is a document.
 
-    Uncompressed files are cut into shards of bytes: a line belongs to the shard that it begins in.
+    Uncompressed files are cut into shards by byte offset: a line belongs to the shard in which it begins.
     """
 
     def _cut(self, files: Sequence[tuple[str, int]]) -> list[Shard]:
@@ -86,7 +86,7 @@ class JsonLines(Records):
         return shards
 
     def _records(self, shard: Shard) -> Iterator[tuple[int, bytes]]:
-        """Lines that are not empty; the first of a file without a byte order mark."""
+        """Yields the lines that are not blank. A byte order mark at the start of the file is removed."""
         with reading(shard.files[0]) as stream:
             lines = _lines_between(stream, shard.start, shard.stop) if shard.stop else stream
             for number, line in enumerate(lines, start=1):
@@ -113,7 +113,7 @@ class JsonLines(Records):
         return self.document_of(fields, number)
 
     def document_of(self, fields: dict[str, Any], number: int) -> Document:
-        """The document in an object. Raises BadRecord."""
+        """Returns the document in a JSON object. Raises BadRecord if there is none."""
         if self._text_field not in fields:
             names = ", ".join(fields) or "none"
             raise BadRecord(f"no field {self._text_field!r} (data.text_field); its fields are: {names}")
@@ -123,7 +123,7 @@ class JsonLines(Records):
 def _lines_between(stream: BinaryIO, start: int, stop: int) -> Iterator[bytes]:
     position = start
     if start:
-        # The line that holds the byte before `start` began in an earlier shard, even if it ends just there.
+        # The line that holds the byte before `start` began in an earlier shard, even if that byte ends it.
         stream.seek(start - 1)
         position += len(stream.readline()) - 1
     while position < stop and (line := stream.readline()):

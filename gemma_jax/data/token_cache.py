@@ -1,4 +1,4 @@
-"""Examples as token ids on disk: each corpus is tokenised once, shard by shard."""
+"""Caches examples as token ids on disk: each corpus is tokenised once, shard by shard."""
 
 import contextlib
 import dataclasses
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from gemma_jax.tokenizer import Tokenizer
 
 MOST_PROCESSES = 8
-"""Each takes up to 0.2 GB."""
+"""The most processes that tokenise. Each needs up to 0.2 GB of memory."""
 
 _FORMAT = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenCache:
-    """A corpus in token ids."""
+    """A corpus as token ids."""
 
     source: Source
     vocab_size: int
@@ -41,20 +41,23 @@ class TokenCache:
 
     @property
     def by_pieces(self) -> bool:
-        """Whether pieces of documents are held out, because no split by whole documents has two sides."""
+        """Whether pieces of documents are held out, because splitting by documents left one split empty."""
         return self.held_out > 0 and not all(self.size(split).documents for split in SPLITS)
 
     def stored_split(self, split: Split) -> Split:
-        """The split whose files hold the tokens of `split`: with `by_pieces` those of all documents."""
+        """Returns the split whose files hold the tokens of `split`. With `by_pieces`, both share the files."""
         return next(name for name in SPLITS if self.size(name).documents) if self.by_pieces else split
 
     @property
     def skipped(self) -> int:
-        """Records that could not be read and were left out."""
+        """The number of records that could not be read and were left out."""
         return sum(shard.skipped for shard in self.shards)
 
     def places(self, split: Split, shard: int, documents: Collection[int]) -> dict[int, str]:
-        """Names the file, line or record of some of a shard's documents in a split; reads the shard again."""
+        """Returns the file, line or record, as text, of each of some `documents` of a split of a shard.
+
+        Reads the whole shard again.
+        """
         part = self.source.shards[shard]
         read = split_documents(self.source, part, self.held_out, lambda reason: None)
         numbers = [document.number for found, document in read if found == split]
@@ -71,14 +74,14 @@ def build_token_cache(
     process_index: int = 0,
     process_count: int = 1,
 ) -> TokenCache:
-    """Tokenises what the cache does not hold yet, and opens it.
+    """Tokenises the shards that the cache does not hold yet, and opens the cache.
 
-    `progress` is called with the bytes and tokens of each shard, when it is there.
-    Several processes that share a cache directory each start at a part of their own, and skip what the
-    others have finished by then.
+    `progress` is called with the bytes and tokens of each shard as soon as the shard is in the cache.
+    Several processes that share a cache directory each start at a different shard, and skip the shards that
+    others have finished meanwhile.
 
     Raises:
-      UserError: A document or a cache file cannot be read or written, ids are not of this vocabulary, or the
+      UserError: A document or a cache file cannot be read or written, ids are not in the vocabulary, or the
         corpus has no documents.
     """
     shards = [dataclasses.astuple(shard) for shard in source.shards]
@@ -124,7 +127,7 @@ def _cores() -> int:
 
 
 def _remove_leftovers(directory: epath.Path) -> None:
-    """Deletes temporary files of killed processes: those that nobody has written to for an hour."""
+    """Deletes temporary files that killed processes left: those not written to for an hour."""
     if not in_bucket(directory):
         for path in children(directory):
             with contextlib.suppress(OSError):
