@@ -78,9 +78,9 @@ def _ask(process: subprocess.Popen[bytes], number: int) -> None:
 
 
 def serve() -> None:
-    """The main loop of a process: calls the function for each number that the parent writes, until it ends."""
+    """The main loop of a process: calls the function for each number that the parent writes to it."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # no other output may look like an answer
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # keeps other output out of the answers
     function = pickle.load(sys.stdin.buffer)  # noqa: S301  # our own parent wrote it
     for line in sys.stdin.buffer:
         mistake = ""

@@ -45,7 +45,7 @@ class TokenCache:
         return self.held_out > 0 and not all(self.size(split).documents for split in SPLITS)
 
     def stored_split(self, split: Split) -> Split:
-        """Returns the split whose files hold the tokens of `split`. With `by_pieces`, both share the files."""
+        """Returns the split whose files hold the tokens of `split`; with `by_pieces`, both share them."""
         return next(name for name in SPLITS if self.size(name).documents) if self.by_pieces else split
 
     @property
