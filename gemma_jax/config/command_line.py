@@ -1,4 +1,4 @@
-"""Configs from a command line: one option a field, named by its dotted path."""
+"""Reads configs from a command line: there is one option for each field, named by its dotted path."""
 
 import argparse
 import dataclasses
@@ -23,12 +23,12 @@ Config = TypeVar("Config")
 Training = TypeVar("Training", bound=TrainingConfig)
 
 
-# argparse drops a value `--` (cpython issue 109475), so it is passed as another word.
+# argparse drops a value `--` (cpython issue 109475), so it is replaced by another word while parsing.
 _DASHES, _MARKED_DASHES = "--", "--\0"
 
 
 class _Parser(argparse.ArgumentParser):
-    given: Sequence[str] = ()  # the words that are parsed
+    given: Sequence[str] = ()  # the arguments being parsed
 
     def error(self, message: str) -> NoReturn:
         if missing := re.match(r"argument (--\S+): expected", message):
@@ -39,7 +39,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _add_options(parser: argparse.ArgumentParser, config: Any) -> None:
-    """One option for each leaf field of `config`, sections as titled groups."""
+    """Adds one option for each leaf field of `config`; each section is a titled group."""
     groups: dict[str, Any] = {"": parser}
     for field in dataclasses.fields(config):
         if dataclasses.is_dataclass(section := getattr(config, field.name)):
@@ -55,7 +55,7 @@ def _add_options(parser: argparse.ArgumentParser, config: Any) -> None:
         elif origin is Literal:
             options["choices"] = arguments
         elif origin is tuple:
-            # `--prompt A --prompt B` and `--data.sources A B` are both what people write.
+            # Both `--prompt A --prompt B` and `--data.sources A B` are accepted.
             options |= {"type": _reader(arguments[0]), "nargs": "+", "action": "extend"}
             options["metavar"] = _form(arguments[0])
         else:
@@ -64,7 +64,7 @@ def _add_options(parser: argparse.ArgumentParser, config: Any) -> None:
 
 
 def _form(kind: Any) -> str:
-    """How a value is written, for `--help`: FLOAT; or of a small dataclass 'PATTERN weight_decay=FLOAT'."""
+    """Returns the form of a value for `--help`: FLOAT; 'PATTERN weight_decay=FLOAT' for a small dataclass."""
     if not dataclasses.is_dataclass(kind):
         return str(_scalar(kind).__name__).upper()
     first, *rest = dataclasses.fields(kind)
@@ -72,12 +72,12 @@ def _form(kind: Any) -> str:
 
 
 def _scalar(annotation: Any) -> Any:
-    """The type that makes a value from text: of `X | None` that is X."""
+    """Returns the type that converts text to a value of `annotation`: X for `X | None`."""
     return (typing.get_args(annotation) or (annotation,))[0]
 
 
 def _shown(value: Any) -> str:
-    """An element of a tuple as it is written on a command line."""
+    """Returns an element of a tuple as it is written on a command line."""
     if not dataclasses.is_dataclass(value):
         return str(value)
     first, *rest = (getattr(value, field.name) for field in dataclasses.fields(value))
@@ -87,23 +87,23 @@ def _shown(value: Any) -> str:
 
 
 def _reader(kind: Any) -> Callable[[str], Any]:
-    """What makes a value of `kind` from the text of an option."""
+    """Returns a function that converts the text of an option to a value of `kind`."""
 
     def read(text: str) -> Any:
         text = _DASHES if text == _MARKED_DASHES else text
         return _element(kind, text) if dataclasses.is_dataclass(kind) else kind(text)
 
-    read.__name__ = kind.__name__  # argparse's messages name it
+    read.__name__ = kind.__name__  # argparse's messages show this name
     return read
 
 
 def _element(kind: Any, text: str) -> Any:
-    """A small dataclass from its first field and `name=value` words behind it: 'embedding weight_decay=0'.
+    """Parses a small dataclass: its first field, then `name=value` words, as in 'embedding weight_decay=0'.
 
-    The first field may hold spaces and equals signs: only words at the end are taken, and only known names.
+    The first field may contain spaces and equals signs: only words at the end with known names set others.
 
     Raises:
-      argparse.ArgumentTypeError: a name that is unknown or given twice, or a value of another type.
+      argparse.ArgumentTypeError: A name is unknown or given twice, or a value has another type.
     """
     first, *rest = dataclasses.fields(kind)
     types = {field.name: field.type for field in rest}
@@ -131,12 +131,12 @@ def _element(kind: Any, text: str) -> Any:
 
 
 def parse(config: Config, arguments: Sequence[str], prog: str) -> Config:
-    """`config` with the fields that `arguments` override (`--section.field value`).
+    """Returns `config` with the fields that `arguments` override (`--section.field value`).
 
     `--help` prints every field with its type, default and meaning, and exits.
 
     Raises:
-      UserError: an unknown option (the nearest known one is suggested) or a value of another type.
+      UserError: An option is unknown (the nearest known one is suggested) or a value has another type.
     """
     parser = _Parser(
         prog=prog,
@@ -147,7 +147,7 @@ def parse(config: Config, arguments: Sequence[str], prog: str) -> Config:
     )
     _add_options(parser, config)
     options = [o for action in parser._actions for o in action.option_strings if o.startswith("--")]
-    # Both spellings of an option are common, --top-k and --top_k; anything else is left as it was typed.
+    # Options may be spelled with dashes or underscores, as --top-k or --top_k. Other words stay as typed.
     spellings = {_underscored(option): option for option in options}
     spelled = []
     for argument in arguments:
@@ -159,7 +159,7 @@ def parse(config: Config, arguments: Sequence[str], prog: str) -> Config:
     if unknown:
         word = unknown[0].split("=")[0]
         bare = word.lstrip("-").replace("-", "_")
-        # The commonest slips: a field without its section (--learning_rate), or cut short (--temp).
+        # The commonest mistakes: a field without its section (--learning_rate), or abbreviated (--temp).
         likely = [o for o in options if bare and (o.endswith(f".{bare}") or o.startswith(f"--{bare}"))]
         hint = f"; did you mean {likely[0]}?" if likely else suggestion(word, options)
         if not hint and re.match(r"-[^-]", word):
@@ -178,23 +178,23 @@ def read_command(
     load: Callable[..., Config] | None = None,
     validate: Callable[[Config], None] = lambda config: None,
 ) -> tuple[list[str], Config]:
-    """What stands in front of every command: the words that it needs first, then the options of its config.
+    """Parses the arguments of a command: its positional words first, then the options of its config.
 
-    `--help` prints every option and exits, also without the words.
+    `--help` prints every option and exits, even if the words are missing.
 
     Args:
-      arguments: of the command.
-      prog: what it is called in messages.
-      words: what it needs first, by names that say what they are: "CHECKPOINT", "SOURCE DESTINATION".
-      default: the config whose fields are the options.
-      load: makes another default from the words, such as the config that they name.
-      validate: raises UserError for values that contradict each other.
+      arguments: The command's arguments.
+      prog: The command's name in messages.
+      words: The names of the positional words, such as "CHECKPOINT" or "SOURCE DESTINATION".
+      default: The config whose fields are the options.
+      load: Returns another default config, given the words; for example, the config that a word names.
+      validate: Raises UserError for values that contradict each other.
 
     Returns:
       The words, and the config with the fields that the options override.
 
     Raises:
-      UserError: words are missing, or as `parse`, `load` and `validate` do.
+      UserError: Words are missing, or `parse`, `load` or `validate` raises it.
     """
     wanted = words.split()
     given = list(itertools.takewhile(lambda word: not word.startswith("-"), arguments[: len(wanted)]))
@@ -212,21 +212,22 @@ def _underscored(name: str) -> str:
 
 
 def config_folders() -> list[Path]:
-    """Where a bare config name is looked for: ./configs, then configs/ beside the package's source."""
+    """Returns the folders to search for a bare config name: ./configs, then configs/ beside the package."""
     return [Path("configs"), Path(__file__).resolve().parents[2] / "configs"]
 
 
 def load(name: str, kind: type[Training]) -> tuple[Training, str]:
-    """The config called `name`, and the name of its experiment.
+    """Returns the config that `name` refers to, and a name for it: that of its file or run directory.
 
     Args:
-      name: a bare name under configs/, a .py file that defines `config`, a saved .json, or a run directory.
-      kind: the class that is wanted.
+      name: A bare name under configs/, a .py file that defines `config`, a saved .json, or a run directory.
+      kind: The class that the config must be an instance of.
 
     Raises:
-      UserError: nothing there, a file that defines no `config`, or a config of another kind.
+      UserError: There is no such file, it cannot be read, it defines no `config`, or its config is of another
+        class.
     """
-    # os.path asks without raising where a name is too long or a folder may not be read; Path does not.
+    # os.path is used because Path raises if a name is too long or a folder may not be read.
     path = Path(os.path.expanduser(name))
     if os.path.isfile(path / "config.json"):
         path = path / "config.json"
@@ -246,25 +247,25 @@ def load(name: str, kind: type[Training]) -> tuple[Training, str]:
         raise UserError(f"{path} cannot be read as a config: {error}.") from error
     if not isinstance(config, kind):
         raise UserError(f"{path} holds a {type(config).__name__}, but a {kind.__name__} is needed here.")
-    # Python checks no types: PretrainConfig(steps="100") would fail much later.
+    # Checks the fields' types, which Python does not: PretrainConfig(steps="100") would fail much later.
     config = from_dict(type(config), dataclasses.asdict(config), str(path))
     return config, path.parent.name if path.name == "config.json" else path.stem
 
 
 def _run_config_file(path: Path) -> Any:
-    """The `config` that a file of the user defines.
+    """Runs a config file of the user and returns the `config` that it defines.
 
     Raises:
-      UserError: the file raises an exception, which is reported with its line, or defines no `config`.
+      UserError: The file raises an exception, which is reported with its line, or defines no `config`.
     """
-    path = path.absolute()  # as trace-backs name it
+    path = path.absolute()  # the form in which tracebacks name it
     try:
         defined = runpy.run_path(str(path))
     except UserError:
         raise
     except SyntaxError as error:
         raise UserError(f"{error.filename or path}, line {error.lineno}: {error.msg}.") from error
-    except Exception as error:  # whatever it is, the user's own file raised it
+    except Exception as error:  # any exception here comes from the user's own file
         calls = traceback.extract_tb(error.__traceback__)
         line = next((call.lineno for call in reversed(calls) if call.filename == str(path)), 0)
         message = f"{type(error).__name__}: {error}{_mistyped_field(error) or '.'}"
@@ -275,7 +276,7 @@ def _run_config_file(path: Path) -> Any:
 
 
 def _mistyped_field(error: Exception) -> str:
-    """The suggestion for PretrainConfig(step=100), whose message Python writes."""
+    """Returns a suggestion if the error is a mistyped field, as in PretrainConfig(step=100), or else ""."""
     unexpected = re.search(r"unexpected keyword argument '(\w+)'", str(error))
     if unexpected is None:
         return ""

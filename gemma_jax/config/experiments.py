@@ -1,4 +1,4 @@
-"""What a command runs: sections put together."""
+"""The configs of the commands, each composed of sections."""
 
 import dataclasses
 from dataclasses import field
@@ -24,7 +24,7 @@ from gemma_jax.config.sections import (
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
-    """What every command that trains is given. Training and planning know no other config."""
+    """The config of every command that trains. Training and planning use no other config."""
 
     run_dir: str = setting("", "Where the run is kept, or a bucket address; empty means runs/NAME of CONFIG.")
     existing_run: Literal["resume", "overwrite"] = setting(
@@ -78,7 +78,7 @@ class LoadConfig:
 
     @property
     def is_instruction_tuned(self) -> bool | None:
-        """As `Gemma.from_pretrained` takes it: None for auto."""
+        """The setting as `Gemma.from_pretrained` takes it: True, False, or None for auto."""
         return None if self.instruction_tuned == "auto" else self.instruction_tuned == "yes"
 
 
@@ -104,7 +104,7 @@ class ChatConfig(LoadConfig, SamplingConfig):
 
 @dataclasses.dataclass(frozen=True)
 class ConvertConfig:
-    """Write a checkpoint in another form."""
+    """Convert a checkpoint to another format."""
 
     format: Literal["huggingface", "flax", "run"] = setting(
         "huggingface",
@@ -127,7 +127,7 @@ class ConvertConfig:
 
 @dataclasses.dataclass(frozen=True)
 class VerifyConfig:
-    """Look at the numbers of a checkpoint, and at what they compute."""
+    """Check the weights of a checkpoint, and the outputs that the model computes with them."""
 
     against: str = setting(
         "",

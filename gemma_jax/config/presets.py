@@ -1,4 +1,4 @@
-"""Shapes with a name."""
+"""Named model shapes."""
 
 from gemma_jax.config.sections import TransformerConfig
 from gemma_jax.config.serialization import suggestion
@@ -10,7 +10,7 @@ PRESETS = {
     "gemma_7b": TransformerConfig(
         num_layers=28, embed_dim=3072, hidden_dim=24_576, num_heads=16, num_kv_heads=16
     ),
-    # Small ones of the same architecture: for benchmarks, for a CPU in minutes, for tests.
+    # Smaller models of the same architecture: for benchmarks, for minutes on a CPU, and for tests.
     "gemma_110m": TransformerConfig(
         vocab_size=32_000,
         num_layers=12,
@@ -46,9 +46,7 @@ PRESETS = {
 
 
 def preset(name: str) -> TransformerConfig:
-    """Raises:
-    UserError: there is no such preset.
-    """
+    """Returns the model shape called `name`. Raises UserError if there is none."""
     if name not in PRESETS:
         raise UserError(
             f"there is no preset {name!r}{suggestion(name, PRESETS)}; the presets are {', '.join(PRESETS)}."

@@ -1,35 +1,35 @@
-"""The sections that experiments are built of: what can be set, its type, default and meaning.
+"""The sections that configs are composed of. Each field has a type, a default and a description.
 
 Every field is a number, a string, a choice or a tuple of those, or a tuple of small dataclasses of such
-fields, so that a config can be written on a command line and stored as JSON. Standard library only: reading
-a config must not need jax.
+fields, so that a config can be written on a command line and stored as JSON. This module needs the standard
+library only, because reading a config must not need jax.
 """
 
 import dataclasses
 from collections.abc import Iterator
 from typing import Any, Literal
 
-TOO_LARGE = 2**31  # for any number here: on devices, integers have 32 bits
-LARGEST_SEED = 2**32 - 1  # jax.random.key drops higher bits without a word
-ABOVE_ZERO, BELOW_ONE = 1e-9, 1 - 1e-9  # for numbers that may come near these but must not reach them
-MOST_ROWS = 10**6  # of a batch
-MOST_CPU_DEVICES = 1024  # jax needs more than a second to make more
+TOO_LARGE = 2**31  # every number must be below this, because integers have 32 bits on devices
+LARGEST_SEED = 2**32 - 1  # jax.random.key silently drops higher bits
+ABOVE_ZERO, BELOW_ONE = 1e-9, 1 - 1e-9  # inclusive bounds for numbers that must not be 0 or 1
+MOST_ROWS = 10**6  # in a batch
+MOST_CPU_DEVICES = 1024  # jax needs more than a second to create more
 
 
 def setting(default: Any, meaning: str, least: float | None = None, most: float = TOO_LARGE - 1) -> Any:
-    """A dataclass field.
+    """Returns a dataclass field that can be set in a config.
 
     Args:
-      default: its value where none is given.
-      meaning: what `--help` says of it.
-      least: the smallest number that is allowed; None where the field is no number with bounds of its own.
-      most: the largest.
+      default: The value if none is given.
+      meaning: The description that `--help` prints.
+      least: The smallest allowed number; None if the field is not a number, or has bounds checked elsewhere.
+      most: The largest allowed number; used only if `least` is given.
     """
     return dataclasses.field(default=default, metadata={"help": meaning, "least": least, "most": most})
 
 
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
-    """Dotted name, field and value of everything that can be set in a config or section."""
+    """Yields the dotted name, field and value of everything that can be set in a config or section."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
@@ -64,7 +64,7 @@ class TransformerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-    """Where token ids come from."""
+    """The tokenizer, and how it is trained if no file is given."""
 
     path: str = setting(
         "", "A SentencePiece model file; empty trains one of model.vocab_size pieces on the corpus."
@@ -76,7 +76,7 @@ class TokenizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Which documents, and how they become batches."""
+    """The documents to train on, and how they are packed into batches."""
 
     sources: tuple[str, ...] = setting(
         ("python-stdlib",),
@@ -106,7 +106,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ParameterGroup:
-    """Settings of their own for the parameters whose dotted name matches a pattern."""
+    """Settings for the parameters with a dotted name that matches a pattern."""
 
     pattern: str = setting("", "Of names that `gemma inspect` prints, with *, ? and [...].")
     learning_rate_factor: float | None = setting(None, "Multiplies the learning rate; 0 freezes.", 0)
@@ -115,7 +115,7 @@ class ParameterGroup:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """How gradients become updates."""
+    """The optimizer and the learning-rate schedule."""
 
     name: Literal["adamw", "adafactor", "lion"] = setting("adamw", "Update rule.")
     learning_rate: float = setting(3e-4, "Peak learning rate.", 0)
@@ -148,7 +148,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How devices are arranged. One of data, fsdp and tensor may be -1: all devices that are left."""
+    """How devices are arranged. One of data, fsdp and tensor may be -1: all remaining devices."""
 
     slice: int = setting(
         1,
@@ -165,7 +165,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ComputeConfig:
-    """How the model is executed: speed and memory, never what it computes beyond rounding."""
+    """How the model is executed. This changes speed and memory, and results only by rounding."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = setting(
         "auto", "Activations and products; auto is bfloat16 on TPU and GPU, float32 on CPU."
@@ -207,7 +207,7 @@ class HostsConfig:
 
 @dataclasses.dataclass(frozen=True)
 class StabilityConfig:
-    """What to do about losses that are not finite, and losses that jump."""
+    """What to do if a loss is not finite or jumps."""
 
     skip_nonfinite: int = setting(
         5, "Steps in a row that are skipped because loss or gradient is not finite; one more ends the run.", 0
@@ -228,7 +228,7 @@ class StabilityConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """What a run keeps."""
+    """When checkpoints are saved, and which are kept."""
 
     every: int = setting(1000, "Steps between checkpoints; the last step is always saved.", 1)
     keep_last: int = setting(2, "Newest checkpoints that are kept.", 1)
@@ -249,7 +249,7 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoggingConfig:
-    """What a run logs."""
+    """What a run logs, and where."""
 
     every: int = setting(10, "Steps between lines of the log.", 1)
     tensorboard: Literal["on", "off"] = setting("off", "Write TensorBoard event files into the run.")
@@ -258,7 +258,7 @@ class LoggingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """How new tokens are chosen, and when to end."""
+    """How new tokens are chosen, and when generation ends."""
 
     max_new_tokens: int = setting(64, "Tokens to add, at most.", 1)
     temperature: float = setting(

@@ -1,4 +1,4 @@
-"""Configs to JSON and back. What is read is untrusted: every key and type is checked."""
+"""Converts configs to JSON and back. The JSON is not trusted: every key and type is checked."""
 
 import dataclasses
 import difflib
@@ -15,45 +15,45 @@ from gemma_jax.paths import parse_json
 
 Config = TypeVar("Config")
 
-EXPERIMENTS: dict[str, type[TrainingConfig]] = {"pretrain": PretrainConfig}  # what a run records, by its kind
+EXPERIMENTS: dict[str, type[TrainingConfig]] = {"pretrain": PretrainConfig}  # by the name that a run records
 
-# How messages show what was read: a few words of it, however long or deep it is.
+# Shortens values for messages, however long or deeply nested they are.
 _shown = reprlib.Repr()
 _shown.maxstring = _shown.maxother = 100
 
 
 def suggestion(word: str, known: typing.Iterable[str]) -> str:
-    """`; did you mean X?` for the nearest known word, or nothing."""
+    """Returns `; did you mean X?` with the most similar known word, or "" if none is similar."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else ""
 
 
 def to_dict(config: TrainingConfig) -> dict[str, Any]:
-    """Plain dictionary of a config, with the kind of experiment under `experiment`."""
+    """Returns a config as a plain dictionary, with the kind of experiment under the key `experiment`."""
     kinds = [kind for kind, cls in EXPERIMENTS.items() if isinstance(config, cls)]
     return {"experiment": kinds[0], **dataclasses.asdict(config)}
 
 
 def to_json(config: TrainingConfig) -> str:
-    """The resolved config as JSON, ending in a newline."""
+    """Returns the resolved config as JSON, ending in a newline."""
     return json.dumps(to_dict(config), indent=2) + "\n"
 
 
 def from_json(text: str, origin: str) -> TrainingConfig:
-    """Read what `to_json` wrote.
+    """Reads a config that `to_json` wrote.
 
     Args:
-      text: the JSON.
-      origin: where it came from, for messages.
+      text: The JSON.
+      origin: Where the JSON comes from, for messages.
 
     Raises:
-      UserError: broken JSON, an unknown experiment or key, a value of another type.
+      UserError: The JSON is invalid, an experiment or key is unknown, or a value has another type.
     """
     return from_record(parse_json(text, origin), origin)
 
 
 def from_record(data: Any, origin: str) -> TrainingConfig:
-    """Read what `to_dict` gave. See `from_json`."""
+    """Reads a config from the dictionary that `to_dict` returned. See `from_json`."""
     if not isinstance(data, dict) or "experiment" not in data:
         raise UserError(f"{origin} has no key 'experiment', so it is not a config of gemma_jax.")
     kind = data["experiment"]
@@ -64,10 +64,10 @@ def from_record(data: Any, origin: str) -> TrainingConfig:
 
 
 def from_dict(cls: type[Config], data: Any, origin: str, prefix: str = "") -> Config:
-    """A config of `cls` from plain data; keys that are left out keep their defaults.
+    """Creates a config of `cls` from plain data; missing keys keep their defaults.
 
     Raises:
-      UserError: an unknown key or a value of another type.
+      UserError: A key is unknown or a value has another type.
     """
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]  # cls is a dataclass
     if not isinstance(data, dict):
@@ -86,7 +86,10 @@ def from_dict(cls: type[Config], data: Any, origin: str, prefix: str = "") -> Co
 
 
 def _checked(annotation: Any, value: Any, origin: str, field: str) -> Any:
-    """`value` as `annotation` wants it: int, float, str, bool, Literal, X | None, tuple, dataclass."""
+    """Returns `value` converted to `annotation`, or raises UserError if it has another type.
+
+    An annotation is int, float, str, bool, a Literal, X | None, a tuple or a dataclass.
+    """
     name = f"{origin}: {field}"
     kind, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if dataclasses.is_dataclass(annotation):
@@ -115,18 +118,18 @@ def _checked(annotation: Any, value: Any, origin: str, field: str) -> Any:
 
 
 def differences(before: Any, now: Any) -> list[tuple[str, Any, Any]]:
-    """Dotted name, value before and value now of every field in which two configs of one kind differ."""
+    """Returns dotted name, old value and new value of each field in which two configs of a class differ."""
     pairs = zip(leaves(before), leaves(now), strict=True)
     return [(name, then, value) for (name, _, then), (_, _, value) in pairs if then != value]
 
 
 def within(name: str, sections: typing.Iterable[str]) -> bool:
-    """Whether a dotted name is one of these fields or is in one of these sections."""
+    """Whether a dotted name is one of `sections` (or fields), or is inside one of them."""
     return any(f"{name}.".startswith(f"{section}.") for section in sections)
 
 
 def replace(config: Config, changes: typing.Mapping[str, Any]) -> Config:
-    """`config` with the fields at dotted names changed, as in {"optimizer.learning_rate": 1e-3}."""
+    """Returns `config` with changed fields, given by dotted name, as in {"optimizer.learning_rate": 1e-3}."""
     for name, value in changes.items():
         config = _replaced(config, name.split("."), value)
     return config

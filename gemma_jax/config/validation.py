@@ -1,4 +1,4 @@
-"""Contradictions in a config, found before anything is loaded or compiled."""
+"""Checks configs for invalid and contradictory values before anything is loaded or compiled."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ from gemma_jax.config.serialization import from_dict
 from gemma_jax.errors import UserError
 
 MESH_AXES = ("slice", "data", "fsdp", "tensor")
-MOST_PARAMETERS = 10**13  # more than any machine holds; a larger model is a slip of the pen
+MOST_PARAMETERS = 10**13  # more than any machine holds; a larger model must be a typing mistake
 
 
 def _require(condition: bool, message: str) -> None:
@@ -29,14 +29,14 @@ def _require(condition: bool, message: str) -> None:
 
 
 def validate_bounds(config: Any, prefix: str = "") -> None:
-    """Check every number of a config or section against the bounds of its field.
+    """Checks every number of a config or section against the bounds of its field.
 
     Args:
-      config: a dataclass whose fields are made by `setting`.
-      prefix: of the names in messages, such as "model.".
+      config: A dataclass with fields made by `setting`.
+      prefix: The prefix of field names in messages, such as "model.".
 
     Raises:
-      UserError: naming the field, its value and its bounds.
+      UserError: A number is out of bounds; the message names the field, its value and its bounds.
     """
     for name, field, value in leaves(config, prefix):
         least, most = field.metadata["least"], field.metadata["most"]
@@ -48,9 +48,7 @@ def validate_bounds(config: Any, prefix: str = "") -> None:
 
 
 def validate_model(model: TransformerConfig) -> None:
-    """Raises:
-    UserError: a shape that no Gemma can have.
-    """
+    """Raises UserError if no Gemma can have this shape."""
     validate_bounds(model, "model.")
     _require(
         model.num_heads % model.num_kv_heads == 0,
@@ -80,10 +78,10 @@ def _validate_compute(compute: ComputeConfig) -> None:
 
 
 def validate(config: TrainingConfig) -> None:
-    """Check what can be checked without devices or data.
+    """Checks everything in a config that can be checked without devices or data.
 
     Raises:
-      UserError: naming the fields that contradict each other.
+      UserError: A value is invalid or fields contradict each other; the message names them.
     """
     model, data, optimizer = config.model, config.data, config.optimizer
     validate_bounds(config)
@@ -136,13 +134,13 @@ def validate(config: TrainingConfig) -> None:
 
 
 def sampling_config(config: SamplingConfig, settings: Mapping[str, Any]) -> SamplingConfig:
-    """`config` with some settings changed.
+    """Returns `config` with some settings changed.
 
     Raises:
-      UserError: an unknown setting, one of another type or out of range.
+      UserError: A setting is unknown, has another type, or is out of range.
     """
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(SamplingConfig)}
-    # A number of numpy or jax counts as what it is in Python.
+    # A scalar of numpy or jax is converted to the Python number.
     given = {
         key: value.item() if getattr(value, "shape", None) == () else value
         for key, value in (fields | dict(settings)).items()
@@ -153,17 +151,13 @@ def sampling_config(config: SamplingConfig, settings: Mapping[str, Any]) -> Samp
 
 
 def validate_sampling(config: SamplingConfig) -> None:
-    """Raises:
-    UserError: naming the setting that is out of range.
-    """
+    """Raises UserError, which names the setting, if one is out of range."""
     validate_bounds(config)
     _require(all(config.stop), "stop holds an empty text, which would end every continuation; leave it out.")
 
 
 def validate_sample(config: SampleConfig) -> None:
-    """Raises:
-    UserError: naming the setting that is out of range.
-    """
+    """Raises UserError, which names the settings, if one is invalid or several contradict each other."""
     validate_sampling(config)
     _require(
         not config.stream or (len(config.prompt) * config.samples <= 1 and not config.json),
@@ -174,9 +168,7 @@ def validate_sample(config: SampleConfig) -> None:
 
 
 def validate_chat(config: ChatConfig) -> None:
-    """Raises:
-    UserError: naming the setting that is out of range.
-    """
+    """Raises UserError, which names the setting, if one is invalid."""
     validate_sampling(config)
     _require(config.samples == 1, f"samples is {config.samples}, but a dialogue has one answer a turn.")
     _validate_compute(config.compute)
@@ -184,9 +176,7 @@ def validate_chat(config: ChatConfig) -> None:
 
 
 def validate_verify(config: VerifyConfig) -> None:
-    """Raises:
-    UserError: naming the setting that is out of range.
-    """
+    """Raises UserError, which names the setting, if one is invalid."""
     _require(bool(config.prompt), "prompt is empty; give it a text, or leave it out.")
     _require(
         config.compute.dtype != "float64",
@@ -216,10 +206,10 @@ def _validate_hosts(hosts: HostsConfig) -> None:
 
 
 def profiled_steps(profile: str) -> range:
-    """The steps that `profile` names; none if it is empty.
+    """Returns the steps that the setting `profile` names; an empty range if it is empty.
 
     Raises:
-      UserError: it is neither a step nor FIRST:LAST.
+      UserError: `profile` is neither a step nor FIRST:LAST.
     """
     if not profile:
         return range(0)
@@ -230,8 +220,9 @@ def profiled_steps(profile: str) -> range:
 
 
 def validate_mesh(mesh: MeshConfig) -> None:
-    """Raises:
-    UserError: an axis of no size, or several that are to take what is left.
+    """Raises UserError if the size of an axis is invalid, or more than one axis is -1.
+
+    If mesh.cpu_devices is set, the axes must also fit that number of devices.
     """
     validate_bounds(mesh, "mesh.")
     sizes = {axis: getattr(mesh, axis) for axis in MESH_AXES}
@@ -246,15 +237,15 @@ def validate_mesh(mesh: MeshConfig) -> None:
 
 
 def mesh_text(shape: Mapping[str, int]) -> str:
-    """`data 1 x fsdp 8 x tensor 1`; the slices are included where there are several."""
+    """Describes a mesh as `data 1 x fsdp 8 x tensor 1`. Slices are included if there are several."""
     return " x ".join(f"{axis} {size}" for axis, size in shape.items() if axis != "slice" or size != 1)
 
 
 def mesh_shape(mesh: MeshConfig, device_count: int) -> tuple[int, int, int, int]:
-    """Sizes of the axes slice, data, fsdp and tensor on that many devices.
+    """Returns the sizes of the axes slice, data, fsdp and tensor on `device_count` devices.
 
     Raises:
-      UserError: the axes want more devices than there are, leave some unused, or do not divide them.
+      UserError: The axes need more devices than there are, leave some unused, or do not divide their number.
     """
     sizes = [getattr(mesh, axis) for axis in MESH_AXES]
     fixed = math.prod(size for size in sizes if size != -1)
@@ -274,10 +265,10 @@ def mesh_shape(mesh: MeshConfig, device_count: int) -> tuple[int, int, int, int]
 
 
 def validate_on_devices(config: TrainingConfig, device_count: int) -> None:
-    """Check the batch against the mesh that the config makes of that many devices.
+    """Checks the batch size against the config's mesh on `device_count` devices.
 
     Raises:
-      UserError: each device would not get the same number of rows.
+      UserError: The rows cannot be divided equally among the devices.
     """
     slices, data, fsdp, _ = mesh_shape(config.mesh, device_count)
     parts = slices * data * fsdp * config.optimizer.accumulation_steps
