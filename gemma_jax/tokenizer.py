@@ -1,4 +1,4 @@
-"""SentencePiece with Gemma's id layout: encode, decode, special ids, training a small one from text."""
+"""SentencePiece tokenizer with Gemma's special ids: encodes, decodes, and trains a small model from text."""
 
 import contextlib
 import hashlib
@@ -18,30 +18,30 @@ from gemma_jax.paths import read_bytes, user_path
 START_OF_TURN = "<start_of_turn>"
 END_OF_TURN = "<end_of_turn>"
 
-# Ids 4..110 of google/gemma's tokenizer.model. 108..110 are newline runs: a newline that is always a piece of
-# its own lets a prompt end at a line's end and still be tokenised as the training text was.
+# Ids 4..110 of google/gemma's tokenizer.model. Ids 108..110 are runs of newlines. Because newlines are never
+# part of a longer piece, a prompt that ends at a line's end is tokenised as in the training text.
 _GEMMA_USER_DEFINED = (
     *("<mask>", "<2mass>", "[@BOS@]"),
     *(f"<unused{i}>" for i in range(99)),
     *(START_OF_TURN, END_OF_TURN),
     *("\n", "\n\n", "\n\n\n"),
 )
-# The user-defined pieces of Gemma's file that only format text; encode_typed() leaves them whole.
+# The user-defined pieces of Gemma's file that only format text; encode_typed() does not split them.
 _HTML_TAG = re.compile(
     r"</?(?:table|caption|thead|tbody|tfoot|tr|th|td|h[1-6]|blockquote|strong|em|b|i|u|s|sub|sup|code)>"
 )
-# Training sees a text in parts of this many characters: SentencePiece skips what is longer than a limit in
-# bytes, without a word, and a cut this rare does not change which pieces are learnt.
+# Training gets a text in parts of this many characters, because SentencePiece silently skips a sentence with
+# more bytes than a limit. Cuts are too rare to change which pieces are learnt.
 _TRAINING_PART = 4096
-_LARGEST_FILE = 2**26  # bytes; Gemma's own has 4 million
-# Text that a model with a normaliser, a dummy prefix or no byte fallback does not reproduce exactly.
+_LARGEST_FILE = 2**26  # bytes; Gemma's own file has 4 million
+# A text that is not reproduced exactly by a model with a normaliser, a dummy prefix or no byte fallback.
 _PROBE = "  a\tﬁ\r\n\n b\x00é𐍈  "
 
 
 class Tokenizer:
     """A SentencePiece model with pad 0, eos 1, bos 2, unk 3 and turn markers (shared by Gemma 1 to 3).
 
-    Instances never change, and pickle as the bytes of their model file.
+    Instances are immutable, and are pickled as the bytes of their model file.
     """
 
     pad_id = 0
@@ -50,16 +50,16 @@ class Tokenizer:
     unk_id = 3
 
     def __init__(self, model: bytes, source: str = "the tokenizer model") -> None:
-        """Takes the bytes of a model file; `source` names it in errors. Raises UserError as load() does."""
+        """Loads the bytes of a model file, called `source` in errors. Raises UserError as load() does."""
         remedy = "give the tokenizer.model file of a Gemma checkpoint or one that Tokenizer.train wrote"
         if not model:
             raise UserError(f"{source} is empty; {remedy}.")
         try:
             processor = sentencepiece.SentencePieceProcessor(model_proto=model)
             pieces = ModelProto.FromString(model).pieces
-            if any(isinstance(piece.piece, bytes) for piece in pieces):  # how protobuf hands out broken UTF-8
+            if any(isinstance(piece.piece, bytes) for piece in pieces):  # protobuf's form of invalid UTF-8
                 raise ValueError("a piece is not UTF-8")
-        except (RuntimeError, ValueError) as error:  # SentencePiece raises both
+        except (RuntimeError, ValueError) as error:  # SentencePiece raises either
             raise UserError(f"{source} is not a whole SentencePiece model; {remedy}.") from error
         ids = (processor.pad_id(), processor.eos_id(), processor.bos_id(), processor.unk_id())
         if ids != (self.pad_id, self.eos_id, self.bos_id, self.unk_id):
@@ -70,7 +70,7 @@ class Tokenizer:
         for marker in (START_OF_TURN, END_OF_TURN):
             if processor.piece_to_id(marker) == self.unk_id:
                 raise UserError(f"{source} has no piece {marker}; {remedy}.")
-        # Twice, because decoding takes a dummy prefix away again, but only at the start.
+        # The probe is repeated because decoding removes a dummy prefix, but only at the start of the text.
         if processor.decode(2 * processor.encode(_PROBE)) != 2 * _PROBE:
             raise UserError(f"{source} does not keep white space and every character exactly; {remedy}.")
         self._model = model
@@ -79,7 +79,7 @@ class Tokenizer:
         self.start_of_turn_id: int = processor.piece_to_id(START_OF_TURN)
         self.end_of_turn_id: int = processor.piece_to_id(END_OF_TURN)
         self.fingerprint = hashlib.sha256(model).hexdigest()
-        """sha256 of the model file, in hexadecimal."""
+        """The SHA-256 of the model file, in hexadecimal."""
         self._control_text = _control_text_pattern(pieces)
 
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[bytes]]:
@@ -90,8 +90,8 @@ class Tokenizer:
         """Reads a model file, local or in a bucket (gs://, s3://).
 
         Raises:
-            UserError: the file is missing or empty, is not a SentencePiece model, has not Gemma's ids
-                (pad 0, eos 1, bos 2, unk 3, both turn markers), or loses characters of what it encodes.
+            UserError: The file is missing or empty, is not a SentencePiece model, does not have Gemma's ids
+                (pad 0, eos 1, bos 2, unk 3, both turn markers), or does not preserve every character.
         """
         model = read_bytes(user_path(path), _LARGEST_FILE)
         return cls(model, source=f"The tokenizer file {os.fspath(path)}")
@@ -101,14 +101,15 @@ class Tokenizer:
         """Trains a byte-pair model on `texts`, writes it to `path` and returns it.
 
         The same texts and size make the same file on any machine. Ids 0..110 are those of Gemma's own file,
-        digits are single pieces, bytes stand in for rare characters, and nothing is normalised. A newline run
-        is a piece of its own; other pieces may cross spaces (`▁for▁i▁in▁range(`), which on Python source
-        results in more bytes per token than Gemma's own rule (benchmarks/LOG.md, 2026-11-23). All of `texts`
-        is held in memory: pass a sample of a large corpus.
+        each digit is a piece, rare characters are encoded as bytes, and nothing is normalised. A run of
+        newlines is a separate piece; other pieces may span spaces (`▁for▁i▁in▁range(`), which on Python
+        source results in more bytes per token than Gemma's own rule (benchmarks/LOG.md, 2026-11-23). All of
+        `texts` is held in memory, so pass a sample of a large corpus.
 
         Raises:
-            UserError: no text, lone surrogates, a size too small for the fixed pieces, bytes and characters
-                (the message says the smallest possible) or too large for the text, or an unwritable path.
+            UserError: There is no text, it holds lone surrogates, `vocab_size` is too small for the fixed
+                pieces, bytes and characters (the message gives the minimum) or too large for the text, or
+                `path` cannot be written.
         """
         failures: list[Exception] = []
 
@@ -117,7 +118,7 @@ class Tokenizer:
                 for text in texts:
                     _check_surrogates(text)
                     for start in range(0, len(text), _TRAINING_PART):
-                        # SentencePiece drops a part with U+2585, its sign for the unknown, without a word.
+                        # SentencePiece silently drops a part with U+2585, its symbol for unknown characters.
                         yield text[start : start + _TRAINING_PART].replace("\u2585", " ")
             except Exception as error:
                 failures.append(error)  # SentencePiece would re-raise it as a RuntimeError
@@ -140,7 +141,8 @@ class Tokenizer:
                 unk_piece="<unk>",
                 user_defined_symbols=list(_GEMMA_USER_DEFINED),
                 byte_fallback=True,
-                # Without it, a text with no space would leave spaces to bytes, which decode to U+2581.
+                # Otherwise, after training on text with no space, spaces would be encoded as bytes that
+                # decode to U+2581.
                 required_chars="\u2581",
                 normalization_rule_name="identity",
                 add_dummy_prefix=False,
@@ -151,7 +153,7 @@ class Tokenizer:
                 split_digits=True,
                 max_sentencepiece_length=32,
                 max_sentence_length=4 * _TRAINING_PART + 1,  # bytes; no character has more than 4
-                num_threads=2,  # stored in the file: the machine's own number would change the fingerprint
+                num_threads=2,  # fixed, because it is stored in the file and so part of the fingerprint
                 minloglevel=2,
             )
         except RuntimeError as error:
@@ -163,7 +165,7 @@ class Tokenizer:
         return tokenizer
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the model file; a reader sees the old file or the whole new one. UserError on failure."""
+        """Writes the model file atomically: readers get the old or the new file. UserError on failure."""
         target = user_path(path)
         unfinished = target.parent / f"{target.name}.{uuid.uuid4().hex}.tmp"
         try:
@@ -178,31 +180,32 @@ class Tokenizer:
             ) from error
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, exactly as SentencePiece returns them, without bos or eos.
+        """Returns the ids of `text`, exactly as SentencePiece does, without bos or eos.
 
-        A turn marker in `text` becomes its one id; use encode_typed() for what somebody typed. U+2581 is
-        SentencePiece's sign for a space and is encoded as one. UserError for lone surrogates.
+        A turn marker in `text` becomes its one id; use encode_typed() for text that a user typed. U+2581 is
+        SentencePiece's symbol for a space and is encoded as one. Raises UserError for lone surrogates.
         """
         _check_surrogates(text)
         ids: list[int] = self._processor.encode(text)
         return ids
 
     def encode_batch(self, texts: Sequence[str], num_threads: int = -1) -> list[list[int]]:
-        """encode() of each text, on `num_threads` threads (-1: all cores)."""
+        """Encodes each text as encode() does, on `num_threads` threads (-1: all cores)."""
         for text in texts:
             _check_surrogates(text)
         ids: list[list[int]] = self._processor.encode(list(texts), num_threads=num_threads)
         return ids
 
     def encode_typed(self, text: str) -> list[int]:
-        """Ids of a text that somebody typed: no text becomes a control token.
+        """Returns the ids of a text that a user typed: nothing in it becomes a control token.
 
-        As encode(), but turn markers and every other user-defined piece that is not white space or an HTML
-        tag (`<mask>`, `<unused7>`, `[@BOS@]` ...) come out as ordinary pieces; decode() restores the text.
+        This is encode(), except that turn markers and every other user-defined piece that is not white space
+        or an HTML tag (`<mask>`, `<unused7>`, `[@BOS@]` ...) become ordinary pieces. decode() restores the
+        text.
         """
         _check_surrogates(text)
-        # Each occurrence, overlapping ones too, is cut behind its first character. No part then holds a
-        # whole one, so SentencePiece, which sees one part at a time, can match none.
+        # The text is cut after the first character of each occurrence, overlapping ones included. Then no
+        # part contains a complete one, and SentencePiece, which encodes one part at a time, matches none.
         cuts = [0, *(match.start() + 1 for match in self._control_text.finditer(text)), len(text)]
         ids: list[int] = []
         for start, end in zip(cuts, cuts[1:], strict=False):
@@ -210,10 +213,10 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`, as SentencePiece returns it.
+        """Returns the text of `ids`, as SentencePiece does.
 
-        pad, bos and eos decode to nothing, unk to " ⁇ ", and bytes that are not UTF-8 to U+FFFD each.
-        UserError names an id that is not in the vocabulary.
+        pad, bos and eos decode to nothing, unk to " ⁇ ", and each byte that is not UTF-8 to U+FFFD.
+        Raises UserError for an id that is not in the vocabulary.
         """
         checked = [int(i) for i in ids]
         for i in checked:
@@ -222,20 +225,24 @@ class Tokenizer:
         return text
 
     def piece(self, id: int) -> str:
-        """The piece as the model file spells it: `▁the`, `<0x0A>`, `<bos>`. UserError for an unknown id."""
+        """Returns the piece as spelled in the model file: `▁the`, `<0x0A>`, `<bos>`.
+
+        Raises UserError for an id that is not in the vocabulary.
+        """
         self._check_id(id)
         piece: str = self._processor.id_to_piece(id)
         return piece
 
     def byte(self, id: int) -> int | None:
-        """The byte that an id stands for, as in `<0x0A>`; None for every other piece."""
+        """Returns the byte of a byte piece such as `<0x0A>`; None for every other piece."""
         piece = self.piece(id)
         return int(piece[1:-1], 16) if self._processor.is_byte(id) else None
 
     def piece_bytes(self) -> np.ndarray:
-        """int32 [vocab_size]: how many UTF-8 bytes of text each id stands for; control pieces and unk 0.
+        """Returns the number of UTF-8 bytes of text that each id stands for, int32 [vocab_size].
 
-        The sum over encode(text) is len(text.encode()) for text without U+2581.
+        It is 0 for control pieces and unk. For text without U+2581, the sum over encode(text) is
+        len(text.encode()).
         """
         kind = ModelProto.SentencePiece
         counts = np.zeros(self.vocab_size, np.int32)
@@ -254,16 +261,16 @@ class Tokenizer:
 
 
 def _control_text_pattern(pieces: Iterable[ModelProto.SentencePiece]) -> re.Pattern[str]:
-    """Matches, with zero width, where a user-defined piece that could act as a control token begins."""
+    """Returns a zero-width pattern that matches where a piece that could act as a control token begins."""
     texts = [piece.piece for piece in pieces if piece.type == ModelProto.SentencePiece.USER_DEFINED]
-    # The turn markers are always among them, also in a model that lists them as ordinary pieces.
+    # The turn markers are always included, even if the model lists them as ordinary pieces.
     texts += [START_OF_TURN, END_OF_TURN]
     control = [text for text in texts if text.strip("\u2581 \t\r\n") and not _HTML_TAG.fullmatch(text)]
     return re.compile(f"(?={'|'.join(map(re.escape, control))})")
 
 
 def _training_error(error: RuntimeError, vocab_size: int) -> Exception:
-    """What the user can put right about a failed training; otherwise the error itself."""
+    """Returns a UserError if the user can correct the cause of a failed training, else the error itself."""
     message = str(error)
     if "sentences_.empty()" in message:
         return UserError("There is no text to train a tokenizer on; check the corpus.")
