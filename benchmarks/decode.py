@@ -1,7 +1,7 @@
-"""Greedy decoding speed of the 110M shape in float32, beside transformers where that is installed.
+"""Measures greedy decoding speed of the 110M shape in float32, and that of transformers if it is installed.
 
-Both take turns in one process; quote the ratio. Prints one JSON line for each program and batch size, then
-one with the ratio. Seconds are those of a whole call: prefill and every new token.
+Both programs run alternately in one process; quote the ratio. Prints one JSON line for each program and batch
+size, then one with the ratio. The time is that of a whole call: prefill and every new token.
 
     python benchmarks/decode.py [--threads 2] [--rounds 5] [--batches 1 8] [--prompt 64] [--new 128]
         [--unroll 1]
@@ -19,7 +19,7 @@ from train_step import PRESET, in_turn, tokens, transformers_model, use_threads
 
 
 def ours(unroll: int) -> Callable[[np.ndarray, int], None]:
-    """A function of prompts [B, P] and a number of new tokens."""
+    """Returns a function that decodes with gemma_jax, given prompts [B, P] and a number of new tokens."""
     from gemma_jax import Gemma
     from gemma_jax.config import ComputeConfig, MeshConfig, SamplingConfig
     from gemma_jax.sampling import Completion
@@ -29,7 +29,7 @@ def ours(unroll: int) -> Callable[[np.ndarray, int], None]:
     gemma = Gemma.from_pretrained(f"random:{PRESET}", mesh=MeshConfig(cpu_devices=1), compute=compute)
 
     def run(prompts: np.ndarray, new: int) -> None:
-        # No end token: each row makes all of its tokens, as theirs does.
+        # There are no stop tokens, so each row generates all its new tokens, as with transformers.
         requests = requests_of(prompts.tolist(), SamplingConfig(max_new_tokens=new), [])
         completions = [Completion() for _ in requests]
         for _ in gemma._generator.run(requests, completions):
@@ -40,7 +40,7 @@ def ours(unroll: int) -> Callable[[np.ndarray, int], None]:
 
 
 def theirs() -> Callable[[np.ndarray, int], None]:
-    """The same with transformers."""
+    """Returns the same function with transformers."""
     import torch
 
     model = transformers_model().eval()

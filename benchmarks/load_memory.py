@@ -1,9 +1,9 @@
-"""Peak memory of loading published weights: a generated directory of the 2B shape, random numbers, 5 GB.
+"""Measures peak memory of loading published weights, from a generated directory of random weights (2B: 5 GB).
 
-Each load runs in a process of its own, which samples its resident anonymous memory (RssAnon of
-/proc/self/status: what it holds itself, without the pages of the mapped file). Prints a JSON line a mesh:
-bytes of the parameters, of the file's largest tensor, the peak, and what each device holds at the end.
-The bound that the project keeps on one CPU device is 1.15 times the parameters plus the largest tensor.
+Each load runs in a separate process, which samples its resident anonymous memory (RssAnon of
+/proc/self/status, which excludes pages of the mapped file). Prints one JSON line per mesh: the bytes of the
+parameters, of the file's largest tensor, at the peak, and on each device at the end. The project's bound on
+one CPU device is 1.15 times the parameters plus the largest tensor.
 
     python benchmarks/load_memory.py [--preset gemma_2b] [--dtype bfloat16] [--form huggingface|flax]
         [--devices 1 8] [--folder /tmp/gemma_jax_load] [--keep]
@@ -22,7 +22,7 @@ import numpy as np
 
 
 class RandomWeights:
-    """Random numbers in the shape of a model: one block of them over and over."""
+    """Random weights in the shapes of a model: one block of random numbers, repeated."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]], dtype: np.dtype) -> None:
         self._shapes, self._dtype = shapes, dtype
@@ -36,7 +36,7 @@ class RandomWeights:
 
 
 def generate(folder: Path, preset: str, form: str) -> None:
-    """Write the directory: bfloat16, as Google published it."""
+    """Writes the directory in bfloat16, the dtype in which Google published the models."""
     import ml_dtypes
 
     from gemma_jax.config import PRESETS
@@ -56,7 +56,7 @@ def anonymous_bytes() -> int:
 
 
 def measure(folder: Path, devices: int, dtype: str) -> dict[str, object]:
-    """Load in this process."""
+    """Loads the weights in this process, and returns the measurements."""
     import jax
 
     from gemma_jax.config import ComputeConfig, MeshConfig

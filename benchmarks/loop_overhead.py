@@ -1,8 +1,9 @@
-"""What the training loop adds to a step: the demo's step in the loop, and the same compiled step alone.
+"""Measures the overhead of the training loop: the demo's step in the loop against the compiled step alone.
 
-Both take turns, a few steps each, on the same state, and the order changes from round to round. Alone means
-one batch that lies on the devices already, and nothing fetched before the last step. The loop reads and
-places batches, fetches each step's numbers and writes the log. Prints one JSON line; quote the share.
+Both run alternately, a few steps each, on the same state, and the order changes from round to round. Alone,
+the step uses one batch that is already on the devices, and fetches nothing before the last step. The loop
+reads batches and puts them on the devices, fetches each step's metrics and writes the log. Prints one JSON
+line; quote the overhead.
 
     python benchmarks/loop_overhead.py [--rounds 8] [--steps 20]
 """
@@ -21,7 +22,7 @@ REPOSITORY = Path(__file__).parents[1]
 
 
 class NoCheckpoints:
-    """In the place of the store: a round of the loop ends, but saves nothing."""
+    """Replaces the checkpoint store, so that a round of the loop saves nothing at its end."""
 
     def save(self, *arguments: Any, **named: Any) -> None:
         pass
@@ -31,7 +32,7 @@ class NoCheckpoints:
 
 
 def measure(run_dir: Path, rounds: int, steps: int) -> dict[str, float]:
-    """Median seconds of a step in the loop and alone, and the median of the rounds' shares."""
+    """Returns the median time of a step in the loop and alone, and the median of the rounds' overheads."""
     import jax
 
     from gemma_jax.config import from_json, replace
@@ -96,7 +97,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
-        # One step leaves the tokenizer, the tokens in the cache, and the demo's config.
+        # One training step creates the tokenizer, the token cache and the demo's config.
         command = [sys.executable, "train.py", "pretrain", "demo", "--run_dir", str(run_dir)]
         once = ["--steps", "1", "--evaluation.every", "0", "--optimizer.warmup_steps", "1"]
         subprocess.run([*command, *once], cwd=REPOSITORY, check=True)

@@ -1,6 +1,7 @@
-"""Why products are written as they are: ways to write the feed-forward and attention, timed with gradients.
+"""Times ways to write the matmuls of feed-forward and attention, with gradients, to justify those in use.
 
-One JSON line each, milliseconds of the gradient, the ways in turn; quote ratios.
+Prints one JSON line for each way, with the milliseconds of the gradient. The ways run alternately; quote
+ratios.
 
     python benchmarks/products.py [--rounds 7]
 """
@@ -22,12 +23,12 @@ EXACT = lax.Precision.HIGHEST
 
 
 def product_over_axes(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """[B, L, D] times [D, F] without making a matrix of x first."""
+    """Multiplies [B, L, D] by [D, F] without reshaping x to a matrix first."""
     return lax.dot_general(x, weight, (((2,), (0,)), ((), ())), precision=EXACT)
 
 
 def attend_over_axes(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """Attention by einsums over all axes."""
+    """Computes attention by einsums over all axes."""
     scores = jnp.einsum("BLNH,BSKH->BNLS", q, k, precision=EXACT)
     weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -1e30))
     return jnp.einsum("BNLS,BSKH->BLNH", weights, v, precision=EXACT)

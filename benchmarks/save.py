@@ -1,4 +1,4 @@
-"""Seconds that saving a checkpoint takes, and how many of them reading it back.
+"""Measures how many seconds saving a checkpoint takes, and how many of them are spent reading it back.
 
 python benchmarks/save.py gemma_110m          # any preset; on CPU, into the temporary folder
 """
@@ -19,7 +19,7 @@ from gemma_jax.training.state import create_train_state
 
 
 def main() -> None:
-    """Save one state four times."""
+    """Saves one state four times and prints the times."""
     config = PretrainConfig(model=preset(sys.argv[1]))
     state = create_train_state(pretraining(config, make_mesh(MeshConfig(cpu_devices=1))), None)
     check, seconds = store_module.check_readable, 0.0

@@ -1,9 +1,9 @@
-"""Three sizes on one corpus and one budget of tokens: does a larger model end better, as scaling laws say?
+"""Trains three model sizes on the same tokens, to check that larger models reach a lower loss (scaling laws).
 
-Each size is trained by `train.py pretrain demo` with another shape, all on the Python sources of this
-installation and in the same order. The held-out loss of each evaluation is drawn against the floating-point
-operations spent until then. Ends with status 1 unless every larger model ends below every smaller one.
-A run that was stopped is resumed; one that is complete is only read.
+Each size is trained by `train.py pretrain demo` with another shape, on the Python sources of this
+installation in the same order. The held-out loss of each evaluation is plotted against the floating-point
+operations used until then. The exit status is 1 unless every larger model ends with a lower loss than every
+smaller one. A run that was stopped is resumed; a complete run is only read.
 
     python benchmarks/scaling.py [--steps 400] [--runs runs/scaling] [--plot docs/scaling.png]
 """
@@ -18,24 +18,28 @@ import numpy as np
 
 REPOSITORY = Path(__file__).parents[1]
 
-# Width, and the learning rate of its run: the demo's 4e-3 at width 192, in inverse proportion to the width,
-# as Tensor Programs V (Yang et al., 2022) has it for Adam and the weights between layers.
+# Maps each width to its learning rate: the demo's 4e-3 at width 192, scaled inversely to the width, as in
+# Tensor Programs V (Yang et al., 2022) for Adam and the hidden weights.
 SIZES = {64: 1.2e-2, 128: 6e-3, 256: 3e-3}
 HEAD_DIM = 64
 
 
 def shape(width: int) -> dict[str, int]:
-    """The demo's model at another width: 4 layers, feed-forward 4 times as wide, one key/value head."""
+    """Returns the fields that give the demo's model another width; the feed-forward is 4 times as wide.
+
+    The model still has 4 layers and one key/value head.
+    """
     return {"embed_dim": width, "hidden_dim": 4 * width, "num_heads": width // HEAD_DIM}
 
 
 def train(width: int, learning_rate: float, steps: int, run: Path) -> None:
-    """Train one size, as a user would."""
+    """Trains one size by the command that a user would run."""
     options = {
         "run_dir": run,
         "steps": steps,
         "optimizer.learning_rate": learning_rate,
-        # Often where the curves are steep, and every held-out row of the corpus would be too many.
+        # Evaluates often, because the curves are steep, and on 256 rows, because all held-out rows would
+        # take too long.
         "evaluation.every": max(steps // 20, 1),
         "evaluation.rows": 256,
         "checkpoint.every": max(steps // 4, 1),
@@ -46,7 +50,7 @@ def train(width: int, learning_rate: float, steps: int, run: Path) -> None:
 
 
 def curve(run: Path) -> tuple[dict[str, float], list[tuple[float, float, float]]]:
-    """What a run is, and (FLOPs, nats a token, bits a byte) of each evaluation."""
+    """Returns facts about a run, and (FLOPs, nats per token, bits per byte) of each evaluation."""
     from gemma_jax.config import from_json
     from gemma_jax.training.hardware import training_flops_a_token
     from gemma_jax.training.metrics import read_metrics
@@ -75,7 +79,7 @@ def curve(run: Path) -> tuple[dict[str, float], list[tuple[float, float, float]]
 
 
 def draw(curves: list[tuple[dict[str, float], list[tuple[float, float, float]]]], path: Path) -> None:
-    """Held-out loss against compute, both on logarithmic scales."""
+    """Plots held-out loss against compute, both on logarithmic scales."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, NullFormatter
 

@@ -1,9 +1,9 @@
-"""Speed and peak memory of tokenising and packing a large corpus.
+"""Measures speed and peak memory of tokenising and packing a large corpus.
 
-Writes JSON lines of the Python sources of this installation, again and again with another number in front of
-each document, tokenises and packs them as a run does, and deletes all of it. With `--tokenizer none` each
-four bytes of text become one id at once: that shows the memory of a corpus which would occupy SentencePiece
-for an hour. Prints one JSON line.
+Writes the Python sources of this installation as JSON lines, repeatedly, with another number in front of each
+document; tokenises and packs them as a run does; and deletes everything. With `--tokenizer none`, each four
+bytes of text become one id without SentencePiece: this shows the memory use for a corpus that SentencePiece
+would need an hour for. Prints one JSON line.
 
     python benchmarks/tokenise.py [--gigabytes 1] [--tokenizer none|2048|8192] [--folder /tmp]
 """
@@ -26,7 +26,7 @@ from gemma_jax.tokenizer import Tokenizer
 
 
 class EveryFourBytes(Tokenizer):
-    """In the place of SentencePiece: an id for each four bytes, without looking at them."""
+    """Replaces SentencePiece: makes one id of each four bytes by arithmetic."""
 
     def __init__(self) -> None:
         self.vocab_size = 2048
@@ -79,7 +79,7 @@ def main() -> None:
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
         tokens = statistics.train.tokens + statistics.held_out.tokens
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        # The largest of those that a machine of eight cores or more starts.
+        # The peak of the largest child process; a machine with eight cores or more starts several.
         of_a_child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
         result = {
             **vars(arguments),

@@ -1,9 +1,9 @@
-"""Compile the shipped pretraining configs for their TPUs; write docs/plans.md and their comments.
+"""Compiles the shipped pretraining configs for their TPUs; writes docs/plans.md and comments in the configs.
 
-    python benchmarks/tpu_plans.py                 # all of them: minutes each, kept by program
-    python benchmarks/tpu_plans.py --only 2b_v5e   # those whose name has it; the page names the others
+    python benchmarks/tpu_plans.py                 # all configs: minutes each; compiled programs are cached
+    python benchmarks/tpu_plans.py --only 2b_v5e   # configs with this in their name; the page lists the rest
 
-It needs the TPU compiler (`pip install 'gemma_jax[tpu]'`) and no TPU.
+It needs the TPU compiler (`pip install 'gemma_jax[tpu]'`) but no TPU.
 """
 
 import argparse
@@ -26,19 +26,19 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A config on a topology, and how it differs from its file."""
+    """A config on a topology, with changes to the config's file and the bounds that its plan should meet."""
 
     config: str
     topology: str
     changes: dict[str, Any] = dataclasses.field(default_factory=dict)
     slices: int = 1
     note: str = ""
-    most_gib: float | None = None  # a chip; what it must hold
-    most_seconds: float | None = None  # a step without Pallas kernels
+    most_gib: float | None = None  # upper bound of the memory per chip
+    most_seconds: float | None = None  # upper bound of a step's time without Pallas kernels
 
     @property
     def title(self) -> str:
-        """Name of the config and what is changed."""
+        """The name of the config, followed by its changes as options."""
         return " ".join([self.config, *(f"--{name} {value}" for name, value in self.changes.items())])
 
 
@@ -72,7 +72,7 @@ CASES = (
 
 
 def main() -> None:
-    """Plan the cases and write the page and the comments."""
+    """Plans the cases, and writes the page and the comments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[""], help="cases whose config's name has one of these")
     chosen = parser.parse_args()
@@ -91,7 +91,7 @@ def main() -> None:
 
 
 def planned(case: Case) -> dict[str, Any]:
-    """The record that `gemma plan --json` prints."""
+    """Returns the record that `gemma plan --json` prints for a case."""
     from gemma_jax.commands.plan_report import record
     from gemma_jax.planning.cache import PlanCache
     from gemma_jax.planning.planner import Planner
@@ -106,7 +106,7 @@ def planned(case: Case) -> dict[str, Any]:
 
 
 def comment(path: Path, plan: dict[str, Any] | None) -> None:
-    """Say in a config's file what its plan is: the lines `#   ...` below the one with the command."""
+    """Writes the plan into a config's file: replaces the lines `#   ...` below the one with the command."""
     said = ["does not fit"]
     if plan is None:
         said = ["(not planned yet: python benchmarks/tpu_plans.py writes it here)"]
@@ -129,7 +129,7 @@ def comment(path: Path, plan: dict[str, Any] | None) -> None:
 
 
 def line(case: Case, plan: dict[str, Any]) -> str:
-    """A row of the table."""
+    """Returns the row of the table for a case."""
     where = f"{case.slices} x {case.topology}" if case.slices > 1 else case.topology
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1)
     settings = plan["settings"]
@@ -151,12 +151,12 @@ def line(case: Case, plan: dict[str, Any]) -> str:
 
 
 def within(value: float, most: float | None) -> str:
-    """How a figure stands to what it must hold."""
+    """Returns text that compares a figure with its upper bound; "" if it has none."""
     return "" if most is None else f" of {most:g}" if value <= most else f", MORE than {most:g}"
 
 
 def page(rows: Sequence[tuple[Case, dict[str, Any]]]) -> str:
-    """docs/plans.md."""
+    """Returns the text of docs/plans.md."""
     titles = (
         "config", "", "TPUs", "mesh", "remat", "batch", "GiB a chip", "s without Pallas", "s a step",
         "utilisation", "fsdp bytes / least",
@@ -184,7 +184,7 @@ def page(rows: Sequence[tuple[Case, dict[str, Any]]]) -> str:
 
 
 def details(case: Case, plan: dict[str, Any]) -> list[str]:
-    """Memory, traffic and the whole run of one case."""
+    """Returns lines on the memory, collectives and whole run of one case."""
     command = f"gemma plan {case.title} --topology {case.topology}"
     text = [f"`{command}{f' --slices {case.slices}' if case.slices > 1 else ''}`", ""]
     if not plan["fits"]:

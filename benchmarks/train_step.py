@@ -1,7 +1,8 @@
-"""Training speed of the 110M shape in float32, beside transformers where that is installed.
+"""Measures training speed of the 110M shape in float32, and that of transformers if it is installed.
 
-Both take turns in one process, so that a noisy machine treats them alike; quote the ratio. Prints one JSON
-line for each program, then one with the ratio. With --only, the line of that program has its peak memory.
+Both programs run alternately in one process, so that noise of the machine affects both alike; quote the
+ratio. Prints one JSON line for each program, then one with the ratio. With --only, the line also has the
+program's peak memory.
 
     python benchmarks/train_step.py [--threads 2] [--rounds 5] [--batch 4] [--length 512] [--only NAME]
 """
@@ -21,7 +22,7 @@ PRESET = "gemma_110m"
 
 
 def ours(batch: int, length: int) -> Callable[[], float]:
-    """A function that trains one step and gives its loss."""
+    """Returns a function that trains one step with gemma_jax and returns its loss."""
     from gemma_jax.config import PRESETS, ComputeConfig, DataConfig, MeshConfig, PretrainConfig
     from gemma_jax.data.packing import Batch
     from gemma_jax.sharding import make_mesh, put_batch
@@ -52,7 +53,7 @@ def ours(batch: int, length: int) -> Callable[[], float]:
 
 
 def theirs(batch: int, length: int) -> Callable[[], float]:
-    """The same with transformers' GemmaForCausalLM and torch's fused AdamW."""
+    """Returns the same function with transformers' GemmaForCausalLM and torch's fused AdamW."""
     import torch
 
     model = transformers_model()
@@ -73,7 +74,7 @@ def theirs(batch: int, length: int) -> Callable[[], float]:
 
 
 def transformers_model():
-    """A GemmaForCausalLM of the preset's shape with random weights."""
+    """Returns a GemmaForCausalLM of the preset's shape with random weights."""
     from transformers import GemmaConfig, GemmaForCausalLM
 
     from gemma_jax.config import PRESETS
@@ -94,15 +95,16 @@ def transformers_model():
 
 
 def tokens(batch: int, length: int) -> np.ndarray:
-    """Random ids [batch, length]."""
+    """Returns random ids, int32 [batch, length]."""
     return np.random.default_rng(0).integers(0, 32_000, (batch, length)).astype(np.int32)
 
 
 def in_turn(programs: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each round of each program: of the second of two calls.
+    """Runs the programs alternately. Returns for each program the seconds of each round.
 
-    A program that frees its memory after each call finds it again at once when it is called again, and at the
-    cost of seconds when another has run meanwhile (benchmarks/LOG.md): nobody trains like that.
+    A round calls a program twice and times the second call. A program that frees its memory after each call
+    gets it back quickly if it is called again at once, but only after seconds if another program has run
+    meanwhile (benchmarks/LOG.md), which does not happen in real training.
     """
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     for _ in range(rounds):
@@ -115,7 +117,7 @@ def in_turn(programs: dict[str, Callable[[], float]], rounds: int) -> dict[str, 
 
 
 def use_threads(count: int) -> None:
-    """Limit both programs to the first `count` cores; call before either is imported."""
+    """Limits both programs to the first `count` cores. Call it before importing either."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
     if importlib.util.find_spec("torch"):
         import torch
