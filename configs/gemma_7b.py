@@ -1,4 +1,4 @@
-"""Pretrain the 7B shape on a corpus and tokenizer of your own: a starting point, tuned for nothing."""
+"""Pretrains the 7B shape on your own corpus and tokenizer. A starting point, not tuned for any machine."""
 
 from gemma_jax.config import (
     PRESETS,

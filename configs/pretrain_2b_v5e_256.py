@@ -1,4 +1,4 @@
-"""Pretrain the 2B shape at 8192 tokens on a pod of TPU v5e: 3 trillion tokens."""
+"""Pretrains the 2B shape at 8192 tokens on a pod of TPU v5e: 3 trillion tokens."""
 
 from gemma_jax.config import (
     PRESETS,
@@ -18,7 +18,7 @@ from gemma_jax.config import (
 #   modelled utilisation 68.5%;
 #   3e+12 tokens in 16.9 days, 104,054 chip-hours
 #   (libtpu 0.0.42.1, jax 0.10.2)
-# XLA would make loops of permutes of the gathers; see docs/sharding.md.
+# Without this option, XLA replaces the all-gathers by loops of collective permutes; see docs/sharding.md.
 NO_WINDOWED_EINSUM = ("xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000",)
 
 config = PretrainConfig(

@@ -1,4 +1,4 @@
-"""Pretrain the 7B shape on 6 trillion tokens, as the model card says, on 16 pods of TPU v5e."""
+"""Pretrains the 7B shape on 6 trillion tokens, as the model card says, on 16 pods of TPU v5e."""
 
 from gemma_jax.config import (
     PRESETS,
@@ -18,7 +18,7 @@ from gemma_jax.config import (
 #   modelled utilisation 60.9%;
 #   6.01e+12 tokens in 8.0 days, 791,254 chip-hours
 #   (libtpu 0.0.42.1, jax 0.10.2)
-# XLA would make loops of permutes of the gathers; see docs/sharding.md.
+# Without this option, XLA replaces the all-gathers by loops of collective permutes; see docs/sharding.md.
 NO_WINDOWED_EINSUM = ("xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000",)
 
 config = PretrainConfig(

@@ -1,4 +1,4 @@
-"""Pretrain the 7B shape at 8192 tokens on 64 chips of TPU v5p: 1 trillion tokens."""
+"""Pretrains the 7B shape at 8192 tokens on 64 chips of TPU v5p: 1 trillion tokens."""
 
 from gemma_jax.config import (
     PRESETS,
@@ -18,7 +18,7 @@ from gemma_jax.config import (
 #   modelled utilisation 57.0%;
 #   9.98e+11 tokens in 39.3 days, 60,295 chip-hours
 #   (libtpu 0.0.42.1, jax 0.10.2)
-# XLA would make loops of permutes of the gathers; see docs/sharding.md.
+# Without this option, XLA replaces the all-gathers by loops of collective permutes; see docs/sharding.md.
 NO_WINDOWED_EINSUM = ("xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000",)
 
 config = PretrainConfig(
