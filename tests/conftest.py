@@ -1,4 +1,4 @@
-"""Every test sees eight CPU devices."""
+"""Fixtures that tests share, and settings: every test runs with eight CPU devices."""
 
 import os
 from pathlib import Path
@@ -24,7 +24,7 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Real test material, which is not part of this repository."""
+    """A folder of real test data, which is not part of this repository."""
     folder = Path(os.environ.get("GEMMA_JAX_TEST_DATA") or Path(__file__).parents[2] / "shared" / "data")
     if not folder.is_dir():
         pytest.skip("no real test material: set GEMMA_JAX_TEST_DATA to its folder")
@@ -47,7 +47,7 @@ def tiny_run(corpus: Path) -> Path:
 
 
 class Bucket(MemoryFileSystem):  # fsspec has no types
-    """gs:// in memory."""
+    """A file system that serves gs:// from memory."""
 
     protocol = ("gs", "gcs")
     cachable = False
@@ -61,7 +61,7 @@ class Bucket(MemoryFileSystem):  # fsspec has no types
 
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> epath.Path:
-    """gs://bucket, empty, in the place of Google's."""
+    """An empty gs://bucket in memory, which replaces Google's service."""
     monkeypatch.setattr(Bucket, "store", {})
     monkeypatch.setattr(Bucket, "pseudo_dirs", [""])
     filesystem = Bucket()

@@ -1,4 +1,4 @@
-"""Files after random damage: a sentence, or all is as it was; never other numbers without a word."""
+"""Randomly damaged files cause an error message or have no effect; values never change silently."""
 
 import random
 import shutil
@@ -28,7 +28,7 @@ DAMAGES = 200
 
 
 def damaged(content: bytes, rng: random.Random) -> bytes:
-    """A file's content after one of the things that happen to files, or that somebody does to them."""
+    """Returns a file's content after one kind of accidental or deliberate damage."""
     start, length = rng.randrange(len(content)), rng.choice([1, 1, 2, 8, 512, 4096])
     stop = min(start + length, len(content))
     other = rng.randrange(len(content))
@@ -49,7 +49,7 @@ def damaged(content: bytes, rng: random.Random) -> bytes:
 
 
 def each_damage(path: Path, check: Callable[[], None], damages: int = DAMAGES) -> int:
-    """Call `check` after each damage to a file; returns how many of them ended in a sentence."""
+    """Calls `check` after each damage to a file. Returns how often it ended in an error message."""
     content, refused = path.read_bytes(), 0
     for seed in range(damages):
         path.write_bytes(damaged(content, random.Random(f"{path.name} {seed}")))

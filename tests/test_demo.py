@@ -27,7 +27,7 @@ STARTS = [
 
 
 def is_python_so_far(text: str) -> bool:
-    """Whether tokenize takes it, but for what the cut at the end leaves open.
+    """Whether Python can tokenize a text, except for what its cut end leaves open.
 
     From Python 3.12 on it refuses a string left open in a line: about 75 of 100 samples pass there, else 96.
     """

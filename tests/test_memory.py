@@ -1,4 +1,4 @@
-"""What cannot fit into memory is refused before any of it is allocated."""
+"""Arrays that cannot fit into memory are rejected before any of them is allocated."""
 
 import jax
 import jax.numpy as jnp

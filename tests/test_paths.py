@@ -57,7 +57,7 @@ def test_an_address_that_cannot_be_reached(
 
 
 def test_what_others_write_into_a_bucket_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """fsspec would keep the list of a folder for ever."""
+    """Without our settings, fsspec would cache the listing of a folder for ever."""
 
     class FileSystem(fsspec.AbstractFileSystem):
         protocol = ("s3", "s3a")

@@ -1,4 +1,4 @@
-"""Where arrays lie on a mesh, as tables, and that they do lie there."""
+"""How arrays are sharded on a mesh, as tables, and that real arrays are sharded in this way."""
 
 from typing import Any
 

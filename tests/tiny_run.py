@@ -34,7 +34,7 @@ def write_corpus(folder: Path) -> None:
 
 
 def config(run: str, corpus: str, cache: str) -> PretrainConfig:
-    """Of 8 steps, with checkpoints and evaluations after 4 and 8."""
+    """Returns a config of 8 steps, with checkpoints and evaluations after 4 and 8."""
     return PretrainConfig(
         run_dir=run,
         steps=STEPS,

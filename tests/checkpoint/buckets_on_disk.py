@@ -1,4 +1,4 @@
-"""Buckets in a folder of this machine, for epath and for tensorstore, which may fail after some changes."""
+"""Emulates buckets in a local folder, for epath and tensorstore; writes may fail after some changes."""
 
 import errno
 import os
@@ -15,12 +15,15 @@ from gemma_jax.checkpoint.s3 import FUNCTION, orbax_context
 
 
 class BucketsOnDisk(LocalFileSystem):
-    """No folder without an object, no renaming of folders, and every change may be the last."""
+    """Behaves as a bucket: folders exist only while they hold an object, and cannot be renamed.
+
+    If `changes_left` is set, so many changes succeed and all later ones fail.
+    """
 
     protocol = ("s3", "s3a")
     cachable = False
-    root = ""  # of all buckets
-    changes_left: int | None = None  # what follows fails, as for a process that was killed
+    root = ""  # the folder that holds all buckets
+    changes_left: int | None = None  # later changes fail, as if the process was killed
 
     @classmethod
     def _strip_protocol(cls, path: Any) -> Any:
@@ -74,7 +77,7 @@ class BucketsOnDisk(LocalFileSystem):
 
 
 def buckets_on_disk(root: Path, patch: pytest.MonkeyPatch) -> BucketsOnDisk:
-    """s3:// and gs:// in `root`, until the patch is undone."""
+    """Redirects s3:// and gs:// addresses to the folder `root` until `patch` is undone."""
     patch.setattr(BucketsOnDisk, "root", str(root))
     filesystem = BucketsOnDisk()
     patch.setattr(backend._FileSystemSpecBackend, "_get_filesystem", lambda self, name: filesystem)

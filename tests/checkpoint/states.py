@@ -1,4 +1,4 @@
-"""States to save, and what of them must come back."""
+"""Train states to save in tests, and functions to compare what is restored."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ Bits = dict[str, bytes]
 
 
 def random_state(seed: int) -> TrainState:
-    """A state in which no array is constant: zeros would not be written at all."""
+    """Returns a train state without constant arrays, because arrays of zeros would not be written at all."""
     state = create_train_state(pretraining(CONFIG, cpu_mesh(8, fsdp=4, tensor=2)))
     keys = iter(jax.random.split(jax.random.key(seed), 1000))
 
@@ -61,9 +61,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def wait_for_writers() -> None:
-    """Wait for threads of orbax that go on writing after a save has failed.
+    """Waits for threads of orbax that keep writing after a save has failed.
 
-    Where the process of a failed save ends, they end with it.
+    In a real run, they end together with the process.
     """
     for thread in threading.enumerate():
         if thread.name.startswith("asyncio_"):

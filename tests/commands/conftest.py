@@ -1,4 +1,4 @@
-"""Processes that must not outlive a test that fails."""
+"""Kills the processes that a test started, even if the test fails."""
 
 import subprocess
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import pytest
 
 @pytest.fixture
 def cleanup() -> Iterator[list[subprocess.Popen[str]]]:
-    """Those that are put here are killed in the end."""
+    """A list of processes, all of which are killed after the test."""
     processes: list[subprocess.Popen[str]] = []
     yield processes
     for process in processes:

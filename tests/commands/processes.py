@@ -1,4 +1,4 @@
-"""Training runs as processes of their own: one, or several that are one job."""
+"""Starts training runs as separate processes: single ones, and jobs of several processes."""
 
 import json
 import os
@@ -21,7 +21,7 @@ Arrays = dict[str, np.ndarray]
 
 
 class Runs:
-    """Starts runs of one config in directories of their own."""
+    """Starts runs of one config, each in its own run directory."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -49,13 +49,13 @@ class Runs:
         )
 
     def finish(self, run: str, *arguments: str) -> str:
-        """Let a run go to its end; what it said."""
+        """Waits for a run to end successfully, and returns what it wrote to standard error."""
         status, said = ended(self.start(run, *arguments), 120)
         assert status == 0, said
         return said
 
     def steps(self, run: str) -> list[int]:
-        """Of the lines of the log."""
+        """Returns the steps in the run's log of training metrics."""
         return [int(entry["step"]) for entry in read_metrics(self.folder / run) if "loss" in entry]
 
     def checkpoints(self, run: str) -> list[str]:
@@ -70,7 +70,7 @@ class Runs:
 
 
 def last_arrays(run: Path, step: int = STEPS) -> Arrays:
-    """Of the checkpoint of the last step, read without our own code."""
+    """Returns the arrays of the checkpoint of a step, loaded with orbax instead of our own code."""
     from orbax.checkpoint import v1 as ocp
 
     folder = run / "checkpoints" / str(step)
@@ -84,7 +84,10 @@ def last_arrays(run: Path, step: int = STEPS) -> Arrays:
 
 
 def ended(process: subprocess.Popen[str], within: float) -> tuple[int, str]:
-    """The status of a process that ends in so many seconds, and what it wrote to standard error."""
+    """Returns the exit status of a process and what it wrote to standard error.
+
+    Fails if the process does not end within so many seconds.
+    """
     try:
         _, said = process.communicate(timeout=within)
     except subprocess.TimeoutExpired:
@@ -113,7 +116,7 @@ def losses(runs: Runs, run: str) -> list[tuple[int, float]]:
 
 
 class Job:
-    """A job of processes on this machine, in 64-bit floats; what each says is in a file."""
+    """A job of several processes on this machine, in float64. Each writes its standard error to a file."""
 
     def __init__(
         self,
@@ -124,13 +127,15 @@ class Job:
         own: dict[int, list[str]] | None = None,
         row_seconds: float = 0.0,
     ):
-        """Args:
-        runs: that it belongs to.
-        run: its directory.
-        count: of processes; one is started as if there were no others.
-        *arguments: of all processes.
-        own: more arguments of single ones.
-        row_seconds: that reading a row takes, at least.
+        """Starts the processes.
+
+        Args:
+          runs: The runs that this job belongs to.
+          run: The name of the job's run directory.
+          count: The number of processes; a single one is started without options for several hosts.
+          *arguments: Arguments of all processes.
+          own: Additional arguments of single processes, by their index.
+          row_seconds: The least time that reading a row takes.
         """
         self.said_in = [runs.folder / f"{run}.{count}.{index}.log" for index in range(count)]
         port = free_port()
@@ -154,7 +159,7 @@ class Job:
             )
 
     def ended(self, within: float) -> list[int]:
-        """The statuses of all processes, which end in so many seconds."""
+        """Returns the exit statuses of all processes. Fails if they do not end within so many seconds."""
         until = time.monotonic() + within
         try:
             return [process.wait(max(until - time.monotonic(), 0)) for process in self.processes]
@@ -168,7 +173,7 @@ class Job:
         return "\n".join(path.read_text() for path in self.said_in)
 
 
-# Runs `gemma ARGUMENTS` and writes the number of each training row that is read into a file.
+# Runs `gemma ARGUMENTS` and writes the index of each training row that it reads to a file.
 RECORDING = """
 import sys, time
 from gemma_jax.cli import main

@@ -36,7 +36,7 @@ def run(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def typed(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Puts text on standard input, as a pipe would."""
+    """Returns a function that puts text on standard input, as a pipe would."""
 
     def put(text: str) -> None:
         monkeypatch.setattr(sys, "stdin", io.StringIO(text))
@@ -109,7 +109,7 @@ def test_a_real_terminal_with_a_real_ctrl_c(run: Path) -> None:
     os.close(terminal)
 
     def shown_until(mark: str) -> str:
-        """What appears on the screen up to a mark; a test that waits for a mark that never comes fails."""
+        """Returns the output of a terminal up to a mark; fails if the mark never appears."""
         screen, end = "", time.monotonic() + 120
         while mark not in screen:
             assert time.monotonic() < end and select.select([keyboard], [], [], 120)[0], screen

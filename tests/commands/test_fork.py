@@ -1,4 +1,4 @@
-"""Runs that begin where another run was."""
+"""Runs that start from a checkpoint of another run."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from tests.messages import naming
 
 @pytest.fixture
 def source(tiny_run: Path, tmp_path: Path) -> Path:
-    """A run of 8 steps with checkpoints after 4 and 8, to be spoilt."""
+    """A copy of a run of 8 steps with checkpoints after 4 and 8, which a test may damage."""
     return Path(shutil.copytree(tiny_run, tmp_path / "run"))
 
 

@@ -1,4 +1,4 @@
-"""Runs that are stopped, killed and robbed of their files, as real processes."""
+"""Runs that are stopped or killed, or that lose files, as real processes."""
 
 import json
 import random
@@ -76,7 +76,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
 
 
 def test_a_second_interrupt_ends_at_once(runs: Runs, cleanup: list[subprocess.Popen[str]]) -> None:
-    """Steps take seconds here, and Python hears nothing while it waits for one."""
+    """Steps take seconds here, and Python handles no signal while it waits for one."""
     slow = ("--data.batch_size", "768", "--data.sequence_length", "256", "--evaluation.every", "0")
     run, remat = "interrupted-twice", ("--compute.remat", "full", "--checkpoint.every", "1000")
     process = runs.start(run, *slow, *remat)

@@ -1,4 +1,4 @@
-"""Runs as a person starts, stops, resumes and spoils them."""
+"""Runs that are started, stopped, resumed and damaged as by a user."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from tests.tiny_run import config_file
 
 
 class StopAfter:
-    """Stands for the signals: asks for a stop after so many steps."""
+    """Replaces the signal handlers: requests a stop after so many steps."""
 
     steps = 0
 
@@ -64,7 +64,7 @@ def test_a_stopped_run_resumes_to_bitwise_the_same_end(
         np.testing.assert_array_equal(actual[name], expected[name], err_msg=name)
 
     def numbers(run: Path) -> list[dict[str, float]]:
-        """Without what was measured of the machine, and the notes of a stop and a resumption."""
+        """Returns the metrics, without measurements of the machine and entries on stopping and resuming."""
         of_training = ("step", "loss", "grad_norm", "learning_rate", "tokens", "held_out_loss")
         entries = [entry for entry in read_metrics(run) if {"loss", "held_out_loss"} & entry.keys()]
         return [{name: entry[name] for name in of_training if name in entry} for entry in entries]
@@ -107,7 +107,7 @@ OVERFLOW = [
 def test_too_many_steps_that_are_not_finite_end_the_run_and_name_the_layers(
     tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The first step throws the parameters far out; with them, no other has a finite loss."""
+    """The first step makes the parameters so large that no later step has a finite loss."""
     changes = ["--stability.skip_nonfinite", "3", "--checkpoint.every", "2"]
     assert main(["pretrain", config_file(tmp_path, corpus), *OVERFLOW, *changes]) == 2
     *shown, last = capsys.readouterr().err.strip().splitlines()

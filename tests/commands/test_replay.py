@@ -1,4 +1,4 @@
-"""The batch of a past step, rebuilt and read."""
+"""`gemma replay` rebuilds and prints the batch of a past step."""
 
 import io
 import json
@@ -117,8 +117,8 @@ def report(loader: Read, replay: Replay) -> str:
 
 
 def with_losses(loader: Read, losses: np.ndarray, first_row: int = 0) -> Replay:
-    """A batch with losses that are made up."""
-    # Numbers of numpy stand for those of the device.
+    """A batch with invented losses."""
+    # numpy arrays replace those of the device.
     norms = {"embedding": np.float32(3.0), "blocks.q": np.array([4.0, 12.0], np.float32)}
     batch = loader[0].batch(first_row, 4)
     return Replay(7, 3, first_row, batch, losses.astype(np.float32), float(losses.mean()), norms, None)

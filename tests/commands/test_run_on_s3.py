@@ -1,4 +1,4 @@
-"""A run whose directory is on S3, as moto plays it."""
+"""A run with its directory on S3, which moto emulates."""
 
 import json
 import re

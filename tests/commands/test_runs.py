@@ -27,7 +27,7 @@ def held_out(step: int, loss: float, seconds: float) -> dict[str, float]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two runs and one that has not begun, among things that are none."""
+    """A folder with two runs, one run that has not started, and other files and folders."""
     runs = tmp_path / "runs"
     entries = [training(10, 5.0, 60), held_out(10, 4.0, 70), training(20, 3.25, 3700)]
     make_run(runs / "first", 1000, *entries)

@@ -1,4 +1,4 @@
-"""Jobs of several real processes: they train as one does, read their own rows, and stop and fail together."""
+"""Jobs of several processes train as one process does, read separate rows, and stop and fail together."""
 
 import collections
 import os
@@ -36,7 +36,7 @@ def undisturbed(runs: Runs) -> dict[int, float]:
 
 @pytest.fixture
 def jobs() -> Iterator[list[Job]]:
-    """Jobs that must not outlive a test that fails."""
+    """A list of jobs that are killed after the test, even if it fails."""
     started: list[Job] = []
     yield started
     for job in started:
@@ -46,7 +46,7 @@ def jobs() -> Iterator[list[Job]]:
 
 
 def assert_same_run(runs: Runs, run: str, expected: dict[int, float]) -> None:
-    """Every step was done once, with the loss of the undisturbed run, and the end is the same."""
+    """Checks that each step ran once with the loss of the undisturbed run, and that the results are equal."""
     actual = losses(runs, run)
     assert collections.Counter(step for step, _ in actual) == dict.fromkeys(range(1, STEPS + 1), 1)
     for step, loss in actual:

@@ -1,4 +1,4 @@
-"""`gemma verify`: what it shows, and what it does not let pass."""
+"""`gemma verify`: what it prints, and which checkpoints it rejects."""
 
 import importlib.util
 import re
@@ -19,7 +19,7 @@ UP = "model.layers.1.mlp.up_proj.weight"
 
 
 def directory(folder: Path, shards: int = 1, dtype: str = "float32", up: np.ndarray | None = None) -> Path:
-    """The golden 7B-like model, with another array in place of `up`."""
+    """A directory of the golden 7B-like model, with another array in place of `up`."""
     tensors = make.tensors("multi_head", dtype)
     if up is not None:
         tensors[UP] = up
@@ -27,7 +27,7 @@ def directory(folder: Path, shards: int = 1, dtype: str = "float32", up: np.ndar
 
 
 def checked(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
-    """Exit status and report."""
+    """Returns the exit status and the report."""
     capsys.readouterr()
     status = main(["verify", *map(str, arguments), "--mesh.cpu_devices", "1"])
     return status, capsys.readouterr().out
@@ -104,7 +104,7 @@ def test_what_transformers_computes_is_compared_layer_by_layer(
     factor: float,
     status: int,
 ) -> None:
-    """With our own outputs, a little changed from layer 1 on, in the place of those of transformers."""
+    """Our own outputs, slightly changed from layer 1 on, replace those of transformers."""
     layer_outputs, ours = verification.layer_outputs, {}
 
     def remembered(*arguments: Any) -> dict[str, np.ndarray]:

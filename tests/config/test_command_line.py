@@ -39,7 +39,7 @@ def leaves(config: Any, prefix: str = "") -> dict[str, tuple[Any, Any, str]]:
 
 
 def another(annotation: Any, default: Any) -> tuple[list[str], Any]:
-    """A value of a type that is not the default: the words of a command line for it, and itself."""
+    """Returns a value other than the default: its words on a command line, and the value itself."""
     if annotation is bool:
         return [], True
     if typing.get_origin(annotation) is Literal:
@@ -177,7 +177,7 @@ def test_the_words_of_a_command_come_first(capsys: pytest.CaptureFixture[str]) -
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to work in, with a config of its own."""
+    """A working directory that contains a config."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").mkdir()
     source = "from gemma_jax.config import PretrainConfig\n\nconfig = PretrainConfig(steps=12)\n"

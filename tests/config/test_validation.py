@@ -1,4 +1,4 @@
-"""Each contradiction in a config is found before anything is loaded, and told by its value."""
+"""Each contradiction in a config is found before anything is loaded; the message names the value."""
 
 import dataclasses
 import math

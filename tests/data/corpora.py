@@ -27,7 +27,7 @@ def random_texts(count: int, seed: int = 0) -> list[str]:
 
 
 def write_texts(folder: Path, texts: Sequence[str]) -> str:
-    """One file a document; gives back the glob that names them all in their order."""
+    """Writes one file per document, and returns a glob that matches them all in order."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, text in enumerate(texts):
         (folder / f"{number:06d}.txt").write_text(text, encoding="utf-8", newline="")
@@ -39,7 +39,7 @@ def open_default(spec: str, text_field: str = "text", bad_records: str = "error"
 
 
 def all_texts(source: Source) -> list[str]:
-    """Every document's text, with LongText put together again."""
+    """Returns the text of every document; the blocks of a LongText are joined."""
 
     def fail(reason: str) -> None:
         raise AssertionError(f"skipped: {reason}")

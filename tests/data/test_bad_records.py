@@ -1,4 +1,4 @@
-"""Records of every format that hold no text: named with their place, or skipped and counted."""
+"""Records of every format without text are reported with their position, or skipped and counted."""
 
 import gzip
 from collections.abc import Sequence

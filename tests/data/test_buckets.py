@@ -56,7 +56,7 @@ def test_what_is_not_in_the_bucket_is_named(corpus: epath.Path) -> None:
 def test_array_records_in_a_bucket(
     corpus: epath.Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are copied here one at a time, and what is said of them names the bucket."""
+    """The files are copied to this machine one by one, and messages about them name the bucket."""
     copies = tmp_path / "copies"
     copies.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(copies))

@@ -1,4 +1,4 @@
-"""From what a user names to documents: files found, none lost or counted twice; samples of texts."""
+"""Opening corpora by name: files are found, none lost or counted twice; and sampling of texts."""
 
 import bz2
 import gzip

@@ -1,4 +1,4 @@
-"""Functions in other processes: their order, their mistakes and their end."""
+"""Functions that run in other processes: the order of calls, errors, and how the processes end."""
 
 import functools
 import os

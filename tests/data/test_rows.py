@@ -69,7 +69,7 @@ def test_a_damaged_index_is_built_again(
 def test_damage_under_way_is_named_and_never_trained_on(
     cache: TokenCache, tokenizer: Tokenizer, file: str
 ) -> None:
-    """Also where a memory map would end the process."""
+    """This includes damage that would end the process if the files were memory maps."""
     rows = PackedRows(cache, "train", LENGTH)
     read_all(rows, tokenizer)
     ids = Path(cache.shards[0].path("train", "ids"))

@@ -20,7 +20,7 @@ FILES = 12
 
 
 def write(folder: Path, kind: str) -> None:
-    """Files of the same size, so that no sum of sizes or tokens shows a change of their order."""
+    """Writes files of equal size, so that sums of sizes or tokens do not reveal a change of their order."""
     texts = [(f"{number:02d} " + text)[:40].ljust(40) for number, text in enumerate(random_texts(FILES * 3))]
     folder.mkdir()
     for number in range(FILES):

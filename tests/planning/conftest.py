@@ -1,6 +1,7 @@
-"""The real TPU compiler, where it is installed: as a package, or by `make test` in a folder of its own.
+"""Finds the real TPU compiler: installed as a package, or by `make test` in a separate folder.
 
-In the environment itself it would be tried by every program that does not say JAX_PLATFORMS=cpu.
+It is not installed in the environment itself, because every program would then try to use it unless
+JAX_PLATFORMS=cpu is set.
 """
 
 import importlib.util
@@ -17,7 +18,7 @@ LIBRARY = Path(__file__).parents[2] / ".venv" / "libtpu" / "libtpu" / "libtpu.so
 
 @pytest.fixture(scope="session")
 def tpu_compiler() -> Iterator[None]:
-    """For tests that compile for TPUs."""
+    """Makes the TPU compiler available, or skips the test."""
     given = os.environ.get("TPU_LIBRARY_PATH")
     if not given and importlib.util.find_spec("libtpu") is None:
         if not LIBRARY.exists():

@@ -1,4 +1,4 @@
-"""What was learnt of a program comes back as it was; anything else in the folder is passed over."""
+"""Analyses of programs are restored unchanged from the cache; other files in its folder are skipped."""
 
 from pathlib import Path
 

@@ -78,7 +78,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> PlanCache:
 
 @pytest.fixture(scope="module")
 def plan(tpu_compiler: None, cache: PlanCache) -> Plan:
-    """Compiled once."""
+    """The plan of a small model on four chips, compiled once for all tests."""
     return Planner(parse_topology("v5e-4"), cache).plan(SHALLOW)
 
 

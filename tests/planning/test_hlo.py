@@ -1,4 +1,4 @@
-"""A program as text, small and with every trap that real ones have; the right answers are counted by hand."""
+"""A small program as text with all the pitfalls of real ones; expected values are counted by hand."""
 
 from pathlib import Path
 
@@ -67,7 +67,7 @@ def found(kind: str) -> list[Collective]:
 
 
 def test_a_collective_that_lies_over_several_fusions_is_counted_once() -> None:
-    """Start, middle and done each hold a copy of it, of one chain."""
+    """Start, middle and done fusions of one chain each contain a copy of the collective."""
     first, second = found("all-gather")
     assert first.arrays == ("bf16[256,32]",) and first.count == 18 and first.axis == "fsdp x tensor"
     assert first.bytes == 18 * 2 * 256 * 32 * 3 / 4

@@ -1,4 +1,4 @@
-"""What stands in the place of a checkpoint and is none, or is one in an unusual form."""
+"""Paths that are not a checkpoint, or are one in an unusual form."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def directory(tmp_path: Path) -> Path:
 
 
 def refusal(capsys: pytest.CaptureFixture[str], name: object) -> str:
-    """The sentence with which a checkpoint is refused."""
+    """Checks that a checkpoint is rejected, and returns the message."""
     capsys.readouterr()
     assert main(["convert", str(name), f"{name}-out"]) == 2
     (line,) = capsys.readouterr().err.splitlines()

@@ -1,4 +1,4 @@
-"""Weights written and read again: every bit is the same, and nothing is left of what fails."""
+"""Weights are written and read back bit for bit, and a failed export leaves no files."""
 
 import errno
 import json
@@ -219,7 +219,7 @@ def test_a_checkpoint_is_written_into_no_other_and_no_path_that_orbax_cannot_wri
 
 @pytest.mark.parametrize("form", ["huggingface", "flax", "run"])
 def test_a_limit_on_what_is_written_is_told(tmp_path: Path, form: str) -> None:
-    """As `ulimit -f` sets it: the error is another than that of a full disk."""
+    """The limit of `ulimit -f` causes another error than a full disk does."""
     source = write_huggingface(tmp_path / "source", MULTI_QUERY, random_tensors(MULTI_QUERY))
     words = [sys.executable, "-m", "gemma_jax.cli", "convert", source, tmp_path / "out", "--format", form]
     line = "ulimit -f 1; exec " + " ".join(map(str, words))

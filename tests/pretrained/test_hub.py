@@ -1,6 +1,6 @@
-"""Names on the Hugging Face Hub and on Kaggle, against a hub of our own on this machine.
+"""Names on the Hugging Face Hub and on Kaggle, tested against an emulated hub on this machine.
 
-The real client talks to it, in processes of their own: it reads its settings when it is imported.
+The real client accesses it from separate processes, because it reads its settings when it is imported.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ MORE = ("pytorch_model.bin", "gemma-2b.gguf", "README.md", "tokenizer.json", "on
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the Hub as its client asks for."""
+    """Emulates the parts of the Hub that its client uses."""
 
     folder: Path
     asked: list[str]
@@ -88,7 +88,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def download(name: str, cache: Path, endpoint: str, **environment: str) -> tuple[Path | None, str]:
-    """The directory, or the sentence that the user gets; and what the client showed."""
+    """Returns the directory or the error message, and what the client printed."""
     program = (
         "import sys; from gemma_jax.errors import UserError; from gemma_jax.pretrained import hub\n"
         "hub.SECONDS = 2\n"

@@ -1,4 +1,4 @@
-"""Hugging Face directories: every number in its place, and each way in which one can be wrong."""
+"""Hugging Face directories: every value is loaded to the right place, and faulty directories are rejected."""
 
 import json
 import re
@@ -99,7 +99,7 @@ SHARD = "model-00002-of-00003.safetensors"
     (GATE, "model-00009.safetensors"), (GATE, SHARD), ("model.x", SHARD), (GATE, None),
 ])  # fmt: skip
 def test_an_index_cannot_lead_astray(tmp_path: Path, tensor: str, file: Any) -> None:
-    """Out of the folder, to another kind of file, to one that is not there or does not hold the tensor."""
+    """The index names a path outside the folder, another kind of file, or a file without the tensor."""
     tensors = random_tensors(MULTI_QUERY)
     folder = write_huggingface(tmp_path / "model", MULTI_QUERY, tensors, 3)
     (tmp_path / "outside.safetensors").write_bytes(safetensors_bytes({GATE: tensors[GATE]}))

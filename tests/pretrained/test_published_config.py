@@ -1,4 +1,4 @@
-"""config.json in all its dialects, and what it must not say."""
+"""config.json in all its variants, and values in it that are rejected."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The safetensors format: what is read is what was written, and nothing of a file is believed."""
+"""The safetensors format: tensors are read as written, and everything in a file is checked."""
 
 import json
 import random
@@ -114,7 +114,7 @@ WORDS = [b"\x00", b"e999", b"9" * 400, b"\xff", *b'[ { " - F32 shape null true .
 
 
 def mutated(rng: random.Random, raw: bytes) -> bytes:
-    """The bytes with something wrong: bits, cuts, numbers, words, another length of the header."""
+    """Returns the bytes with random damage to bits, length, numbers, words or the header's length."""
     changed = bytearray(raw)
     for _ in range(rng.choice([1, 1, 1, 2, 5])):
         place = rng.randrange(len(changed) or 1)

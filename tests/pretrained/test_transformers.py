@@ -1,4 +1,4 @@
-"""What is written is read by transformers without a warning, and means the same there. For `make parity`."""
+"""transformers reads our exports without a warning, and computes the same. For `make parity`."""
 
 import logging
 import os
@@ -25,7 +25,7 @@ ROWS = np.random.default_rng(0).integers(4, 500, (2, 12))
 
 @pytest.fixture(autouse=True)
 def complaints() -> Iterator[list[str]]:
-    """What transformers says aloud while a test runs: it must be nothing."""
+    """Collects the warnings that transformers logs while a test runs; there must be none."""
     from transformers.utils import logging as theirs
 
     said: list[str] = []

@@ -1,4 +1,4 @@
-"""Directories from anybody: what is no plain file of a plausible size ends in a sentence, at once."""
+"""Untrusted directories: anything but a plain file of a plausible size is rejected at once."""
 
 import os
 import re

@@ -76,14 +76,14 @@ def run(generator: Generator, requests: Sequence[Request], rows: int = 0) -> lis
 
 @pytest.fixture(scope="module")
 def greedy(generator: Generator) -> list[Completion]:
-    """Of PROMPTS, with no token that ends a row."""
+    """Returns greedy completions of PROMPTS, without stop tokens."""
     return complete(generator, PROMPTS, SamplingConfig(NEW))
 
 
 def predictions(
     gemma: Gemma, prompts: Sequence[list[int]], completions: Sequence[Completion], length: int = 32
 ) -> list[np.ndarray]:
-    """[new tokens, V] of each row: what one forward pass says at the places where new tokens were chosen."""
+    """Returns for each row the log-probabilities of one forward pass at its new tokens, [new tokens, V]."""
     rows = [prompt + completion.token_ids for prompt, completion in zip(prompts, completions, strict=True)]
     # One shape, one compilation; causality makes the padding harmless.
     padded = np.zeros((len(rows), length), int)

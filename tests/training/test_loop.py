@@ -62,7 +62,7 @@ def state_of_step(step: int) -> TrainState:
 def counting_step(
     loss: Callable[[int], float] = lambda step: 2.0, norm: Callable[[int], float] = lambda step: 1.0
 ):
-    """A step that adds 1 to the parameter; `loss` and `norm` say what its number has."""
+    """Returns a step that adds 1 to the parameter; `loss` and `norm` compute its metrics from its number."""
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         new = state_of_step(int(state.step) + 1)
@@ -88,7 +88,7 @@ def run(
     start: int = 0,
     **more: Any,
 ) -> tuple[Store, list[Any], TrainState | None]:
-    """Train with stand-ins; returns the store, the steps that were replayed, and the last state."""
+    """Trains with stand-ins. Returns the store, the steps whose failure was shown, and the last state."""
     store, replayed = Store(), []
     run_dir.mkdir(exist_ok=True)
     log = RunLog(run_dir, config.steps, start)

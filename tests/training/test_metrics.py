@@ -1,4 +1,4 @@
-"""What a run tells: its file, the terminal, TensorBoard, Weights & Biases, and the picture."""
+"""The outputs of a run's metrics: file, terminal, TensorBoard, Weights & Biases, and the plot."""
 
 from pathlib import Path
 
@@ -21,12 +21,12 @@ SHOWN = {
 
 
 def written(step: int, **more: float) -> Entry:
-    """An entry that goes into the file."""
+    """Returns a log entry as it is written to the file."""
     return {"step": step, **SHOWN, "peak_memory_bytes": 10**9, "goodput": 0.97, **more}
 
 
 class Remembering:
-    """A sink that keeps what it is given."""
+    """A sink that keeps its entries in a list."""
 
     def __init__(self) -> None:
         self.entries: list[Entry] = []

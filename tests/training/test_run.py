@@ -93,7 +93,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> PretrainConfig:
 
 
 def train(config: PretrainConfig, run_dir: Path, measure: Callable[[Any], None]) -> int:
-    """Run the task; `measure` sees all parameters after every step."""
+    """Runs the task; `measure` is called with all parameters after every step."""
     config = as_existing(replace(config, {"run_dir": str(run_dir)}))
 
     def choose(config: PretrainConfig, mesh: Mesh) -> Task:

@@ -19,7 +19,7 @@ def normal_losses(count: int) -> list[float]:
 
 
 def spikes_at(stability: Stability, losses: list[float]) -> list[int]:
-    """The numbers, from 1, of the losses with which a spike is seen."""
+    """Returns the positions, counted from 1, of the losses at which a spike is detected."""
     found = []
     for number, loss in enumerate(losses, start=1):
         stability.record_step(loss, 1.0)

@@ -58,7 +58,7 @@ def adapted(mesh: Mesh, kind: Any = None) -> tuple[ModelSpec, Any]:
 
 
 def log_probs(spec: ModelSpec, params: Any, context: Context = Context()) -> jax.Array:  # noqa: B008
-    """Of each token given those before it, in the rows of TOKENS."""
+    """Returns the log-probability of each token in the rows of TOKENS, given the tokens before it."""
 
     def scored(params: Any, context: Context) -> jax.Array:
         model = spec.merge(params)
@@ -113,7 +113,7 @@ def test_dropout_differs_by_layer_and_key_and_not_by_mesh() -> None:
 
 
 def gradients(spec: ModelSpec, params: Any, names: Collection[str]) -> dict[str, jax.Array]:
-    """Of the loss with respect to some arrays alone."""
+    """Returns the gradients of the loss with respect to some arrays only."""
     arrays = named_arrays(params)
 
     def loss(trained: dict[str, jax.Array], arrays: dict[str, jax.Array]) -> jax.Array:
