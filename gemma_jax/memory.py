@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,14 @@ def require_memory(tree: Any, name: str, remedy: str = SMALLER_MODEL) -> None:
 
 
 def shard_bytes(array: Any) -> int:
-    """Returns the bytes that one shard of an abstract array takes. Two int4 take one."""
-    count = math.prod(array.sharding.shard_shape(array.shape))
-    return -(-count // 2) if array.dtype == jnp.int4 else count * array.dtype.itemsize
+    """Returns the bytes that one shard of an abstract array takes."""
+    return stored_bytes(array.sharding.shard_shape(array.shape), array.dtype)
+
+
+def stored_bytes(shape: Sequence[int], dtype: Any) -> int:
+    """Returns the bytes that an array of this shape takes. Two int4 take one."""
+    count = math.prod(shape)
+    return -(-count // 2) if dtype == jnp.int4 else count * dtype.itemsize
 
 
 def machine_memory() -> int:

@@ -239,7 +239,7 @@ def _show_quantised(report: Report, found: "Checkpoint", other: "Checkpoint", co
     """Print what quantisation costs: the outputs beside those of the original, and the memory of both."""
     import jax
 
-    from gemma_jax.memory import shard_bytes
+    from gemma_jax.memory import stored_bytes
     from gemma_jax.model import ModelSpec
     from gemma_jax.paths import read_text
     from gemma_jax.sharding import make_mesh
@@ -262,9 +262,9 @@ def _show_quantised(report: Report, found: "Checkpoint", other: "Checkpoint", co
         spec = ModelSpec(checkpoint.config, replace(config.compute, {"param_dtype": dtype}), mesh, kind)
         models.append((spec, checkpoint.params(spec)))
     compared = compare_logits(models[0], models[1], ids)
-    sizes = [sum(map(shard_bytes, jax.tree.leaves(spec.params))) for spec, _ in models]
+    sizes = [sum(stored_bytes(x.shape, x.dtype) for x in jax.tree.leaves(params)) for _, params in models]
     report.table(
-        ["on one device", "bytes", f"perplexity of {compared.tokens:,} tokens"],
+        ["weights", "bytes", f"perplexity of {compared.tokens:,} tokens"],
         [
             [config.quantization or found.quantization, f"{sizes[0]:,}", f"{compared.perplexity:.4f}"],
             ["original", f"{sizes[1]:,}", f"{compared.other_perplexity:.4f}"],
