@@ -6,10 +6,11 @@ parameters, of the file's largest tensor, at the peak, and on each device at the
 one CPU device is 1.15 times the parameters plus the largest tensor.
 
     python benchmarks/load_memory.py [--preset gemma_2b] [--dtype bfloat16] [--form huggingface|flax]
-        [--devices 1 8] [--folder /tmp/gemma_jax_load] [--keep]
+        [--quantization '' int8 int4 nf4] [--devices 1 8] [--folder /tmp/gemma_jax_load] [--keep]
 """
 
 import argparse
+import itertools
 import json
 import shutil
 import subprocess
@@ -55,11 +56,12 @@ def anonymous_bytes() -> int:
     raise RuntimeError("/proc/self/status has no RssAnon: this benchmark needs Linux")
 
 
-def measure(folder: Path, devices: int, dtype: str) -> dict[str, object]:
+def measure(folder: Path, devices: int, dtype: str, quantization: str) -> dict[str, object]:
     """Loads the weights in this process, and returns the measurements."""
     import jax
 
     from gemma_jax.config import ComputeConfig, MeshConfig
+    from gemma_jax.memory import stored_bytes
     from gemma_jax.model import ModelSpec
     from gemma_jax.pretrained.checkpoint import open_checkpoint
     from gemma_jax.pretrained.layout import parameter_shapes
@@ -78,23 +80,25 @@ def measure(folder: Path, devices: int, dtype: str) -> dict[str, object]:
     watcher.start()
     started = time.monotonic()
     found = open_checkpoint(folder)
-    spec = ModelSpec(found.config, ComputeConfig(param_dtype=dtype), mesh)
+    spec = ModelSpec(found.config, ComputeConfig(param_dtype=dtype), mesh, found.kind(quantization))
     params = jax.block_until_ready(found.params(spec))
     seconds = time.monotonic() - started
     done.set()
     watcher.join()
     leaves = jax.tree.leaves(params)
-    weights = sum(x.nbytes for x in leaves)
+    weights = sum(stored_bytes(x.shape, x.dtype) for x in leaves)
     largest = 2 * max(int(np.prod(shape)) for shape in parameter_shapes(found.config).values())
     held = {device.id: 0 for device in mesh.devices.flat}
     for x in leaves:
         for shard in x.addressable_shards:
-            held[shard.device.id] += shard.data.nbytes
+            held[shard.device.id] += stored_bytes(shard.data.shape, x.dtype)
     return {
         "devices": devices,
+        "quantization": quantization,
         "weights": weights,
         "largest_tensor_of_the_file": largest,
         "peak": peak - before,
+        "peak_rss_anon_gib": round(peak / 2**30, 2),
         "bound": int(1.15 * weights + largest),
         "peak_over_weights": round((peak - before) / weights, 3),
         "bytes_a_device": sorted(set(held.values())),
@@ -108,18 +112,20 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--form", default="huggingface", choices=["huggingface", "flax"])
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--quantization", nargs="+", default=[""], help="'' int8 int4 nf4: one load of each")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/gemma_jax_load"))
     parser.add_argument("--keep", action="store_true", help="leave the generated directory for another run")
     parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        print(json.dumps(measure(arguments.folder, arguments.measure, arguments.dtype)))
+        kind = arguments.quantization[0]
+        print(json.dumps(measure(arguments.folder, arguments.measure, arguments.dtype, kind)))
         return
     if not arguments.folder.exists():
         generate(arguments.folder, arguments.preset, arguments.form)
     try:
-        for devices in arguments.devices:
-            options = ["--folder", str(arguments.folder), "--dtype", arguments.dtype]
+        for devices, kind in itertools.product(arguments.devices, arguments.quantization):
+            options = ["--folder", str(arguments.folder), "--dtype", arguments.dtype, "--quantization", kind]
             subprocess.run([sys.executable, __file__, *options, "--measure", str(devices)], check=True)
     finally:
         if not arguments.keep:

@@ -65,7 +65,7 @@ def test_other_bases_are_read_from_either_place(tmp_path: Path) -> None:
     ("model_type", "gemma2"), ("model_type", None), ("model_type", ["gemma"]),
     ("hidden_activation", "gelu"),  # the exact one, not its tanh approximation
     ("hidden_act", "relu"), ("tie_word_embeddings", False), ("attention_bias", True),
-    ("use_bidirectional_attention", True), ("quantization_config", {"bits": 4}),
+    ("use_bidirectional_attention", True),
     ("rope_scaling", {"type": "linear", "factor": 2.0}),
     ("rope_parameters", {"rope_type": "default", "factor": 2.0}),
     ("rope_parameters", {"rope_theta": 5e5}),  # beside another rope_theta
