@@ -1,7 +1,6 @@
 """Reads checkpoints that were saved by this process's run or by any other run."""
 
 import dataclasses
-import functools
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -31,6 +30,7 @@ from gemma_jax.paths import user_path
 from gemma_jax.sharding import Arrays, named_arrays, with_arrays
 from gemma_jax.startup import any_process
 from gemma_jax.weights import Dense, parameter_table
+from gemma_jax.weights.quantized import from_bytes, to_bytes
 
 Result = TypeVar("Result")
 
@@ -88,13 +88,18 @@ def _packed(spec: ModelSpec, name: str, array: jax.Array) -> Arrays:
     """Packs a dense parameter, layer by layer if it has layers; frees the array."""
 
     def pack(array: jax.Array) -> Arrays:
-        of_layer = functools.partial(spec.pack, name)
+        def of_layer(array: jax.Array) -> Arrays:
+            return {key: to_bytes(x) for key, x in spec.pack(name, array).items()}
+
         return jax.lax.map(of_layer, array) if parameter_table(spec.config)[name].layers else of_layer(array)
 
     abstract = named_arrays(spec.params)
     out = {key: abstract[key].sharding for key in jax.eval_shape(pack, array)}
     packed: Arrays = jax.block_until_ready(jax.jit(pack, out_shardings=out)(array))
     array.delete()
+    for key, x in packed.items():
+        if x.dtype != abstract[key].dtype:
+            packed[key] = jax.jit(from_bytes, out_shardings=out[key])(x)
     return packed
 
 

@@ -1,7 +1,7 @@
 """Moves weights from disk to the mesh, one array at a time."""
 
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,9 @@ from gemma_jax.memory import require_memory
 from gemma_jax.model import ModelSpec
 from gemma_jax.pretrained.layout import PackedWeights, Weights, in_order
 from gemma_jax.sharding import Arrays, named_arrays, partition_spec, with_arrays
-from gemma_jax.weights import parameter_table
+from gemma_jax.weights import EMBEDDING, Parameter, parameter_table
+from gemma_jax.weights.quantized import from_bytes, to_bytes
+from gemma_jax.weights.weight import row_block
 
 # Converts one layer's dense array to the arrays that its weight stores, by their full names.
 Pack = Callable[[jax.Array], Arrays]
@@ -47,36 +49,49 @@ def place(weights: Weights, spec: ModelSpec) -> nnx.State:
     filled = _initial(spec, abstract.keys() - {array for arrays in stored.values() for array in arrays})
     packed = weights.packed if isinstance(weights, PackedWeights) and weights.kind == spec.kind else None
     for name, layer in in_order(spec.config):
-        about, order = table[name], None
+        pieces: Iterable[tuple[int, tuple[int, ...] | None, Any]]
         if packed and (held := packed(name, layer)):
-            piece: Any = {
-                f"{name}.{key}": _sent(
-                    x, list(x.shape), list(abstract[f"{name}.{key}"].sharding.spec[1:]), spec.mesh
-                )
-                for key, x in held.items()
-            }
+            full = {f"{name}.{key}": x for key, x in held.items()}
+            sent = {n: _sent(x, x.shape, abstract[n].sharding.spec[1:], spec.mesh) for n, x in full.items()}
+            pieces = [(layer or 0, None, sent)]
         else:
-            part = weights.get(name, layer)
-            order = tuple(int(x) for x in np.argsort([-stride for stride in part.strides], kind="stable"))
-            split = list(partition_spec(about.axes, about.shape, spec.mesh, name))
-            # This shape includes the padding rows of the embedding, which `part` does not have.
-            shape = [about.shape[axis] for axis in order]
-            piece = _sent(part.transpose(order), shape, [split[axis] for axis in order], spec.mesh)
-        if (name, order) not in fills:
-            out = {array: abstract[array].sharding for array in stored[name]}
-            fills[name, order] = _fill(order, functools.partial(spec.pack, name), out)
-        if layer is None:
-            arrays, finite = fills[name, order](piece)
-        else:
+            pieces = _pieces(weights.get(name, layer), layer, table[name], spec.mesh)
+        for start, order, piece in pieces:
+            if (name, order) not in fills:
+                held_as = {n: _held_as(abstract[n]) for n in stored[name]}
+                fills[name, order] = _fill(order, functools.partial(spec.pack, name), held_as, layer is None)
             stacks = {n: filled.pop(n) if n in filled else _zeros(abstract[n]) for n in stored[name]}
-            arrays, finite = fills[name, order](piece, stacks, layer)
-        filled |= arrays
-        if not finite:  # reading this waits for the device, so only one piece is in transit at a time
-            raise UserError(
-                f"{weights.where(name, layer)} holds NaN or infinity, so the weights are damaged; "
-                "copy or download them again."
-            )
+            arrays, finite = fills[name, order](piece, stacks, start)
+            filled |= arrays
+            if not finite:  # reading this waits for the device, so only one piece is in transit at a time
+                raise UserError(
+                    f"{weights.where(name, layer)} holds NaN or infinity, so the weights are damaged; "
+                    "copy or download them again."
+                )
+    for name, x in abstract.items():
+        if filled[name].dtype != x.dtype:
+            filled[name] = jax.block_until_ready(jax.jit(from_bytes, out_shardings=x.sharding)(filled[name]))
     return with_arrays(spec.params, filled)
+
+
+def _pieces(
+    array: np.ndarray, layer: int | None, about: Parameter, mesh: Mesh
+) -> Iterator[tuple[int, tuple[int, ...], jax.Array]]:
+    """Sends the array of one layer to the mesh, or an embedding some rows after the other.
+
+    Yields:
+      Where in the stacks the piece is written, the order of its axes, and the piece.
+    """
+    order = tuple(int(axis) for axis in np.argsort([-stride for stride in array.strides], kind="stable"))
+    split = list(partition_spec(about.axes, about.shape, mesh, about.name))
+    # The stored embedding has padding rows, which `array` does not have. A mesh of several devices gets all
+    # rows at once, because each device holds a range of them.
+    by_rows = about.name == EMBEDDING and mesh.size == 1
+    rows = row_block(about.shape[0]) if by_rows else about.shape[0]
+    for start in range(0, about.shape[0], rows):
+        shape = [(rows, *about.shape[1:])[axis] for axis in order]
+        part = array[start : start + rows].transpose(order)
+        yield layer or start, order, _sent(part, shape, [split[axis] for axis in order], mesh)
 
 
 def _initial(spec: ModelSpec, names: Collection[str]) -> Arrays:
@@ -88,7 +103,7 @@ def _initial(spec: ModelSpec, names: Collection[str]) -> Arrays:
     return jax.jit(functools.partial(spec.create, names=[*out]), out_shardings=out)(jax.random.key(0))
 
 
-def _sent(part: np.ndarray, shape: list[int], split: list[Any], mesh: Mesh) -> jax.Array:
+def _sent(part: np.ndarray, shape: Sequence[int], split: Iterable[Any], mesh: Mesh) -> jax.Array:
     """Sends `part` to the mesh, padded at the end with zeros up to `shape`."""
 
     def shard(index: tuple[slice, ...] | None) -> np.ndarray:
@@ -103,28 +118,43 @@ def _sent(part: np.ndarray, shape: list[int], split: list[Any], mesh: Mesh) -> j
     return jax.make_array_from_callback(tuple(shape), NamedSharding(mesh, P(*split)), shard)
 
 
+def _held_as(abstract: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """Returns how an array is kept while it is filled: int4 as bytes, if each shard has whole ones."""
+    if abstract.dtype != jnp.int4 or abstract.sharding.shard_shape(abstract.shape)[-1] % 2:
+        return abstract
+    shape = (*abstract.shape[:-1], abstract.shape[-1] // 2)
+    return jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=abstract.sharding)
+
+
 def _zeros(abstract: jax.ShapeDtypeStruct) -> jax.Array:
-    shape, dtype = abstract.shape, abstract.dtype
-    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=abstract.sharding)()
+    held = _held_as(abstract)
+    shape, dtype = held.shape, held.dtype
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=held.sharding)()
 
 
-def _fill(order: tuple[int, ...] | None, pack: Pack, out: dict[str, NamedSharding]) -> Callable[..., Any]:
-    """Makes a program that writes one layer's arrays to their place in the stacks.
+def _fill(
+    order: tuple[int, ...] | None, pack: Pack, held_as: dict[str, jax.ShapeDtypeStruct], whole: bool
+) -> Callable[..., Any]:
+    """Makes a program that writes one layer's arrays, or some rows of an embedding, to their place.
 
     It packs a dense array that was sent with its axes in `order`. Without an order it receives packed arrays.
+    `whole` says that the arrays have no axis of layers.
     """
 
-    def fill(piece: Any, stacks: Arrays | None = None, layer: Any = None) -> tuple[Arrays, jax.Array]:
+    def fill(piece: Any, stacks: Arrays, start: Any) -> tuple[Arrays, jax.Array]:
         arrays, checked = piece, []
         if order is not None:
             dense = piece.transpose([int(axis) for axis in np.argsort(order)])
             arrays, checked = pack(dense), [dense]
         floats = [x for x in (*checked, *arrays.values()) if jnp.issubdtype(x.dtype, jnp.floating)]
         finite = jnp.stack([jnp.isfinite(x).all() for x in floats]).all()
-        if stacks is not None:
-            update = jax.lax.dynamic_update_index_in_dim
-            arrays = {name: update(stacks[name], x, layer, 0) for name, x in arrays.items()}
-        return arrays, finite
+        for name, x in arrays.items():
+            if held_as[name].dtype == jnp.uint8:
+                x = to_bytes(x)
+            x = x if whole else x[None]
+            stacks[name] = jax.lax.dynamic_update_slice_in_dim(stacks[name], x, start, 0)
+        return stacks, finite
 
+    out = {name: x.sharding for name, x in held_as.items()}
     copied = NamedSharding(next(iter(out.values())).mesh, P())
     return jax.jit(fill, donate_argnames="stacks", out_shardings=(out, copied))

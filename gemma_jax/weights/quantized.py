@@ -26,7 +26,7 @@ from gemma_jax.errors import UserError
 from gemma_jax.sharding import RULES, Axes, partition_spec
 from gemma_jax.weights.matmul import precision
 from gemma_jax.weights.table import Parameter
-from gemma_jax.weights.weight import Context, Dense, Kind, Weight, initial_values
+from gemma_jax.weights.weight import Context, Dense, Kind, Weight, initial_values, row_block
 
 INT4_BLOCK = 32  # as in llama.cpp's q4_0: with 64 the error is 10% larger
 NF4_BLOCK = 64
@@ -71,7 +71,12 @@ class Quantized(Weight):
     """The base of the quantised kinds. A kind defines `unscaled`, `scales`, `pack` and `array_axes`."""
 
     def _create(self, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
-        packed = initial_values(self.parameter, rngs.params(), dtype, self.pack)
+        def pack(array: jax.Array) -> dict[str, jax.Array]:
+            return {name: to_bytes(x) for name, x in self.pack(array).items()}
+
+        packed = initial_values(self.parameter, rngs.params(), dtype, pack)
+        if packed["codes"].dtype == jnp.uint8:
+            packed["codes"] = from_bytes(packed["codes"])
         layers = ("layers",) if self.parameter.layers else ()
         for name, axes in self.array_axes().items():
             setattr(self, name, nnx.Param(packed[name], axes=(*layers, *axes)))
@@ -205,8 +210,18 @@ class Integer(Quantized):
 
     def pack(self, array: jax.Array) -> dict[str, jax.Array]:
         """See `Weight.pack`."""
-        x, axis = (self._split(array, self.block), 1) if self.parameter.inputs else (array, -1)
-        x = x.astype(jnp.float32)
+        if self.parameter.inputs:
+            packed = self._quantised(self._split(array, self.block), 1)
+            scale = packed["scale"][:, 0].astype(jnp.float32 if self.blocks == 1 else jnp.bfloat16)
+            return packed | {"scale": scale}
+        if self.mesh.size > 1:  # each device has a part of the table
+            return self._quantised(array.astype(jnp.float32), -1)
+        rows = array.reshape(-1, row_block(len(array)), array.shape[1])
+        packed = lax.map(lambda x: self._quantised(x.astype(jnp.float32), -1), rows)
+        return jax.tree.map(lambda x: x.reshape(len(array), -1), packed)
+
+    def _quantised(self, x: jax.Array, axis: int) -> dict[str, jax.Array]:
+        """Returns codes of the shape of x, and scales with one element along the axis that a scale is for."""
         absmax = jnp.max(jnp.abs(x), axis, keepdims=True)
         if self.bits == 8:
             scale = absmax / 127
@@ -220,8 +235,6 @@ class Integer(Quantized):
                 1.0, jnp.sum(codes**2, axis, keepdims=True)
             )
         scale = jnp.where(absmax == 0, 1, scale)
-        if self.parameter.inputs:
-            scale = scale[:, 0].astype(jnp.float32 if self.blocks == 1 else jnp.bfloat16)
         return {"codes": codes.astype(jnp.int8 if self.bits == 8 else jnp.int4), "scale": scale}
 
 
@@ -320,6 +333,23 @@ def nested_scales(absmax: jax.Array) -> dict[str, jax.Array]:
         "rows": jnp.arange(absmax.shape[1], dtype=jnp.int32),
         "columns": jnp.arange(absmax.shape[0], dtype=jnp.int32),
     }
+
+
+def to_bytes(x: jax.Array) -> jax.Array:
+    """Returns int4 [..., n] as uint8 [..., n / 2], in the order of `from_bytes`; all else as it is.
+
+    XLA writes int4 slowly on CPU, one number after the other, and rewrites a whole stack for each layer. So
+    stacks are filled as bytes.
+    """
+    if x.dtype != jnp.int4 or x.shape[-1] % 2:
+        return x
+    pairs = lax.bitcast_convert_type(x.astype(jnp.int8), jnp.uint8).reshape(*x.shape[:-1], -1, 2) & 15
+    return pairs[..., 0] | (pairs[..., 1] << 4)
+
+
+def from_bytes(x: jax.Array) -> jax.Array:
+    """Returns uint8 [..., n / 2] as int4 [..., n]."""
+    return lax.bitcast_convert_type(x, jnp.int4).reshape(*x.shape[:-1], -1)
 
 
 def kind_of(quantization: str) -> Kind:

@@ -26,7 +26,7 @@ from gemma_jax.weights.matmul import matmul, sharded_matmul
 from gemma_jax.weights.structure import Structure
 from gemma_jax.weights.table import Parameter
 
-INITIAL_BLOCK = 8192  # rows of an embedding that are initialised at once
+ROW_BLOCK = 8192  # rows of an embedding that are initialised or packed at once
 
 
 @jax.tree_util.register_dataclass
@@ -181,6 +181,11 @@ class Dense(Weight):
         return {"array": array.astype(self.array.dtype)}
 
 
+def row_block(rows: int) -> int:
+    """Returns a divisor of an embedding's rows: so many are worked on at once, to limit intermediates."""
+    return next(n for n in range(min(ROW_BLOCK, rows), 0, -1) if rows % n == 0)
+
+
 def initial_values(
     parameter: Parameter, key: jax.Array, dtype: jnp.dtype, pack: Callable[[jax.Array], Any] = lambda x: x
 ) -> Any:
@@ -201,7 +206,7 @@ def initial_values(
     shape = parameter.shape
     count = parameter.layers
     if not count:
-        rows = next(n for n in range(min(INITIAL_BLOCK, shape[0]), 0, -1) if shape[0] % n == 0)
+        rows = row_block(shape[0])
         count, shape = shape[0] // rows, (rows, *shape[1:])
     # 0.8796 is the standard deviation of a standard normal cut at +-2.
     scale = jnp.asarray(1 / (0.87962566 * math.sqrt(parameter.fan_in)), dtype)
