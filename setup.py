@@ -15,6 +15,7 @@ setup(
         "array_record>=0.8",
         "etils[epath]>=1.13",
         "flax>=0.12.8",
+        "gguf>=0.17",
         "grain>=0.2.18",
         "huggingface_hub>=2.4",
         "jax>=0.10",

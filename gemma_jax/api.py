@@ -98,8 +98,8 @@ class Gemma:
 
         Args:
           checkpoint: A run directory, one of its steps, a Hugging Face directory, a published Flax
-            directory, a name on the Hub such as google/gemma-2b-it, or `random:PRESET` for random weights
-            of a preset (docs/checkpoints.md).
+            directory, a GGUF file, a name on the Hub such as google/gemma-2b-it, or `random:PRESET` for
+            random weights of a preset (docs/checkpoints.md).
           mesh: How to split the model over the devices; by default all devices are on the fsdp axis.
           compute: How to execute the model.
           dtype: The dtype of the parameters in memory, instead of compute.param_dtype.
@@ -129,19 +129,24 @@ class Gemma:
         self,
         path: str | os.PathLike[str],
         *,
-        format: Literal["huggingface", "flax", "run"] = "huggingface",
+        format: Literal["huggingface", "flax", "run", "gguf"] = "huggingface",
         dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+        quantization: str = "",
     ) -> None:
         """Writes the weights, and the tokenizer if there is one, in a format that other programs can read.
 
         Args:
           path: A directory that does not exist yet or is empty.
-          format: Hugging Face's safetensors and config.json, the published Flax format, or a run directory
-            with a checkpoint at step 0.
-          dtype: The dtype in the files; by default that of the parameters in memory.
+          format: Hugging Face's safetensors and config.json, the published Flax format, a run directory
+            with a checkpoint at step 0, or a GGUF file for llama.cpp.
+          dtype: The dtype in the files; by default that of the parameters in memory. A GGUF file always has
+            bfloat16 unless it is quantised.
+          quantization: Quantises the weights in the files: int8 (q8_0) or int4 (q4_0) for gguf, nf4 for
+            huggingface, any kind for a run. Empty writes them as they are.
 
         Raises:
-          UserError: the directory is not empty, the disk is full, or values are not finite in this dtype.
+          UserError: the directory is not empty, the disk is full, values are not finite in this dtype, or the
+            format does not have this dtype or quantization.
         """
         from gemma_jax.pretrained.export import PlacedWeights, export  # imported here: orbax takes a second
 
@@ -150,7 +155,8 @@ class Gemma:
             format,
             PlacedWeights(self.params, self.spec),
             self.config,
-            dtype=dtype or self.compute.param_dtype,
+            dtype=dtype or ("" if format == "gguf" else self.compute.param_dtype),
+            quantization=quantization,
             end_tokens=self.end_tokens,
             tokenizer=self._tokenizer,
             terms_source=self._terms_source,

@@ -18,6 +18,7 @@ from gemma_jax.paths import read_bytes, user_path
 START_OF_TURN = "<start_of_turn>"
 END_OF_TURN = "<end_of_turn>"
 
+_SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>")  # ids 0..3
 # Ids 4..110 of google/gemma's tokenizer.model. Ids 108..110 are runs of newlines. Because newlines are never
 # part of a longer piece, a prompt that ends at a line's end is tokenised as in the training text.
 _GEMMA_USER_DEFINED = (
@@ -135,10 +136,10 @@ class Tokenizer:
                 eos_id=cls.eos_id,
                 bos_id=cls.bos_id,
                 unk_id=cls.unk_id,
-                pad_piece="<pad>",
-                eos_piece="<eos>",
-                bos_piece="<bos>",
-                unk_piece="<unk>",
+                pad_piece=_SPECIAL[0],
+                eos_piece=_SPECIAL[1],
+                bos_piece=_SPECIAL[2],
+                unk_piece=_SPECIAL[3],
                 user_defined_symbols=list(_GEMMA_USER_DEFINED),
                 byte_fallback=True,
                 # Otherwise, after training on text with no space, spaces would be encoded as bytes that
@@ -163,6 +164,37 @@ class Tokenizer:
         tokenizer = cls(model.getvalue(), source="The trained tokenizer")
         tokenizer.save(path)
         return tokenizer
+
+    @classmethod
+    def from_pieces(cls, pieces: Iterable[tuple[str, float, int]], source: str) -> "Tokenizer":
+        """Builds a byte-pair model from its pieces, with Gemma's settings for everything else.
+
+        Args:
+            pieces: The text, score and type of each piece in the order of the ids, as `pieces` returns them.
+            source: Where they are from, for messages.
+
+        Raises:
+            UserError: The pieces make no tokenizer of Gemma's kind; see `load`.
+        """
+        model = ModelProto()
+        for text, score, kind in pieces:
+            model.pieces.add(piece=text, score=score, type=kind)
+        trained, normalizer = model.trainer_spec, model.normalizer_spec
+        trained.model_type, trained.byte_fallback = trained.BPE, True
+        trained.vocab_size = len(model.pieces)
+        trained.pad_id, trained.eos_id, trained.bos_id, trained.unk_id = 0, 1, 2, 3
+        trained.pad_piece, trained.eos_piece, trained.bos_piece, trained.unk_piece = _SPECIAL
+        normalizer.name, normalizer.add_dummy_prefix = "identity", False
+        normalizer.remove_extra_whitespaces = False
+        return cls(model.SerializeToString(), source)
+
+    def pieces(self) -> list[tuple[str, float, int]]:
+        """The text, score and type (a number of SentencePiece's `ModelProto`) of each id."""
+        return [(piece.piece, piece.score, piece.type) for piece in ModelProto.FromString(self._model).pieces]
+
+    def acts_as_control(self, piece: str) -> bool:
+        """Whether a user-defined piece is a control token, as turn markers are, and not mere text."""
+        return self._control_text.match(piece) is not None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the model file atomically: readers get the old or the new file. UserError on failure."""

@@ -69,7 +69,8 @@ def _config(name: str) -> TrainingConfig:
         from gemma_jax.checkpoint.record import run_record
 
         return from_record(run_record(folder).config, name)
-    if os.path.lexists(folder) and not os.path.isfile(folder):  # a file can be a config
+    # A file can be a config, unless it is a GGUF file.
+    if os.path.lexists(folder) and (not os.path.isfile(folder) or folder.suffix == ".gguf"):
         from gemma_jax.pretrained.checkpoint import is_published, open_checkpoint, refuse_others
 
         refuse_others(name, Path(folder))

@@ -106,9 +106,10 @@ class ChatConfig(LoadConfig, SamplingConfig):
 class ConvertConfig:
     """Convert a checkpoint to another format."""
 
-    format: Literal["huggingface", "flax", "run"] = setting(
+    format: Literal["huggingface", "flax", "run", "gguf"] = setting(
         "huggingface",
-        "A directory as of Hugging Face, one of the published Flax form, or a run of gemma_jax at step 0.",
+        "A directory as of Hugging Face, one of the published Flax form, a run of gemma_jax at step 0, or a "
+        "directory with a GGUF file for llama.cpp.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "Of the numbers written; auto keeps that of the source."
@@ -116,7 +117,7 @@ class ConvertConfig:
     quantization: str = setting(
         "",
         "Quantise the weights: a run as int8, int4, int4:BLOCK, int4:channel or nf4; huggingface as nf4, as "
-        "bitsandbytes does.",
+        "bitsandbytes does; gguf as int8 (q8_0) or int4 (q4_0).",
     )
     gemma_terms: Literal["auto", "yes", "no"] = setting(
         "auto",

@@ -1,7 +1,7 @@
 """Resolves the CHECKPOINT argument of the commands and of `Gemma.from_pretrained`.
 
-It can be a run directory, one of its steps, a Hugging Face directory, a published Flax directory, a name on
-the Hugging Face Hub or on Kaggle, or `random:PRESET`.
+It can be a run directory, one of its steps, a Hugging Face directory, a published Flax directory, a GGUF
+file, a name on the Hugging Face Hub or on Kaggle, or `random:PRESET`.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from gemma_jax.errors import UserError
 from gemma_jax.model import ModelSpec
 from gemma_jax.paths import SMALL_FILE, open_regular
 from gemma_jax.pretrained.end_tokens import end_tokens
+from gemma_jax.pretrained.gguf import GGUF_FILE, GGUFWeights
 from gemma_jax.pretrained.hub import download, is_hub_name
 from gemma_jax.pretrained.huggingface import INDEX_FILE, WEIGHTS_FILE, HuggingFaceDirectory
 from gemma_jax.pretrained.layout import Weights
@@ -29,6 +30,7 @@ from gemma_jax.weights import FINAL_NORM, Kind, kind_of
 
 RANDOM = "random:"
 TOKENIZER_FILE = "tokenizer.model"
+GGUF = ".gguf"
 RUN_RECORD = "run/data.json"  # in the folder of a step of a run; see record.py
 FLAX_METADATA = "_METADATA"  # written by orbax in the directory of the arrays
 
@@ -41,7 +43,7 @@ class Checkpoint:
     folder: str  # its directory, which may hold more files beside the weights; empty if there is none
     config: TransformerConfig
     dtype: str  # of the weights on disk; the widest if there are several
-    tokenizer_path: str  # empty if there is none
+    tokenizer_path: str  # a tokenizer.model, or a GGUF file that holds a tokenizer; empty if there is none
     terms_source: (
         str  # the source that a NOTICE names for weights under Google's terms; empty if not under them
     )
@@ -70,6 +72,8 @@ class Checkpoint:
         Raises:
           UserError: The file is not a tokenizer of Gemma's kind.
         """
+        if isinstance(self.weights, GGUFWeights) and self.tokenizer_path.endswith(GGUF):
+            return self.weights.tokenizer()
         return Tokenizer.load(self.tokenizer_path) if self.tokenizer_path else None
 
     def end_tokens(self, instruction_tuned: bool | None = None) -> tuple[int, ...]:
@@ -78,7 +82,8 @@ class Checkpoint:
         Raises:
           UserError: An id is outside the vocabulary, or `pretrained.end_tokens` raises it.
         """
-        ids = end_tokens(self.name, self.folder, instruction_tuned=instruction_tuned)
+        stored = self.weights.end_tokens() if isinstance(self.weights, GGUFWeights) else ()
+        ids = end_tokens(self.name, self.folder, instruction_tuned=instruction_tuned, stored=stored)
         if max(ids) >= self.config.vocab_size:
             raise UserError(
                 f"{self.folder} has {max(ids)} as eos_token_id, but its vocabulary ends at "
@@ -92,9 +97,9 @@ def open_checkpoint(name: str | os.PathLike[str]) -> Checkpoint:
 
     Args:
       name: A run directory (which stands for its newest step), one of its steps, a Hugging Face directory, a
-        published Flax directory or the one that holds it beside its tokenizer, a name on the Hub
-        (google/gemma-2b-it, or with @REVISION) or on Kaggle (google/gemma/flax/2b-it), or `random:PRESET`
-        for random weights of a preset.
+        published Flax directory or the one that holds it beside its tokenizer, a GGUF file or the directory
+        that holds only one, a name on the Hub (google/gemma-2b-it, or with @REVISION) or on Kaggle
+        (google/gemma/flax/2b-it), or `random:PRESET` for random weights of a preset.
 
     Raises:
       UserError: The name does not lead to a complete checkpoint of a supported Gemma.
@@ -119,7 +124,7 @@ def refuse_others(name: str, path: Path) -> None:
     """
     if os.path.isfile(path) and path.suffix in (".safetensors", ".json", ".model"):
         raise UserError(f"{name} is a file of a checkpoint; give the directory that holds it, {path.parent}.")
-    if os.path.lexists(path) and not os.path.isdir(path):
+    if os.path.lexists(path) and not os.path.isdir(path) and path.suffix != GGUF:
         raise UserError(f"{name} is no directory, so it holds no checkpoint; give one that does.")
     adapter = path / "adapter_config.json"
     model = any(os.path.lexists(path / file) for file in (WEIGHTS_FILE, INDEX_FILE, FLAX_METADATA))
@@ -150,8 +155,10 @@ def _random(name: str) -> Checkpoint:
 
 
 def is_published(folder: str | os.PathLike[str]) -> bool:
-    """Whether a directory holds published weights, complete or not, rather than a run."""
+    """Whether a path is a GGUF file or a directory of published weights, complete or not, and not a run."""
     folder = Path(folder)
+    if folder.suffix == GGUF and os.path.lexists(folder) and not os.path.isdir(folder):
+        return True
     if not os.path.isdir(folder) or os.path.exists(folder / RUN_RECORD):
         return False
     if _has_safetensors(folder):
@@ -162,13 +169,13 @@ def is_published(folder: str | os.PathLike[str]) -> bool:
         with open_regular(config) as file:
             if b'"model_type"' in file.read(SMALL_FILE):
                 return True
-    return flax_folder(folder) is not None
+    return flax_folder(folder) is not None or gguf_file(folder) is not None
 
 
 def holds_checkpoint(folder: Path) -> bool:
     """Whether a folder itself is a run, a step of a run, or a directory of published weights."""
     is_run = os.path.isdir(folder / STEPS_FOLDER) and os.path.exists(folder / CONFIG_FILE)
-    marks = (RUN_RECORD, FLAX_METADATA)
+    marks = (RUN_RECORD, FLAX_METADATA, GGUF_FILE)
     return is_run or _has_safetensors(folder) or any(os.path.exists(folder / mark) for mark in marks)
 
 
@@ -193,17 +200,38 @@ def flax_folder(folder: Path) -> Path | None:
     return found[0] if found else None
 
 
+def gguf_file(path: Path) -> Path | None:
+    """Returns a path of a GGUF file, or the only such file in a directory; None if there is none.
+
+    Raises:
+      UserError: The directory holds several.
+    """
+    found = sorted(path.glob(f"*{GGUF}")) if os.path.isdir(path) else [path]
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise UserError(f"{path} holds several GGUF files ({names}); give the path of one.")
+    return found[0] if found else None
+
+
 def _published(name: str, folder: Path) -> Checkpoint:
-    arrays = None if _has_safetensors(folder) else flax_folder(folder)
+    has_safetensors = _has_safetensors(folder)
+    arrays = None if has_safetensors else flax_folder(folder)
     weights: Weights
     quantization, tokenizer = "", folder / TOKENIZER_FILE
-    if arrays is None:
+    if not has_safetensors and arrays is None and (file := gguf_file(folder)):
+        gguf = GGUFWeights(file)
+        weights, config, dtype = gguf, gguf.config, gguf.dtype
+        folder, tokenizer = file.parent, file.parent / TOKENIZER_FILE
+        if not os.path.lexists(tokenizer) and gguf.has_tokenizer:
+            tokenizer = file
+    elif arrays is None:
         huggingface = HuggingFaceDirectory(folder)
         weights, config, dtype = huggingface, huggingface.config, huggingface.dtype
         quantization = huggingface.quantization
     else:
         from gemma_jax.pretrained.flax import FlaxDirectory  # late: importing orbax takes a second
 
+        tokenizer = folder / TOKENIZER_FILE
         # The user named the folder of the arrays: the tokenizer and config.json are in its parent.
         if arrays == folder and not os.path.lexists(tokenizer):
             folder, tokenizer = folder.parent, folder.parent / TOKENIZER_FILE

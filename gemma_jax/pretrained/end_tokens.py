@@ -7,6 +7,7 @@ record it at all.
 
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from gemma_jax.errors import UserError
@@ -14,12 +15,19 @@ from gemma_jax.pretrained.published_config import CONFIG_FILE, GENERATION_FILE, 
 from gemma_jax.tokenizer import Tokenizer
 
 EOS = Tokenizer.eos_id
-# The name may be followed by a revision on the Hub (@main) or a version on Kaggle (/2).
-_NAMED_SO = re.compile(r"-it(@[\w./-]+|/\d+)?/*$", re.IGNORECASE)
+# The name may be followed by a revision on the Hub (@main), a version on Kaggle (/2), or what a GGUF file has
+# at its end (.Q4_K_M.gguf).
+_NAMED_SO = re.compile(r"-it(@[\w./-]+|/\d+|([.-]\w+)?\.gguf)?/*$", re.IGNORECASE)
 END_OF_TURN = 107  # the id in Gemma's tokenizer and in those that we train
 
 
-def end_tokens(name: str, folder: str = "", *, instruction_tuned: bool | None = None) -> tuple[int, ...]:
+def end_tokens(
+    name: str,
+    folder: str = "",
+    *,
+    instruction_tuned: bool | None = None,
+    stored: Iterable[int] = (),
+) -> tuple[int, ...]:
     """Returns the token ids that end an answer.
 
     Args:
@@ -29,11 +37,12 @@ def end_tokens(name: str, folder: str = "", *, instruction_tuned: bool | None = 
         (one id or a list) is read from its generation_config.json or, without one, from its config.json.
       instruction_tuned: Whether the weights are instruction-tuned, if the caller knows; None decides by the
         file and the names.
+      stored: The ids that the weights' own file lists, as a GGUF file does.
 
     Raises:
       UserError: The file cannot be read, or its eos_token_id is neither a token id nor a list of them.
     """
-    ids = {EOS}
+    ids = {EOS, *stored}
     # Only published weights have these files, and those are never read directly from a bucket.
     files = [Path(folder) / file for file in (GENERATION_FILE, CONFIG_FILE) if folder]
     for path in [file for file in files if os.path.lexists(file)][:1]:  # transformers uses the same order

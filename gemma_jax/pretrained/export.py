@@ -1,4 +1,4 @@
-"""Writes weights as a Hugging Face directory, a published Flax directory, or a run directory."""
+"""Writes weights as a Hugging Face directory, a published Flax directory, a run directory, or a GGUF file."""
 
 import contextlib
 import functools
@@ -35,7 +35,9 @@ from gemma_jax.model import ModelSpec
 from gemma_jax.paths import check_writable_path
 from gemma_jax.pretrained.bitsandbytes import CONFIG as BITSANDBYTES
 from gemma_jax.pretrained.checkpoint import TOKENIZER_FILE, holds_checkpoint
+from gemma_jax.pretrained.end_tokens import END_OF_TURN
 from gemma_jax.pretrained.flax import write_flax
+from gemma_jax.pretrained.gguf import GGUF_FILE, write_gguf
 from gemma_jax.pretrained.huggingface import write_huggingface
 from gemma_jax.pretrained.layout import DTYPES, Weights, parameter_shapes
 from gemma_jax.pretrained.placement import place
@@ -45,7 +47,8 @@ from gemma_jax.sharding import make_mesh
 from gemma_jax.tokenizer import Tokenizer
 from gemma_jax.weights import EMBEDDING, Weight, kind_of
 
-Form = Literal["huggingface", "flax", "run"]
+Form = Literal["huggingface", "flax", "run", "gguf"]
+GGUF_TYPES = {"": "bf16", "int8": "q8_0", "int4": "q4_0"}  # by `quantization`
 FLAX_FOLDER = "params"
 # The dialogue format of Gemma's instruction-tuned models, for other tools that read it from the directory.
 CHAT_TEMPLATE = (
@@ -135,15 +138,17 @@ def export(
 
     Args:
       destination: The directory to create; it must not exist yet, or must be empty.
-      form: huggingface, flax, or run, which writes a run directory at step 0 without optimizer state.
+      form: huggingface, flax, gguf, or run, which writes a run directory at step 0 without optimizer state.
       weights: The weights to write.
       config: The config of the model.
       dtype: float32, bfloat16 or float16. If empty, each array keeps its dtype; `run` does not allow that,
-        nor float16.
+        nor float16; `gguf` allows only bfloat16.
       end_tokens: The token ids that end a generation.
       tokenizer: The tokenizer to write, or None.
       terms_source: For weights under the Gemma terms of use, their source, which the NOTICE names. If empty,
         no NOTICE is written.
+      quantization: The kind of weights to write: any that `kind_of` reads for `run`, nf4 for `huggingface`,
+        int8 (q8_0) or int4 (q4_0) for `gguf`; empty for dense ones.
 
     Returns:
       The dtypes that were written, joined for use in a message.
@@ -160,14 +165,19 @@ def export(
         raise UserError(f"{destination} is no directory of this machine; give one, and copy it from there.")
     if form == "run" and dtype == "float16":
         raise UserError("a run keeps float32 or bfloat16; give one of these as dtype.")
-    is_nf4 = quantization.partition(",")[0] == "nf4"
-    if quantization and form != "run" and not (form == "huggingface" and is_nf4):
+    if form == "gguf" and (quantization not in GGUF_TYPES or dtype not in ("", "bfloat16")):
         raise UserError(
-            f"format {form} is not written with quantization {quantization}; a run takes every kind, and "
-            "huggingface nf4."
+            f"format gguf is not written with dtype {dtype or 'auto'} and quantization {quantization!r}; it has "
+            "bfloat16, or the quantization int8 or int4."
+        )
+    is_nf4 = quantization.partition(",")[0] == "nf4"
+    if quantization and form not in ("run", "gguf") and not (form == "huggingface" and is_nf4):
+        raise UserError(
+            f"format {form} is not written with quantization {quantization}; a run takes every kind, "
+            "huggingface nf4, and gguf int8 and int4."
         )
     target = Path(os.path.expanduser(destination))
-    if form != "huggingface":
+    if form in ("flax", "run"):
         check_writable_path(target)
     if inside := next(filter(holds_checkpoint, Path(os.path.realpath(target)).parents), None):
         raise UserError(
@@ -177,22 +187,26 @@ def export(
         math.prod(shape) * (config.num_layers if name.startswith("blocks.") else 1)
         for name, shape in parameter_shapes(config).items()
     )
-    cast = CastWeights(weights, dtype)
+    cast = CastWeights(weights, "" if form == "gguf" else dtype)
+    tuned = (tokenizer.end_of_turn_id if tokenizer else END_OF_TURN) in end_tokens
     with new_directory(target, size * jnp.dtype(dtype or "bfloat16").itemsize) as folder:
         if form == "run":
             _write_run(folder, cast, config, dtype, quantization)
+        elif form == "gguf":
+            kind, template = GGUF_TYPES[quantization], CHAT_TEMPLATE if tuned else ""
+            write_gguf(folder / GGUF_FILE, cast, config, kind, tokenizer, template, target.name)
         else:
             if form == "huggingface":
                 dtype = write_huggingface(folder, cast, config, quantised=bool(quantization))
             else:
                 dtype = write_flax(folder / FLAX_FOLDER, cast, config)
             write_config(folder, config, dtype, BITSANDBYTES if quantization else None)
-        dtypes = " and ".join(sorted(cast.dtypes))
+        dtypes = GGUF_TYPES[quantization] if form == "gguf" else " and ".join(sorted(cast.dtypes))
         write_generation_config(folder, tuple(end_tokens))
         if tokenizer is not None:
             tokenizer.save(folder / TOKENIZER_FILE)
             if form == "huggingface":
-                _write_tokenizer_config(folder, config, tokenizer.end_of_turn_id in end_tokens)
+                _write_tokenizer_config(folder, config, tuned)
         if terms_source:
             write_notice(folder, terms_source, dtypes)
     return dtypes

@@ -217,7 +217,7 @@ def test_a_checkpoint_is_written_into_no_other_and_no_path_that_orbax_cannot_wri
     convert(source, tmp_path / "a[b]c" / "d") if form == "huggingface" else None
 
 
-@pytest.mark.parametrize("form", ["huggingface", "flax", "run"])
+@pytest.mark.parametrize("form", ["huggingface", "flax", "run", "gguf"])
 def test_a_limit_on_what_is_written_is_told(tmp_path: Path, form: str) -> None:
     """The limit of `ulimit -f` causes another error than a full disk does."""
     source = write_huggingface(tmp_path / "source", MULTI_QUERY, random_tensors(MULTI_QUERY))
