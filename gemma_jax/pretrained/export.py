@@ -167,8 +167,8 @@ def export(
         raise UserError("a run keeps float32 or bfloat16; give one of these as dtype.")
     if form == "gguf" and (quantization not in GGUF_TYPES or dtype not in ("", "bfloat16")):
         raise UserError(
-            f"format gguf is not written with dtype {dtype or 'auto'} and quantization {quantization!r}; it has "
-            "bfloat16, or the quantization int8 or int4."
+            f"format gguf is not written with dtype {dtype or 'auto'} and quantization {quantization!r}; it "
+            "has bfloat16, or the quantization int8 or int4."
         )
     is_nf4 = quantization.partition(",")[0] == "nf4"
     if quantization and form not in ("run", "gguf") and not (form == "huggingface" and is_nf4):
