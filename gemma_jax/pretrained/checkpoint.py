@@ -220,7 +220,7 @@ def _published(name: str, folder: Path) -> Checkpoint:
     quantization, tokenizer = "", folder / TOKENIZER_FILE
     if not has_safetensors and arrays is None and (file := gguf_file(folder)):
         gguf = GGUFWeights(file)
-        weights, config, dtype = gguf, gguf.config, gguf.dtype
+        weights, config, dtype, quantization = gguf, gguf.config, gguf.dtype, gguf.quantized
         folder, tokenizer = file.parent, file.parent / TOKENIZER_FILE
         if not os.path.lexists(tokenizer) and gguf.has_tokenizer:
             tokenizer = file
@@ -231,7 +231,6 @@ def _published(name: str, folder: Path) -> Checkpoint:
     else:
         from gemma_jax.pretrained.flax import FlaxDirectory  # late: importing orbax takes a second
 
-        tokenizer = folder / TOKENIZER_FILE
         # The user named the folder of the arrays: the tokenizer and config.json are in its parent.
         if arrays == folder and not os.path.lexists(tokenizer):
             folder, tokenizer = folder.parent, folder.parent / TOKENIZER_FILE

@@ -68,7 +68,10 @@ def tensor_name(parameter: str, layer: int | None) -> str:
 
 
 class GGUFWeights:
-    """The Gemma in a GGUF file. Only the header is read until an array is requested."""
+    """The Gemma in a GGUF file. Only the header is read until an array is requested.
+
+    A quantised one is loaded as the kind of ours that `quantized` says.
+    """
 
     def __init__(self, path: Path) -> None:
         """Check that the file is complete and holds the model that its metadata describe.
@@ -86,7 +89,7 @@ class GGUFWeights:
 
     @property
     def quantized(self) -> str:
-        """The kind of the matrices: empty for floating-point numbers, else int8, or int4 for at most 5 bits.
+        """The kind to load: empty for floating-point numbers, else int8:32, or int4 for at most 5 bits.
 
         The bits are the average of the numbers in the layers, each with its part of its block's scale.
         """
@@ -95,7 +98,7 @@ class GGUFWeights:
             return ""
         linear = [stored for name, stored in tensors.items() if name[:4] == "blk." and len(stored.shape) == 2]
         numbers = sum(math.prod(stored.shape) for stored in linear)
-        return "int4" if 8 * sum(stored.size for stored in linear) <= 5 * numbers else "int8"
+        return "int4" if 8 * sum(stored.size for stored in linear) <= 5 * numbers else "int8:32"
 
     def _check_kind(self) -> None:
         gemma = "only 'gemma' (Gemma 1, 1.1 and CodeGemma) is supported; give a file of one of these"

@@ -28,8 +28,10 @@ from gemma_jax.weights.matmul import precision
 from gemma_jax.weights.table import Parameter
 from gemma_jax.weights.weight import Context, Dense, Kind, Weight, initial_values, row_block
 
-INT4_BLOCK = 32  # as in llama.cpp's q4_0: with 64 the error is 10% larger
 NF4_BLOCK = 64
+# Elements with one scale; 0 is a whole output channel. int4 has that of llama.cpp's q4_0: with 64 its error
+# is 10% larger.
+DEFAULT_BLOCKS = {"int8": 0, "int4": 32, "nf4": NF4_BLOCK}
 NESTED_BLOCK = 256
 WHOLE = "channel"  # one block for each output channel
 
@@ -212,7 +214,9 @@ class Integer(Quantized):
         """See `Weight.pack`."""
         if self.parameter.inputs:
             packed = self._quantised(self._split(array, self.block), 1)
-            scale = packed["scale"][:, 0].astype(jnp.float32 if self.blocks == 1 else jnp.bfloat16)
+            # One scale for so few numbers costs memory; its rounding is small beside that of 4 bits.
+            small = self.bits == 4 and self.blocks > 1
+            scale = packed["scale"][:, 0].astype(jnp.bfloat16 if small else jnp.float32)
             return packed | {"scale": scale}
         if self.mesh.size > 1:  # each device has a part of the table
             return self._quantised(array.astype(jnp.float32), -1)
@@ -362,33 +366,32 @@ class Quantization:
     """The kind of a quantised model: a `Kind` for its linear weights and its embedding."""
 
     linear: str  # int8, int4 or nf4
-    block: int = 0  # of int4; 0: one scale per output channel, as of int8
+    block: int = 0  # elements with one scale; 0: all of an output channel
     embedding: str = "int8"  # or dense
 
     @classmethod
     def parse(cls, text: str) -> "Quantization":
-        """Reads `int8`, `int4` (blocks of 32), `int4:BLOCK`, `int4:channel` or `nf4`.
+        """Reads `int8` (per channel), `int4` (blocks of 32), `nf4`, `int8:32`, `int4:64` or `int4:channel`.
 
         `,embedding=dense` may follow, which leaves the embedding as it is; otherwise it becomes int8.
 
         Raises:
           UserError: It is none of these.
         """
-        match = re.fullmatch(r"(int8|nf4|int4(?::([1-9]\d{0,5}|channel))?)(,embedding=dense)?", text)
+        match = re.fullmatch(r"(nf4|(?:int8|int4)(?::([1-9]\d{0,5}|channel))?)(,embedding=dense)?", text)
         if match is None:
             raise UserError(
-                f"quantization is {text!r}, but must be int8, int4, int4:BLOCK, int4:channel or nf4, with "
-                "',embedding=dense' after it if the embedding is not to become int8."
+                f"quantization is {text!r}, but must be int8, int4, nf4, int8:BLOCK, int4:BLOCK or "
+                "int4:channel, with ',embedding=dense' after it if the embedding is not to become int8."
             )
         linear, _, block = match[1].partition(":")
-        sizes = {"int8": 0, "nf4": NF4_BLOCK, "int4": INT4_BLOCK}
-        size = 0 if block == WHOLE else int(block or sizes[linear])
+        size = 0 if block == WHOLE else int(block or DEFAULT_BLOCKS[linear])
         return cls(linear, size, "dense" if match[3] else "int8")
 
     def __str__(self) -> str:
         """Returns the text that `parse` reads."""
         block = ""
-        if self.linear == "int4" and self.block != INT4_BLOCK:
+        if self.linear != "nf4" and self.block != DEFAULT_BLOCKS[self.linear]:
             block = f":{self.block or WHOLE}"
         return f"{self.linear}{block}" + ("" if self.embedding == "int8" else ",embedding=dense")
 
@@ -399,4 +402,4 @@ class Quantization:
         if parameter.inputs and self.linear == "nf4":
             return NF4(parameter, mesh, rngs, dtype)
         bits = 4 if parameter.inputs and self.linear == "int4" else 8
-        return Integer(parameter, mesh, rngs, dtype, bits=bits, block=self.block if bits == 4 else 0)
+        return Integer(parameter, mesh, rngs, dtype, bits=bits, block=self.block if parameter.inputs else 0)

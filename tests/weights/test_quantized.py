@@ -162,14 +162,16 @@ def test_nf4_and_int8_are_those_of_bitsandbytes(inputs: int, outputs: int) -> No
 
 
 @pytest.mark.parametrize(
-    "text", ["", "int3", "int4:0", "int4:-1", "int8:32", "nf4:64", "int4:", "INT8", "int4,embedding=int4"]
+    "text", ["", "int3", "int4:0", "int4:-1", "nf4:64", "int4:", "INT8", "int4,embedding=int4"]
 )
 def test_an_unknown_quantisation_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="int4:BLOCK"):
         Quantization.parse(text)
 
 
-@pytest.mark.parametrize("text", ["int8", "int4", "int4:64", "int4:channel", "nf4", "nf4,embedding=dense"])
+@pytest.mark.parametrize(
+    "text", ["int8", "int8:32", "int4", "int4:64", "int4:channel", "nf4", "nf4,embedding=dense"]
+)
 def test_a_quantisation_is_written_as_it_is_read(text: str) -> None:
     assert str(Quantization.parse(text)) == text
 
