@@ -106,7 +106,7 @@ def nf4_arrays(tensors: Tensors, name: str, where: str) -> dict[str, np.ndarray]
     np.right_shift(pairs, 4, out=codes[:, 0], casting="unsafe")
     np.bitwise_and(pairs, 15, out=codes[:, 1], casting="unsafe")
     codes -= 8
-    by_channel = codes.reshape(outputs, blocks, NF4_BLOCK).transpose(1, 2, 0)
+    by_channel = codes.reshape(outputs, blocks, NF4_BLOCK).transpose(2, 1, 0)
     arrays = {"codes": by_channel.astype(ml_dtypes.int4)}
     if not np.allclose(part(".quant_map", np.float32, 16), NF4_VALUES, atol=1e-6):
         raise wrong(".quant_map has other values than NF4")
@@ -190,12 +190,12 @@ def dense_of(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
     """Returns the [outputs, inputs] float32 matrix that the arrays of one layer stand for."""
     codes, outputs = arrays["codes"], arrays["codes"].shape[2]
     if "scale" in arrays:
-        matrix = codes.astype(np.float32) * arrays["scale"][:, None]
+        matrix = codes.astype(np.float32) * arrays["scale"]
     else:
-        block = arrays["rows"] * codes.shape[0] + arrays["columns"][:, None]
+        block = arrays["rows"] * codes.shape[1] + arrays["columns"][:, None]
         scales = dynamic_map()[arrays["absmax"]] * arrays["nested"][block // NESTED_BLOCK] + arrays["offset"]
-        matrix = np.asarray(NF4_VALUES, np.float32)[codes.astype(np.int8) + 8] * scales[:, None]
-    return matrix.reshape(-1, outputs).T
+        matrix = np.asarray(NF4_VALUES, np.float32)[codes.astype(np.int8) + 8] * scales
+    return matrix.swapaxes(0, 1).reshape(-1, outputs).T
 
 
 def nf4_shapes(name: str, outputs: int, inputs: int) -> dict[str, tuple[int, ...]]:
@@ -225,7 +225,7 @@ def nf4_tensors(matrix: np.ndarray, name: str) -> dict[str, np.ndarray]:
     outputs, inputs = matrix.shape
     blocks = np.asarray(matrix, np.float32).T.reshape(-1, NF4_BLOCK, outputs)
     arrays = {key: np.asarray(x) for key, x in jax.jit(quantize_nf4)(blocks).items()}
-    pairs = (arrays["codes"].astype(np.int8) + 8).astype(np.uint8).transpose(2, 0, 1).reshape(-1, 2)
+    pairs = (arrays["codes"].astype(np.int8) + 8).astype(np.uint8).transpose(2, 1, 0).reshape(-1, 2)
     state = {
         "quant_type": "nf4",
         "blocksize": NF4_BLOCK,

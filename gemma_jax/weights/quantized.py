@@ -89,14 +89,17 @@ class Quantized(Weight):
 
     @abc.abstractmethod
     def unscaled(self, dtype: jax.typing.DTypeLike) -> jax.Array:
-        """Returns what the codes stand for before they are scaled: [G, K, O], or [..., D] of an embedding."""
+        """Returns what the codes stand for before they are scaled: [K, G, O], or [..., D] of an embedding.
+
+        With one block for each output channel it is [1, C, O], so that no dimension of a TPU's tile is 1.
+        """
 
     @abc.abstractmethod
     def scales(self) -> jax.Array:
         """Returns the scale of each block: [G, O], or [..., 1] of an embedding."""
 
     def _split(self, array: jax.Array, block: int) -> jax.Array:
-        """Returns a dense matrix as [G, K, O] in float32."""
+        """Returns a dense matrix as [G, K, O] in float32, the order in which blocks are counted."""
         outputs = math.prod(array.shape[self.parameter.inputs :])
         return array.reshape(-1, block, outputs).astype(jnp.float32)
 
@@ -121,30 +124,34 @@ class Quantized(Weight):
         codes, scales, shape = self.unscaled(jnp.float32), self.scales(), self.parameter.shape
         if not self.parameter.inputs:
             return (codes * scales).astype(dtype)
-        blocks, size, outputs = codes.shape
+        size, blocks, outputs = codes.shape
         inner, outer = shape[1 : self.parameter.inputs], shape[self.parameter.inputs + 1 :]
         first = (blocks * size // math.prod(inner), *inner)
-        whole = (*first, outputs // math.prod(outer), *outer)
-        return (codes * scales[:, None]).astype(dtype).reshape(whole)
+        return (
+            (codes * scales).astype(dtype).swapaxes(0, 1).reshape(*first, outputs // math.prod(outer), *outer)
+        )
 
     def multiply(self, x: jax.Array) -> jax.Array:
-        """See `Weight.multiply`. With one block the result is scaled rather than the weight."""
+        """See `Weight.multiply`. With one scale for each channel the result is scaled, not the weight."""
         codes, scales = self.unscaled(x.dtype), self.scales()
-        blocks, size, _ = codes.shape
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        if blocks > 1:
-            codes = codes * scales.astype(x.dtype)[:, None]
+        size, blocks, _ = codes.shape
+        in_blocks = len(scales) == blocks
+        if in_blocks:
+            codes = codes * scales.astype(x.dtype)
         leading = x.shape[: x.ndim - self.parameter.inputs]
         rows = x.reshape(math.prod(leading), blocks, size)
         out = lax.dot_general(
             rows,
             codes,
-            (((1, 2), (0, 1)), ((), ())),
+            (((2, 1), (0, 1)), ((), ())),
             precision=precision(x.dtype),
-            preferred_element_type=x.dtype if blocks > 1 else wide,
+            preferred_element_type=x.dtype if in_blocks else jnp.promote_types(x.dtype, jnp.float32),
         )
-        if blocks == 1:
+        if not in_blocks:
             out = (out * scales).astype(x.dtype)
+        elif self.parameter.inputs + 1 < len(self.parameter.shape):
+            # Otherwise the TPU compiler would split O of the weight too, and so dequantise it separately.
+            out = lax.optimization_barrier(out)
         return out.reshape(*leading, -1, *self.parameter.shape[self.parameter.inputs + 1 :])
 
     def unembed(self, x: jax.Array, dtype: jax.typing.DTypeLike, context: Context) -> jax.Array:
@@ -200,7 +207,8 @@ class Integer(Quantized):
         if not self.parameter.inputs:
             return {"codes": self.parameter.axes, "scale": (self.parameter.axes[0], None)}
         blocks, size, outputs = self._axes(self.blocks, self.block)
-        return {"codes": (blocks, size, outputs), "scale": (blocks, outputs)}
+        stored = (None, size) if self.blocks == 1 else (size, blocks)
+        return {"codes": (*stored, outputs), "scale": (blocks, outputs)}
 
     def unscaled(self, dtype: jax.typing.DTypeLike) -> jax.Array:
         """See `Quantized.unscaled`."""
@@ -217,7 +225,8 @@ class Integer(Quantized):
             # One scale for so few numbers costs memory; its rounding is small beside that of 4 bits.
             small = self.bits == 4 and self.blocks > 1
             scale = packed["scale"][:, 0].astype(jnp.bfloat16 if small else jnp.float32)
-            return packed | {"scale": scale}
+            codes = packed["codes"]
+            return {"codes": codes if self.blocks == 1 else codes.swapaxes(0, 1), "scale": scale}
         if self.mesh.size > 1:  # each device has a part of the table
             return self._quantised(array.astype(jnp.float32), -1)
         rows = array.reshape(-1, row_block(len(array)), array.shape[1])
@@ -283,7 +292,7 @@ class NF4(Quantized):
         """See `Quantized.array_axes`."""
         blocks, size, outputs = self._axes(self.blocks, NF4_BLOCK)
         return {
-            "codes": (blocks, size, outputs),
+            "codes": (size, blocks, outputs),
             "absmax": (blocks, outputs),
             "nested": (None,),
             "offset": (),
@@ -313,10 +322,10 @@ class NF4(Quantized):
 
 
 def nf4_arrays(x: jax.Array) -> dict[str, jax.Array]:
-    """Quantises a matrix [G, 64, O] of float32; returns the arrays of `NF4`."""
+    """Quantises a matrix [G, 64, O] of float32; returns the arrays of `NF4`, the codes as [64, G, O]."""
     absmax = jnp.max(jnp.abs(x), 1)
     codes = _nearest(x * _over(1.0, absmax)[:, None], np.asarray(NF4_VALUES, np.float32))
-    return {"codes": (codes - 8).astype(jnp.int4), **nested_scales(absmax)}
+    return {"codes": (codes - 8).astype(jnp.int4).swapaxes(0, 1), **nested_scales(absmax)}
 
 
 def nested_scales(absmax: jax.Array) -> dict[str, jax.Array]:

@@ -101,7 +101,7 @@ def test_4_bits_in_blocks_use_all_sixteen_codes(kind: str, block: int, most: flo
     """The error is at most that of llama.cpp's q4_0 for the same block, which fits no scale."""
     x = np.random.default_rng(0).normal(size=(256, 64)).astype(np.float32)
     arrays, dense = packed(weight_of(kind, 256, 64), x)
-    assert arrays["codes"].shape == (256 // block, block, 64)
+    assert arrays["codes"].shape == (block, 256 // block, 64)
     assert set(np.unique(arrays["codes"].astype(int))) == set(range(-8, 8))
     blocks = x.reshape(-1, block, 64)
     peak = np.take_along_axis(blocks, np.abs(blocks).argmax(1, keepdims=True), 1)
@@ -119,7 +119,7 @@ def test_nf4_has_nested_scales_across_rows() -> None:
     values = np.asarray(NF4_VALUES, np.float32)
     codes = np.abs(blocks[:, :, None] / absmax[:, None, None] - values).argmin(2)
     np.testing.assert_array_equal(
-        arrays["codes"].astype(int) + 8, codes.reshape(130, 3, 64).transpose(1, 2, 0)
+        arrays["codes"].astype(int) + 8, codes.reshape(130, 3, 64).transpose(2, 1, 0)
     )
     offset, scales = absmax.mean(), np.zeros_like(absmax)
     for start in range(0, len(absmax), 256):
@@ -146,7 +146,7 @@ def test_nf4_and_int8_are_those_of_bitsandbytes(inputs: int, outputs: int) -> No
     )
     arrays, dense = packed(weight_of("nf4", inputs, outputs), x)
     pairs = codes.numpy().reshape(-1)
-    theirs = np.stack([pairs >> 4, pairs & 15], 1).reshape(outputs, inputs // 64, 64).transpose(1, 2, 0)
+    theirs = np.stack([pairs >> 4, pairs & 15], 1).reshape(outputs, inputs // 64, 64).transpose(2, 1, 0)
     np.testing.assert_array_equal(arrays["codes"].astype(int) + 8, theirs)
     # torch adds up the mean of the scales in an order that depends on the machine. Its last bit decides the
     # code of a scale that is halfway between two; such blocks are left out, and there must be next to none.
