@@ -1,9 +1,8 @@
 """Measures what each kind of quantised weights costs, and llama.cpp's beside: bytes, errors, agreement.
 
 The error is the root mean square difference of all log-probabilities from those of the original weights,
-after prompts cut from a text. llama.cpp (the package xllamacpp, as `make parity` installs it) computes its own
-from GGUF files of the same weights. Prints one JSON line
-for each path.
+after prompts cut from a text. llama.cpp (the package xllamacpp, as `make parity` installs it) computes its
+own from GGUF files of the same weights. Prints one JSON line for each path.
 
     .venv-parity/bin/python benchmarks/quantisation.py RUN --text FILE [--prompts 24]
 """

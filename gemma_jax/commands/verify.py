@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemma_jax.config import PRESETS, TransformerConfig, VerifyConfig, read_command, replace, validate_verify
 from gemma_jax.errors import UserError
-from gemma_jax.paths import LARGE_FILE
+from gemma_jax.paths import LARGE_FILE, read_text
 
 if TYPE_CHECKING:
     from gemma_jax.pretrained.checkpoint import Checkpoint
@@ -67,6 +67,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
         return report.verdict(checked)
     other = open_checkpoint(config.against) if config.against else None
     found.kind(config.quantization)  # refuses what is quantised already
+    text = read_text(os.path.expanduser(config.text), LARGE_FILE) if config.text else config.prompt
     if config.quantization:
         other = other or found
     _show_shape(report, name, found)
@@ -75,7 +76,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
         weights = _weights(found, config)
         _show_statistics(report, weights, found.config)
         if other is not None and (config.quantization or found.quantization):
-            _show_quantised(report, found, other, config)
+            _show_quantised(report, found, other, config, text)
             checked.append("outputs beside the original")
         elif other is not None:
             _show_differences(report, found, other, config)
@@ -235,13 +236,14 @@ def _compared(report: Report, found: "Checkpoint", config: VerifyConfig) -> bool
     return True
 
 
-def _show_quantised(report: Report, found: "Checkpoint", other: "Checkpoint", config: VerifyConfig) -> None:
+def _show_quantised(
+    report: Report, found: "Checkpoint", other: "Checkpoint", config: VerifyConfig, text: str
+) -> None:
     """Print what quantisation costs: the outputs beside those of the original, and the memory of both."""
     import jax
 
     from gemma_jax.memory import stored_bytes
     from gemma_jax.model import ModelSpec
-    from gemma_jax.paths import read_text
     from gemma_jax.sharding import make_mesh
     from gemma_jax.verification import compare_logits
 
@@ -251,7 +253,6 @@ def _show_quantised(report: Report, found: "Checkpoint", other: "Checkpoint", co
     tokenizer = found.tokenizer() or other.tokenizer()
     if tokenizer is None:
         raise UserError(f"{found.name} and {other.name} have no tokenizer, so their outputs have no text.")
-    text = read_text(os.path.expanduser(config.text), LARGE_FILE) if config.text else config.prompt
     ids = [tokenizer.bos_id, *tokenizer.encode_typed(text)][: config.tokens]
     if len(ids) < 2:
         raise UserError(f"{config.text} has no text; give another file as --text.")
