@@ -30,7 +30,8 @@ test-slow: .venv/slow-installed $(COMPILER)
 # In an environment of its own: nothing else needs transformers and torch.
 parity: .venv-parity/installed
 	GEMMA_JAX_PARITY=1 .venv-parity/bin/python -m pytest tests/test_parity.py tests/commands/test_verify.py \
-	  tests/pretrained/test_transformers.py tests/pretrained/test_gguf.py
+	  tests/pretrained/test_transformers.py tests/pretrained/test_gguf.py tests/pretrained/test_bitsandbytes.py \
+	  tests/weights/test_quantized.py
 
 .venv-parity/installed: $(INSTALLED) constraints/parity.txt
 	@test -x .venv-parity/bin/python || $(BIN)/python -m venv .venv-parity
