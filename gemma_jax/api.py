@@ -1,6 +1,7 @@
 """The Python interface of the library: `Gemma`, a model that generates, chats and scores."""
 
 import dataclasses
+import math
 import operator
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,6 +25,7 @@ from gemma_jax.sampling.generate import check_ids, padded, requests_of
 from gemma_jax.sharding import make_mesh, platform, row_parts
 from gemma_jax.startup import keep_programs
 from gemma_jax.tokenizer import Tokenizer
+from gemma_jax.weights import Quantization, parameter_table
 
 STRIDE = 8  # tokens between two checks of a text that is streamed or may contain a stop text
 
@@ -148,6 +150,11 @@ class Gemma:
           UserError: the directory is not empty, the disk is full, values are not finite in this dtype, or the
             format does not have this dtype or quantization.
         """
+        if quantization and self._quantization:
+            raise UserError(
+                f"the weights are quantised already, as {self._quantization}; leave out quantization "
+                f"{quantization}, or load the original weights."
+            )
         from gemma_jax.pretrained.export import PlacedWeights, export  # imported here: orbax takes a second
 
         export(
@@ -163,14 +170,20 @@ class Gemma:
         )
 
     def __repr__(self) -> str:
-        count = sum(array.size for array in jax.tree.leaves(self.params))
+        count = sum(math.prod(about.stacked_shape) for about in parameter_table(self.config).values())
+        dtype = self._quantization or self.compute.param_dtype
         kind = "instruction-tuned" if self.instruction_tuned else "pretrained"
         where = f"{platform(self.mesh)}, mesh {mesh_text(self.mesh.shape)}"
         tokenizer = "" if self._tokenizer else ", no tokenizer"
         return (
-            f"<Gemma, {kind}: {count:,} parameters in {self.compute.param_dtype} on {where}; "
+            f"<Gemma, {kind}: {count:,} parameters in {dtype} on {where}; "
             f"context of {self.config.context_length} tokens{tokenizer}>"
         )
+
+    @property
+    def _quantization(self) -> str:
+        """The kind of the weights; empty if they are dense."""
+        return str(self.spec.kind) if isinstance(self.spec.kind, Quantization) else ""
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -239,6 +239,10 @@ def test_scales_of_int8_are_checked(dense: Path, tmp_path: Path, scale: float | 
 def test_what_is_quantised_is_not_quantised_again(nf4: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=naming(nf4, "nf4", "int8")):
         Gemma.from_pretrained(nf4, quantization="int8")
+    gemma = Gemma.from_pretrained(nf4)
+    assert "nf4" in repr(gemma)
+    with pytest.raises(UserError, match=naming("nf4", "int8")):
+        gemma.save_pretrained(tmp_path / "again", format="run", quantization="int8")
     for form in ("flax", "huggingface"):
         target = tmp_path / form
         assert main(["convert", str(nf4), str(target), "--format", form, "--quantization", "int8"]) == 2
