@@ -11,13 +11,35 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gemma_jax.config import PretrainConfig, load, parse, validate
+from gemma_jax.commands.plan import PlanOptions
+from gemma_jax.commands.replay import ReplayOptions
+from gemma_jax.commands.runs import RunsOptions
+from gemma_jax.config import (
+    ChatConfig,
+    ConvertConfig,
+    PretrainConfig,
+    SampleConfig,
+    VerifyConfig,
+    load,
+    parse,
+    validate,
+)
 from gemma_jax.errors import RESTART_STATUS
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
 DOCS = ROOT / "docs"
-PAGES = (ROOT / "README.md", DOCS / "training.md", DOCS / "pretraining.md", LAUNCH / "README.md")
+PAGES = (ROOT / "README.md", LAUNCH / "README.md", *sorted(DOCS.glob("*.md")))
+OPTIONS = {
+    "sample": SampleConfig(),
+    "chat": ChatConfig(),
+    "convert": ConvertConfig(),
+    "verify": VerifyConfig(),
+    "runs": RunsOptions(),
+    "replay": ReplayOptions(),
+    "inspect": PretrainConfig(),
+    "plan": PlanOptions(),
+}
 
 
 def check_command(arguments: Sequence[str]) -> None:
@@ -32,12 +54,14 @@ def check_command(arguments: Sequence[str]) -> None:
 def test_every_command_of_the_pages_is_accepted(page: Path) -> None:
     blocks = page.read_text(encoding="utf-8").replace("\\\n", " ").split("```")[1::2]
     lines = [line.replace('"', "") for block in blocks for line in block.splitlines()]
-    commands = [
-        shlex.split(line, comments=True) for line in lines if " pretrain " in line and "[" not in line
-    ]
-    assert commands
+    commands = [shlex.split(line, comments=True) for line in lines if "[" not in line]
     for words in commands:
-        check_command(words[words.index("pretrain") + 1 :])
+        if "pretrain" in words:
+            check_command(words[words.index("pretrain") + 1 :])
+        elif "sample.py" in words or ("gemma" in words and "=" not in words):  # not a line of Python
+            name = "sample" if "sample.py" in words else words[words.index("gemma") + 1]
+            options = words[next((i for i, word in enumerate(words) if word.startswith("--")), len(words)) :]
+            parse(OPTIONS[name], options, name)
 
 
 def test_the_jobset_trains_and_restarts_on_what_a_restart_mends() -> None:
