@@ -12,7 +12,7 @@ import pytest
 
 from gemma_jax import Gemma
 from gemma_jax.cli import main
-from gemma_jax.config import ComputeConfig
+from gemma_jax.config import ComputeConfig, MeshConfig
 from gemma_jax.errors import UserError
 from gemma_jax.model import ModelSpec
 from gemma_jax.pretrained.checkpoint import open_checkpoint
@@ -21,6 +21,7 @@ from gemma_jax.pretrained.safetensors import SafetensorsFile
 from gemma_jax.sharding import named_arrays
 from gemma_jax.testing import cpu_mesh
 from gemma_jax.tokenizer import Tokenizer
+from gemma_jax.verification import WINDOW, compare_logits
 from tests.messages import naming
 from tests.pretrained import published
 
@@ -175,6 +176,26 @@ def test_verify_reports_what_quantisation_costs(
     held = sum(x.size * x.dtype.itemsize for x in arrays(dense).values())
     for page in pages:
         assert "299 tokens" in page and f"{held:,}" in page and "%" in page and "logit error" in page
+
+
+def test_logits_are_compared_in_windows(dense: Path, nf4: Path) -> None:
+    """The numbers of the comparison are those of the logits, window by window, on one device and on eight."""
+    ids = [2, *np.random.default_rng(0).integers(4, 380, 300).tolist()]
+    windows = [[2, *ids[1 + start : start + WINDOW]] for start in range(0, len(ids) - 1, WINDOW - 1)]
+    one, eight = MeshConfig(cpu_devices=1), MeshConfig(**EIGHT)
+    models = [Gemma.from_pretrained(folder, mesh=one) for folder in (nf4, dense)]
+    logits = [[model.logits([window])[0, :-1] for window in windows] for model in models]
+    ours, theirs = (np.concatenate(parts) for parts in logits)
+    losses = [-np.mean(np.concatenate([np.ravel(x) for x in model.score(windows)])) for model in models]
+    for mesh in (one, eight):
+        pair = [Gemma.from_pretrained(folder, mesh=mesh) for folder in (nf4, dense)]
+        found = compare_logits((pair[0].spec, pair[0].params), (pair[1].spec, pair[1].params), ids)
+        assert found.tokens == 300 == len(ours)
+        np.testing.assert_allclose((found.perplexity, found.other_perplexity), np.exp(losses), rtol=1e-4)
+        np.testing.assert_allclose(found.largest, np.abs(ours - theirs).max(), rtol=1e-3)
+        np.testing.assert_allclose(found.rms, np.sqrt(np.mean((ours - theirs) ** 2)), rtol=1e-3)
+        agreement = np.mean(ours.argmax(-1) == theirs.argmax(-1))
+        assert abs(found.agreement - agreement) < 0.01 and 0.5 < agreement < 1
 
 
 def break_state(**values: Any) -> Callable[[dict[str, np.ndarray], dict[str, Any]], None]:
