@@ -130,7 +130,10 @@ def test_scales_that_are_not_nested_are_nested_when_read(nf4: Path, dense: Path,
     assert_equal(arrays(changed(nf4, tmp_path / "plain", unnest)), arrays(nf4))
 
 
-@pytest.mark.parametrize("quantization", ["int8", "int4", "int4:channel", "nf4"])
+@pytest.mark.parametrize(
+    "quantization",
+    [pytest.param("int8", marks=pytest.mark.slow), "int4", pytest.param("nf4", marks=pytest.mark.slow)],
+)
 def test_a_run_holds_any_kind_and_is_quantised_when_loaded(
     dense: Path, tmp_path: Path, quantization: str
 ) -> None:
@@ -148,6 +151,7 @@ def test_a_run_holds_any_kind_and_is_quantised_when_loaded(
         assert_equal({name: once_more[name] for name in codes}, codes)
 
 
+@pytest.mark.slow
 def test_gemma_computes_with_what_it_loads(dense: Path, nf4: Path) -> None:
     """Every kind is nearer to the dense model the more bits it has."""
     tokens = [[2, *range(10, 40)]]
@@ -178,6 +182,7 @@ def test_verify_reports_what_quantisation_costs(
         assert "299 tokens" in page and f"{held:,}" in page and "%" in page and "logit error" in page
 
 
+@pytest.mark.slow
 def test_logits_are_compared_in_windows(dense: Path, nf4: Path) -> None:
     """The numbers of the comparison are those of the logits, window by window, on one device and on eight."""
     ids = [2, *np.random.default_rng(0).integers(4, 380, 300).tolist()]
