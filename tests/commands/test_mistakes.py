@@ -34,7 +34,7 @@ MISTAKES = {
     "replay {run} 9": "{run} 9 1 8",
     "replay {tmp}/nowhere 1": "{tmp}/nowhere config.json",
     "replay {run} 1 --mesh.cpu_devices 3": "data.batch_size fsdp 3",
-    "convert {run} {tmp}/out --format ggml": "gguf",
+    "convert {run} {tmp}/out --format ggml": "ggml",
     "convert {tmp}/nothing {tmp}/out": "{tmp}/nothing random:PRESET",
     "runs {tmp}/nowhere": "{tmp}/nowhere",
     "runs {runs} --plot curves.pdf": ".png",
