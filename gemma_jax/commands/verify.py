@@ -199,6 +199,9 @@ def _compared(report: Report, found: "Checkpoint", config: VerifyConfig) -> bool
     from gemma_jax.sharding import make_mesh
     from gemma_jax.verification import layer_outputs, transformers_outputs
 
+    if found.quantization:
+        report.line("transformers", "not compared: the weights are quantised")
+        return False
     if not isinstance(found.weights, HuggingFaceDirectory):
         report.line(
             "transformers", "not compared: it reads Hugging Face directories; `gemma convert` makes one"
