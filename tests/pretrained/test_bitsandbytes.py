@@ -151,6 +151,14 @@ def test_a_run_holds_any_kind_and_is_quantised_when_loaded(
         assert_equal({name: once_more[name] for name in codes}, codes)
 
 
+def test_an_embedding_is_sent_some_rows_after_the_other(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And so are its padding rows, of which there are more than such a piece has."""
+    whole = {kind: arrays(dense, kind) for kind in ("", "int8")}
+    monkeypatch.setattr("gemma_jax.weights.weight.ROW_BLOCK", 32)
+    for kind, expected in whole.items():
+        assert_equal(arrays(dense, kind), expected)
+
+
 @pytest.mark.slow
 def test_gemma_computes_with_what_it_loads(dense: Path, nf4: Path) -> None:
     """Every kind is nearer to the dense model the more bits it has."""
@@ -200,7 +208,8 @@ def test_logits_are_compared_in_windows(dense: Path, nf4: Path) -> None:
         np.testing.assert_allclose(found.largest, np.abs(ours - theirs).max(), rtol=1e-3)
         np.testing.assert_allclose(found.rms, np.sqrt(np.mean((ours - theirs) ** 2)), rtol=1e-3)
         agreement = np.mean(ours.argmax(-1) == theirs.argmax(-1))
-        assert abs(found.agreement - agreement) < 0.01 and 0.5 < agreement < 1
+        # On eight devices rounding may decide between two tokens.
+        assert abs(found.agreement - agreement) < (1e-6 if mesh is one else 0.01) and 0.5 < agreement < 1
 
 
 def break_state(**values: Any) -> Callable[[dict[str, np.ndarray], dict[str, Any]], None]:
