@@ -110,9 +110,8 @@ def _status(work: Callable[[], int | None]) -> int:
             # Whatever the libraries of buckets raise is about the address, the network or the access.
             if type(error).__module__.partition(".")[0] not in BUCKET_LIBRARIES:
                 raise
-            reason = " ".join(str(error).split())[:200]
             status = _report(
-                f"the bucket cannot be used ({reason}); check its address, your access and the network."
+                f"the bucket fails ({str(error)[:200]}); check its address, your access, the network."
             )
         except KeyboardInterrupt:
             status = 128 + signal.SIGINT

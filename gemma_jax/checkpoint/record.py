@@ -191,9 +191,7 @@ def storage_failure(error: Exception) -> str:
     if not isinstance(error, OSError) and not re.match("[A-Z_]+: ", str(error)):
         return ""
     # The system's error text is enough: tensorstore's own message names a temporary file, twice.
-    reasons = (
-        os.strerror(code) for code in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EIO)
-    )
+    reasons = map(os.strerror, (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EIO))
     return next((reason for reason in reasons if reason in str(error)), first_line(error)[:200])
 
 

@@ -58,11 +58,7 @@ def step_folder(checkpoint: epath.PathLike) -> tuple[epath.Path, epath.Path]:
     return path / STEPS_FOLDER / str(steps[-1]), path
 
 
-def load_params(
-    step_folder: epath.PathLike,
-    record: RunRecord,
-    spec: ModelSpec,
-) -> nnx.State:
+def load_params(step_folder: epath.PathLike, record: RunRecord, spec: ModelSpec) -> nnx.State:
     """Load the parameters of a checkpoint with the kind, dtypes and shardings of the spec.
 
     If the checkpoint is dense and the spec is not, the arrays are packed one after the other.

@@ -215,9 +215,8 @@ def _seconds(seconds: float) -> str:
 
 
 def _mesh(plan: Plan) -> str:
-    return (
-        " x ".join(f"{axis} {size}" for axis, size in plan.mesh_shape.items() if size > 1) or "of one device"
-    )
+    sizes = [f"{axis} {size}" for axis, size in plan.mesh_shape.items() if size > 1]
+    return " x ".join(sizes) or "of one device"
 
 
 def _count(number: float) -> str:

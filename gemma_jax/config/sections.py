@@ -190,8 +190,7 @@ class ComputeConfig:
         0,
     )
     compilation_cache: str = setting(
-        "",
-        "Folder or bucket that keeps compiled programs, for restarts; empty keeps none.",
+        "", "Folder or bucket that keeps compiled programs, for restarts; empty keeps none."
     )
 
 

@@ -165,11 +165,7 @@ def empty_rows(number: int, sequence_length: int, pad_id: int) -> Batch:
 
 
 def fill_row(
-    batch: Batch,
-    row: int,
-    pieces: list[NDArray[Any]],
-    bos_id: int,
-    weights: list[NDArray[Any]] | None = None,
+    batch: Batch, row: int, pieces: list[NDArray[Any]], bos_id: int, weights: list[NDArray[Any]] | None = None
 ) -> None:
     """Writes pieces of bodies into an empty row of a batch, one segment each. Without `weights` all are 1."""
     start = 0

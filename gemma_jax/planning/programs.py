@@ -60,12 +60,6 @@ def _bytes_a_device(tree: Any) -> int:
     return sum(map(shard_bytes, jax.tree.leaves(tree)))
 
 
-def _placed(tree: Any, where: Any) -> Any:
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, where
-    )
-
-
 def _pretrain(config: TrainingConfig, mesh: Mesh) -> Program:
     recipe = pretraining(config, mesh)
     state = abstract_train_state(recipe)
@@ -115,7 +109,7 @@ def _sampling(mode: Mode, config: TrainingConfig, mesh: Mesh, new_tokens: int, k
     where = jax.tree.map(lambda _: by_row, state)
     cache = NamedSharding(mesh, partition_spec(KEYS_AXES, state.cache.keys.shape, mesh, "cache"))
     where = where._replace(cache=dataclasses.replace(where.cache, keys=cache, values=cache))
-    state = _placed(state, where)
+    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, where)
     steps = jax.ShapeDtypeStruct((), jnp.int32)
     lowered = generator.decode.lower(params, state, steps)
     return Program(lowered, held | {"cache": _bytes_a_device(state)}, known, rows, None)

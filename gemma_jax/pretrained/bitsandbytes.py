@@ -24,16 +24,8 @@ import numpy as np
 from gemma_jax.errors import UserError
 from gemma_jax.paths import parse_json
 from gemma_jax.pretrained.published_config import shown
-from gemma_jax.weights.quantized import (
-    NESTED_BLOCK,
-    NF4_BLOCK,
-    NF4_VALUES,
-    dynamic_map,
-    nested_scales,
-)
-from gemma_jax.weights.quantized import (
-    nf4_arrays as quantize_nf4,
-)
+from gemma_jax.weights.quantized import NESTED_BLOCK, NF4_BLOCK, NF4_VALUES, dynamic_map, nested_scales
+from gemma_jax.weights.quantized import nf4_arrays as quantize_nf4
 
 NF4_STATE = ".quant_state.bitsandbytes__nf4"
 OTHER_STATE = ".quant_state.bitsandbytes__"

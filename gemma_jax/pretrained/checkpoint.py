@@ -45,7 +45,7 @@ class Checkpoint:
     dtype: str  # of the weights on disk; the widest if there are several
     tokenizer_path: str  # a tokenizer.model, or a GGUF file that holds a tokenizer; empty if there is none
     terms_source: (
-        str  # the source that a NOTICE names for weights under Google's terms; empty if not under them
+        str  # what a NOTICE names as the source of weights under Google's terms; empty if there is none
     )
     params: Callable[[ModelSpec], nnx.State]
     """Reads the parameters onto the mesh; raises UserError if they are damaged or do not fit into memory."""

@@ -22,11 +22,7 @@ END_OF_TURN = 107  # the id in Gemma's tokenizer and in those that we train
 
 
 def end_tokens(
-    name: str,
-    folder: str = "",
-    *,
-    instruction_tuned: bool | None = None,
-    stored: Iterable[int] = (),
+    name: str, folder: str = "", *, instruction_tuned: bool | None = None, stored: Iterable[int] = ()
 ) -> tuple[int, ...]:
     """Returns the token ids that end an answer.
 

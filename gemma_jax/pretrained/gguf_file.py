@@ -28,11 +28,7 @@ MOST_KEYS, MOST_TENSORS, MOST_AXES, MOST_ALIGNMENT = 4096, 2**16, 4, 2**16
 # The code in `struct` of each type of value with a fixed size, by its number in the format.
 _CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 INT32, FLOAT32, STRING, ARRAY = 5, 6, 8, 9
-FLOATS = {
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
+FLOATS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 ROWS = 2048  # rows of a matrix that are converted at once: intermediate results have several times their size
 
 

@@ -20,14 +20,7 @@ from gemma_jax.pretrained.bitsandbytes import (
     nf4_tensors,
     quantization_of,
 )
-from gemma_jax.pretrained.layout import (
-    DTYPES,
-    Weights,
-    check_tensors,
-    in_order,
-    parameter_shapes,
-    widest,
-)
+from gemma_jax.pretrained.layout import DTYPES, Weights, check_tensors, in_order, parameter_shapes, widest
 from gemma_jax.pretrained.published_config import CONFIG_FILE, read_config, read_object
 from gemma_jax.pretrained.safetensors import SafetensorsFile, write_safetensors
 from gemma_jax.weights import EMBEDDING, FINAL_NORM, Kind, kind_of, parameter_table

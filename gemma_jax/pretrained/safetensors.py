@@ -157,9 +157,7 @@ def _raw_bytes(array: np.ndarray) -> memoryview:
 
 
 def write_safetensors(
-    path: Path,
-    shapes: Mapping[str, tuple[int, ...]],
-    tensor: Callable[[str], np.ndarray],
+    path: Path, shapes: Mapping[str, tuple[int, ...]], tensor: Callable[[str], np.ndarray]
 ) -> dict[str, str]:
     """Write a file with a checksum of each tensor, holding only one tensor in memory at a time.
 

@@ -82,7 +82,7 @@ def prefill(
       size: S of the cache that the first call makes.
     """
     R, P = tokens.shape
-    slots, no_tokens = previous or _empty_slots(model, R, size, settings)
+    slots, no_tokens = previous or _no_slots(model, R, size, settings)
     positions = jnp.broadcast_to(start + jnp.arange(P, dtype=jnp.int32), (R, P))
     segments = (positions < lengths[:, None]).astype(jnp.int32)
     context = Context(adapters=settings.adapters)
@@ -97,9 +97,7 @@ def prefill(
     return slots, jax.tree.map(lambda old, x: jnp.where(live[:, None], x[:, None], old), no_tokens, first)
 
 
-def _empty_slots(
-    model: Transformer, count: int, size: int, settings: SlotSettings
-) -> tuple[Slots, NewTokens]:
+def _no_slots(model: Transformer, count: int, size: int, settings: SlotSettings) -> tuple[Slots, NewTokens]:
     """Slots with nothing in the cache, and no new tokens."""
     cache = KVCache.empty(model.config, count, size, model.dtype, model.mesh)
     zeros = jnp.zeros(count, jnp.int32)

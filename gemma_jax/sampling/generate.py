@@ -175,11 +175,7 @@ class Batch:
     """Requests that share a fixed number of slots: when one is done, the next one takes its slot."""
 
     def __init__(
-        self,
-        generator: Generator,
-        requests: Sequence[Request],
-        completions: Sequence[Completion],
-        rows: int,
+        self, generator: Generator, requests: Sequence[Request], completions: Sequence[Completion], rows: int
     ) -> None:
         self._generator, self._requests, self._completions = generator, requests, completions
         self._waiting = collections.deque(range(len(requests)))

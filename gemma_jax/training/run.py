@@ -129,8 +129,7 @@ class _Run:
         self.run_dir = user_path(config.run_dir)
         self.abstract = abstract_train_state(task.recipe)
         self.gaps: tuple[Gap, ...] = ()  # in the data, made by spikes since this process started
-        alone = jax.process_count() == 1
-        self.stop = interruption.StopSignals() if alone else interruption.JobStopSignals()
+        self.stop = (interruption.StopSignals if jax.process_count() == 1 else interruption.JobStopSignals)()
         self.train_step = make_train_step(task.recipe)
 
     def train(self) -> int:
@@ -202,9 +201,8 @@ class _Run:
             with batches, self.stop:
                 return Trainer(config, self.mesh, self.train_step, batches, services).train(state)
         except RollBack as rollback:
-            rows = rollback.gap.rows
             log.message(
-                f"{rollback}: the run goes back to step {rollback.to} and skips {rows:,} rows of data"
+                f"{rollback}: back to step {rollback.to}, skipping {rollback.gap.rows:,} rows of data"
             )
             self.gaps = (*(gap for gap in stability.gaps if gap.after_step <= rollback.to), rollback.gap)
             raise
