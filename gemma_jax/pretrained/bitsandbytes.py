@@ -24,8 +24,8 @@ import numpy as np
 from gemma_jax.errors import UserError
 from gemma_jax.paths import parse_json
 from gemma_jax.pretrained.published_config import shown
-from gemma_jax.weights.quantized import NESTED_BLOCK, NF4_BLOCK, NF4_VALUES, dynamic_map, nested_scales
-from gemma_jax.weights.quantized import nf4_arrays as quantize_nf4
+from gemma_jax.weights.nf4 import NESTED_BLOCK, NF4_BLOCK, NF4_VALUES, dynamic_map, nested_scales
+from gemma_jax.weights.nf4 import nf4_arrays as quantize_nf4
 
 NF4_STATE = ".quant_state.bitsandbytes__nf4"
 OTHER_STATE = ".quant_state.bitsandbytes__"
@@ -70,7 +70,7 @@ def is_part(name: str) -> bool:
 
 
 def nf4_arrays(tensors: Tensors, name: str, where: str) -> dict[str, np.ndarray]:
-    """Reads a weight in NF4 as the arrays of `weights.quantized.NF4`, for one layer.
+    """Reads a weight in NF4 as the arrays of `weights.nf4.NF4`, for one layer.
 
     Args:
       tensors: Returns the tensor of a name, or None if there is none.

@@ -114,10 +114,10 @@ class GGUFWeights:
 
     def _read_config(self) -> TransformerConfig:
         path, prefix = self.file.path, "gemma."
-        told = {k[len(prefix) :]: v for k, v in self.file.metadata.items() if k.startswith(prefix)}
+        given = {k[len(prefix) :]: v for k, v in self.file.metadata.items() if k.startswith(prefix)}
 
         def take(key: str, kind: Any, default: Any = None) -> Any:
-            value = told.pop(key, default)
+            value = given.pop(key, default)
             if type(value) is not kind:
                 problem = "is missing" if value is None else f"is {shown(value)}"
                 raise UserError(
@@ -135,11 +135,11 @@ class GGUFWeights:
         )
         same = {"attention.value_length": config.head_dim, "rope.dimension_count": config.head_dim}
         for key, value in (same | {"vocab_size": config.vocab_size, "rope.scaling.type": "none"}).items():
-            if (found := told.pop(key, value)) != value:
+            if (found := given.pop(key, value)) != value:
                 raise UserError(
                     f"{path} has gemma.{key} {shown(found)}, but {value!r} is all that is supported."
                 )
-        for key, value in told.items():
+        for key, value in given.items():
             raise UserError(
                 f"{path} has gemma.{shown(key)[1:-1]} {shown(value)}, which no Gemma 1 has; "
                 "convert the model again without it."

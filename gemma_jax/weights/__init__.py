@@ -5,6 +5,6 @@ Only this package looks inside a weight. Quantised weights and low-rank pairs ar
 
 from gemma_jax.weights.low_rank import Adapters
 from gemma_jax.weights.matmul import matmul
-from gemma_jax.weights.quantized import Quantization, kind_of
+from gemma_jax.weights.quantization import Quantization, kind_of
 from gemma_jax.weights.table import EMBEDDING, FINAL_NORM, Parameter, parameter_table
 from gemma_jax.weights.weight import NO_CONTEXT, Context, Dense, Kind, Weight

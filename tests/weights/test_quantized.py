@@ -15,7 +15,7 @@ from gemma_jax.model import ModelSpec
 from gemma_jax.sharding import named_arrays
 from gemma_jax.testing import assert_same, assert_same_on_meshes, cpu_mesh
 from gemma_jax.weights import Parameter, Quantization, Weight, parameter_table
-from gemma_jax.weights.quantized import NF4_VALUES, dynamic_map
+from gemma_jax.weights.nf4 import NF4_VALUES, dynamic_map
 from tests.weights.test_kinds import densified, log_probs
 
 # Wide enough that a mesh of eight splits the blocks of 64.
