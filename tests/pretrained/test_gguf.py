@@ -301,7 +301,7 @@ def _export(destination: Path, found: Any, options: list[str]) -> None:
     told = dict(zip(options[::2], options[1::2], strict=True))
     export(
         destination,
-        told.get("--format", "huggingface"),  # type: ignore[arg-type]
+        told.get("--format", "huggingface"),  # type: ignore[arg-type]  # any text, to be refused
         found.weights,
         found.config,
         dtype=told.get("--dtype", ""),
