@@ -232,7 +232,7 @@ def ggml_type(name: str) -> Any:
 
 
 def can_dequantize(stored: Stored) -> bool:
-    """Whether the package dequantises this type; it raises NotImplementedError for those that it only knows."""
+    """Whether the package dequantises this type. It raises NotImplementedError for those that it cannot."""
     from gguf.quants import dequantize
 
     try:
