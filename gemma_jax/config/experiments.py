@@ -10,10 +10,13 @@ from gemma_jax.config.sections import (
     ComputeConfig,
     DataConfig,
     EvaluationConfig,
+    ExampleDataConfig,
     HostsConfig,
     LoggingConfig,
+    LoraConfig,
     MeshConfig,
     OptimizerConfig,
+    PreferenceConfig,
     SamplingConfig,
     StabilityConfig,
     TokenizerConfig,
@@ -59,6 +62,26 @@ class PretrainConfig(TrainingConfig):
     """Train a Gemma from random weights."""
 
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig(TrainingConfig):
+    """Train a published or trained model further, all of it or adapters."""
+
+    init_from: str = setting(
+        "",
+        "The checkpoint to begin with: a run, a Hugging Face, PEFT or Flax directory, a GGUF file, a name "
+        "on the Hub. The model section becomes that of the checkpoint.",
+    )
+    objective: Literal["sft", "dpo"] = setting(
+        "sft", "Minimise the cross entropy of the answers, or the DPO loss of preference pairs."
+    )
+    quantization: str = setting(
+        "", "Quantise the frozen weights below the adapters: nf4 (QLoRA), int8, int4; empty: as stored."
+    )
+    data: ExampleDataConfig = field(default_factory=ExampleDataConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    dpo: PreferenceConfig = field(default_factory=PreferenceConfig)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -105,6 +105,63 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExampleDataConfig(DataConfig):
+    """The examples to fine-tune on, and how they are packed into batches."""
+
+    format: Literal["auto", "dialogue", "completion", "instruction", "text", "preference"] = setting(
+        "auto",
+        "Fields of a record: messages or conversations; prompt and completion; instruction, input and "
+        "output; data.text_field; chosen and rejected. auto decides by the fields of each record.",
+    )
+    template: Literal["chat", "plain"] = setting(
+        "chat",
+        "Whether a prompt and its answer become turns of a dialogue, or plain text, one after the other.",
+    )
+    train_on: Literal["answers", "last_answer", "everything"] = setting(
+        "answers", "Tokens in the loss: those of all answers (turns of the model), of the last one, or all."
+    )
+    train_newline: Literal["on", "off"] = setting(
+        "on", "Whether the newline after <end_of_turn> is in the loss, as it is in TRL."
+    )
+    system: Literal["merge", "error"] = setting(
+        "merge", "A system turn is put in front of the first user turn, or is an error."
+    )
+    long_examples: Literal["drop", "cut"] = setting(
+        "drop", "Examples longer than data.sequence_length are left out, or cut at a turn; both are counted."
+    )
+    packing: Literal["on", "off"] = setting(
+        "on", "Several examples share a row, without seeing each other; off pads each to a row of its own."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (LoRA; Hu et al., 2021), trained in the place of the weights."""
+
+    rank: int = setting(0, "Rank of the adapters; 0 trains all parameters and no adapters.", 0, 4096)
+    alpha: float = setting(16.0, "What an adapter adds is multiplied by alpha / rank.", 0)
+    rslora: Literal["on", "off"] = setting("off", "Multiply by alpha / sqrt(rank) instead (rsLoRA).")
+    dropout: float = setting(0.0, "Share of an adapter's inputs that are dropped in training.", 0, BELOW_ONE)
+    targets: tuple[str, ...] = setting(
+        ("*",),
+        "Patterns of the matrices that get adapters: q, k, v, o, gate, up, down; attention.* also works.",
+    )
+    embedding_rows: tuple[int, ...] = setting(
+        (),
+        "Token ids whose embedding is trained as well, such as 106 107 when a base model learns dialogues.",
+        0,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceConfig:
+    """Direct preference optimisation (DPO; Rafailov et al., 2023)."""
+
+    beta: float = setting(0.1, "How strongly the model is held to where it began.", ABOVE_ZERO)
+    label_smoothing: float = setting(0.0, "Share of pairs that are assumed to be labelled wrongly.", 0, 0.5)
+
+
+@dataclasses.dataclass(frozen=True)
 class ParameterGroup:
     """Settings for the parameters with a dotted name that matches a pattern."""
 
@@ -244,6 +301,10 @@ class EvaluationConfig:
         500, "Steps between evaluations; the last step is always evaluated; 0 turns it off.", 0
     )
     rows: int = setting(256, "Held-out rows that are evaluated, at most.", 1)
+    prompts: tuple[str, ...] = setting((), "Prompts that the model answers at each evaluation, for the log.")
+    patience: int = setting(
+        0, "End the run after so many evaluations without a lower checkpoint.keep_best_by; 0 never does.", 0
+    )
 
 
 @dataclasses.dataclass(frozen=True)

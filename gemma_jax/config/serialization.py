@@ -8,14 +8,15 @@ import types
 import typing
 from typing import Any, Literal, TypeVar
 
-from gemma_jax.config.experiments import PretrainConfig, TrainingConfig
+from gemma_jax.config.experiments import FinetuneConfig, PretrainConfig, TrainingConfig
 from gemma_jax.config.sections import leaves
 from gemma_jax.errors import UserError
 from gemma_jax.paths import parse_json
 
 Config = TypeVar("Config")
 
-EXPERIMENTS: dict[str, type[TrainingConfig]] = {"pretrain": PretrainConfig}  # by the name that a run records
+# By the name that a run records.
+EXPERIMENTS: dict[str, type[TrainingConfig]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig}
 
 # Shortens values for messages, however long or deeply nested they are.
 _shown = reprlib.Repr()
