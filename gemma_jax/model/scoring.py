@@ -7,8 +7,9 @@ Shape legend: B batch, L length, n positions of a device, D embed, V stored voca
 rows of a block.
 """
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,8 @@ from jax.sharding import PartitionSpec as P
 from gemma_jax.model.ops import IntArray
 from gemma_jax.model.transformer import Transformer
 from gemma_jax.sharding import partition_spec
-from gemma_jax.weights import Weight, fsdp, matmul
+from gemma_jax.weights import NO_CONTEXT, Context, Weight, fsdp, matmul
+from gemma_jax.weights.matmul import precision
 from gemma_jax.weights.structure import Structure
 
 # Before exp, logits are shifted down by the largest logit of a few rows plus this margin, in nats. In float32
@@ -33,15 +35,18 @@ BLOCK_LOGITS = 2**25  # logits in a device's memory at once when tokens are scor
 class Logits(NamedTuple):
     """Logits of some positions for a contiguous block of vocabulary rows on this device."""
 
-    logits: jax.Array  # [n, v], -inf in rows that only pad the vocabulary
+    logits: jax.Array  # [n, v], -inf in rows that only pad the vocabulary or are left out
     rows: jax.Array  # [v]: indices of these rows in the whole vocabulary
 
     @classmethod
-    def of(cls, h: jax.Array, table: jax.Array, first: jax.Array | int, vocab_size: int) -> "Logits":
+    def of(cls, h: jax.Array, rows: jax.Array, first: jax.Array | int, table: "Table") -> "Logits":
         """Computes logits from hidden states [n, D] and embedding rows [v, D], the first at index `first`."""
         wide_dtype = jnp.promote_types(h.dtype, jnp.float32)
-        rows = first + jnp.arange(table.shape[0])
-        return cls(jnp.where(rows < vocab_size, matmul(h, table.T, dtype=wide_dtype), -jnp.inf), rows)
+        numbers = first + jnp.arange(rows.shape[0])
+        counts = numbers < table.vocab_size
+        for token in table.without:
+            counts &= numbers != token
+        return cls(jnp.where(counts, matmul(h, rows.T, dtype=wide_dtype), -jnp.inf), numbers)
 
     def of_targets(self, targets: jax.Array) -> jax.Array:
         """Returns [n], the logit of each target, or 0 where the target is not in this block."""
@@ -55,6 +60,7 @@ class Table(NamedTuple):
     specs: list[P]  # partition specs of the whole arrays
     parts: list[jax.Array]  # each [vocabulary rows on this device, ...]
     vocab_size: int
+    without: tuple[int, ...] = ()  # tokens that are left out
 
     @property
     def first(self) -> jax.Array:
@@ -81,10 +87,23 @@ class Table(NamedTuple):
         return blocks, self.first + jnp.arange(len(blocks[0])) * block
 
 
-def partition_and_targets(
+class Scores(NamedTuple):
+    """What the vocabulary's logits amount to at each position, in at least float32."""
+
+    log_partition: jax.Array
+    of_targets: jax.Array  # logits
+    largest: jax.Array  # logits
+
+    @property
+    def log_probs(self) -> jax.Array:
+        """Log-probabilities of the targets, in nats."""
+        return self.of_targets - self.log_partition
+
+
+def _partition_and_targets(
     h: jax.Array, table: Table, blocks: tuple[list[jax.Array], jax.Array], targets: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the log-partition and the target's logit of each position of this device (in a `shard_map`).
+) -> Scores:
+    """Returns the scores of each position of this device (in a `shard_map`).
 
     Args:
       h: [n, D] hidden states.
@@ -93,14 +112,14 @@ def partition_and_targets(
       targets: [n].
 
     Returns:
-      Two arrays [n] in at least float32, which cover the vocabulary rows of all devices.
+      Arrays [n], which cover the vocabulary rows of all devices.
     """
     wide_dtype = jnp.promote_types(h.dtype, jnp.float32)
     mesh = table.structure.mesh
     Partition = tuple[jax.Array, jax.Array, jax.Array]
 
     def logits_of(block: tuple[list[jax.Array], jax.Array]) -> Logits:
-        return Logits.of(h, table.rows(block[0], h.dtype), block[1], table.vocab_size)
+        return Logits.of(h, table.rows(block[0], h.dtype), block[1], table)
 
     def partition(shift: jax.Array) -> Partition:
         """Returns the largest logit, the sum of exp(logit - shift), and the target's logit."""
@@ -120,71 +139,179 @@ def partition_and_targets(
     # logits are never written to memory: this saves a tenth of the loss's time on TPU. The largest logit of a
     # few rows is normally close enough. Where it is not, the first round finds the true largest logit, and a
     # second round uses it. All devices must run the same number of rounds, because they gather together.
-    State = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+    State = tuple[jax.Array, jax.Array, Scores]
 
     def attempt(state: State) -> State:
-        _, shift, *_ = state
+        _, shift, _ = state
         largest, summed, of_targets = partition(shift)
         overflows = lax.pmax(jnp.max(largest - shift), mesh.axis_names) > LARGEST_EXPONENT
-        return overflows, jnp.where(overflows, largest, shift), shift + jnp.log(summed), of_targets
+        scores = Scores(shift + jnp.log(summed), of_targets, largest)
+        return overflows, jnp.where(overflows, largest, shift), scores
 
     some = logits_of(([block[0, :SHIFT_ROWS] for block in blocks[0]], blocks[1][0])).logits
     shift = lax.pmax(jnp.max(some, axis=-1), "tensor") + SHIFT
-    start = (jnp.asarray(True), shift, shift, shift)
-    _, _, log_partition, of_targets = lax.while_loop(lambda state: state[0], attempt, start)
-    return log_partition, of_targets
+    start = (jnp.asarray(True), shift, Scores(shift, shift, shift))
+    return lax.while_loop(lambda state: state[0], attempt, start)[2]
 
 
-def log_partition_and_targets(
-    hidden: jax.Array, embedding: Weight, targets: IntArray, vocab_size: int
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the log-partition of each position, and the logit of its target.
+def scores_of(
+    hidden: jax.Array,
+    embedding: Weight,
+    targets: IntArray,
+    vocab_size: int,
+    context: Context = NO_CONTEXT,
+    block: int = 0,
+) -> Scores:
+    """Returns the scores of each position. The log-partition and the target's logit are differentiable.
+
+    The backward pass computes the logits of each block again. A table whose kind of weight is not
+    differentiable must be frozen.
 
     Args:
-      hidden: [B, L, D] after the final norm. B is 1 or divisible by the number of parts that a batch is split
-        into.
-      embedding: The tied embedding table.
+      hidden: [B, L, D] after the final norm. B is divisible by the number of parts that a batch is split
+        into; without a gradient it may also be 1.
+      embedding: The tied embedding.
       targets: [B, L] integers below vocab_size.
       vocab_size: The number of tokens, without the rows that pad the table.
+      context: The context of the model's call.
+      block: The most vocabulary rows in a block; 0 takes a number that limits memory.
 
     Returns:
-      Two arrays [B, L], in at least float32.
+      Arrays [B, L].
     """
-    structure, arrays = embedding.parts()
-    mesh, specs = structure.mesh, structure.specs(arrays)
+    wide_dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+    replaced = embedding.replaced_logits(hidden, wide_dtype, context)
+    structure, arrays = embedding.table.parts()
+    static = _Static(structure, vocab_size, replaced[0] if replaced else (), block)
+    targets = jnp.asarray(targets)
+    scores = Scores(*_scores(hidden, arrays, targets, static))
+    if replaced is None:
+        return scores
+    ids, logits = replaced
+    same = targets[..., None] == jnp.asarray(ids)
+    of_targets = jnp.sum(jnp.where(same, logits, 0), axis=-1)
+    return Scores(
+        jnp.logaddexp(scores.log_partition, jax.nn.logsumexp(logits, axis=-1)),
+        jnp.where(jnp.any(same, axis=-1), of_targets, scores.of_targets),
+        jnp.maximum(scores.largest, jnp.max(logits, axis=-1)),
+    )
 
-    def of_device(h: jax.Array, parts: list[jax.Array], t: jax.Array) -> tuple[jax.Array, jax.Array]:
-        table = Table(structure, specs, parts, vocab_size)
-        flat, targets = h.reshape(-1, h.shape[-1]), t.reshape(-1)
-        blocks = table.blocks(max(SHIFT_ROWS, BLOCK_LOGITS // len(flat)))
-        log_partition, of_targets = partition_and_targets(flat, table, blocks, targets)
-        return log_partition.reshape(t.shape), of_targets.reshape(t.shape)
 
-    spec = partition_spec(("batch", "length", "residual"), hidden.shape, mesh, "hidden states")
-    spec_rows = partition_spec(("batch", "length"), targets.shape, mesh, "targets")
-    mapped: Callable[..., tuple[jax.Array, jax.Array]] = jax.shard_map(
+class _Static(NamedTuple):
+    """What of `scores_of` is static under jit."""
+
+    structure: Structure
+    vocab_size: int
+    without: tuple[int, ...]
+    block: int
+
+    def specs(self, hidden: Any, arrays: list[Any]) -> tuple[P, list[P], P]:
+        """Returns how hidden states, the arrays of the embedding, and targets are split over the mesh."""
+        mesh = self.structure.mesh
+        spec = partition_spec(("batch", "length", "residual"), hidden.shape, mesh, "hidden states")
+        rows = partition_spec(("batch", "length"), hidden.shape[:2], mesh, "targets")
+        return spec, self.structure.specs(arrays), rows
+
+    def blocks(self, table: Table, positions: int) -> tuple[list[jax.Array], jax.Array]:
+        """Returns the blocks of a device's table."""
+        return table.blocks(self.block or max(SHIFT_ROWS, BLOCK_LOGITS // positions))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _scores(hidden: jax.Array, arrays: list[jax.Array], targets: jax.Array, static: _Static) -> Scores:
+    spec, specs, rows = static.specs(hidden, arrays)
+
+    def of_device(h: jax.Array, parts: list[jax.Array], targets: jax.Array) -> Scores:
+        table = Table(static.structure, specs, parts, static.vocab_size, static.without)
+        h = h.reshape(-1, h.shape[-1])
+        scores = _partition_and_targets(h, table, static.blocks(table, len(h)), targets.reshape(-1))
+        return Scores(*(x.reshape(targets.shape) for x in scores))
+
+    mapped: Callable[..., Scores] = jax.shard_map(
         of_device,
-        mesh=mesh,
-        in_specs=(spec, specs, spec_rows),
-        out_specs=(P(*spec_rows), P(*spec_rows)),
+        mesh=static.structure.mesh,
+        in_specs=(spec, specs, rows),
+        out_specs=rows,
         check_vma=False,  # otherwise sums over mesh axes of size 1 need annotations
     )
-    return mapped(hidden, arrays, jnp.asarray(targets))
+    return mapped(hidden, arrays, targets)
 
 
-def token_log_probs(model: Transformer, hidden: jax.Array, targets: IntArray) -> jax.Array:
-    """Returns the log-probability of each target, in nats.
+Saved = tuple[jax.Array, list[jax.Array], jax.Array, jax.Array, tuple[()] | None]
 
-    Args:
-      model: The model; its embedding computes the logits.
-      hidden: [B, L, D] after the final norm. B is 1 or divisible by the number of parts that a batch is split
-        into.
-      targets: [B, L] integers below vocab_size.
 
-    Returns:
-      [B, L] in at least float32.
-    """
-    log_partition, of_targets = log_partition_and_targets(
-        hidden, model.embedding, targets, model.config.vocab_size
-    )
-    return of_targets - log_partition
+def _forward(hidden: Any, arrays: list[Any], targets: Any, static: _Static) -> tuple[Scores, Saved]:
+    # `perturbed` says whether anything is differentiated with respect to an argument (jax.custom_vjp.defvjp).
+    trained = any(array.perturbed for array in arrays)
+    if trained and not static.structure.differentiable:
+        raise ValueError(
+            f"{static.structure.parameter.name} is of a kind without a gradient; it must be frozen"
+        )
+    values = [x.value for x in arrays]
+    scores = _scores(hidden.value, values, targets.value, static)
+    return scores, (hidden.value, values, targets.value, scores.log_partition, () if trained else None)
+
+
+def _backward(
+    static: _Static, saved: Saved, cotangents: Scores
+) -> tuple[jax.Array, list[jax.Array] | None, None]:
+    hidden, arrays, targets, log_partition, trained = saved
+    spec, specs, rows = static.specs(hidden, arrays)
+    wide_dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+
+    def of_device(
+        h: jax.Array, parts: list[jax.Array], *of_rows: jax.Array
+    ) -> tuple[jax.Array, list[jax.Array] | None]:
+        table = Table(static.structure, specs, parts, static.vocab_size, static.without)
+        flat = h.reshape(-1, h.shape[-1])
+        targets, log_partition, d_partition, d_targets = (x.reshape(-1, 1) for x in of_rows)
+
+        def gradients(
+            d_h: jax.Array, block: tuple[list[jax.Array], jax.Array]
+        ) -> tuple[jax.Array, jax.Array | None]:
+            dense = table.rows(block[0], h.dtype)
+            logits = Logits.of(flat, dense, block[1], table)
+            d_logits = d_partition * jnp.exp(logits.logits - log_partition)
+            d_logits = (d_logits + d_targets * (logits.rows == targets)).astype(h.dtype)
+            d_h += matmul(d_logits, dense, dtype=wide_dtype)
+            if trained is None:
+                return d_h, None
+            return d_h, table.scattered(gradient_of_rows(d_logits, flat).T.astype(h.dtype), 0)
+
+        d_h, d_blocks = lax.scan(
+            gradients, jnp.zeros(flat.shape, wide_dtype), static.blocks(table, len(flat))
+        )
+        d_h = lax.psum(d_h, "tensor").astype(h.dtype).reshape(h.shape)
+        if d_blocks is None:
+            return d_h, None
+        return d_h, [d_blocks.transpose(0, 2, 1).reshape(parts[0].shape).astype(parts[0].dtype)]
+
+    def given(cotangent: Any) -> jax.Array:
+        zero = isinstance(cotangent, jax.custom_derivatives.SymbolicZero)
+        return jnp.zeros(targets.shape, wide_dtype) if zero else cotangent
+
+    of_rows = (targets, log_partition, given(cotangents.log_partition), given(cotangents.of_targets))
+    d_hidden, d_arrays = jax.shard_map(
+        of_device,
+        mesh=static.structure.mesh,
+        in_specs=(spec, specs, *[rows] * 4),
+        out_specs=(spec, None if trained is None else specs),
+        check_vma=False,
+    )(hidden, arrays, *of_rows)
+    return d_hidden, d_arrays, None
+
+
+_scores.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def gradient_of_rows(d_logits: jax.Array, h: jax.Array) -> jax.Array:
+    """Returns the gradient of embedding rows, [v, D], as one 2D matmul (`weights.matmul` explains why)."""
+    wide_dtype = jnp.promote_types(h.dtype, jnp.float32)
+    return lax.dot(d_logits.T, h, precision=precision(h.dtype), preferred_element_type=wide_dtype)
+
+
+def token_log_probs(
+    model: Transformer, hidden: jax.Array, targets: IntArray, context: Context = NO_CONTEXT
+) -> jax.Array:
+    """Returns the log-probability of each target, [B, L], in nats; see `scores_of`."""
+    return scores_of(hidden, model.embedding, targets, model.config.vocab_size, context).log_probs

@@ -1,11 +1,11 @@
 """Next-token cross entropy over a large vocabulary, in blocks.
 
-The forward pass also computes the gradients; the backward pass only scales them. There are two methods.
-Blocks of positions against the whole vocabulary: each logit is computed once, but the whole embedding and its
-whole gradient are in memory. This is for CPUs and small vocabularies. All positions against blocks of the
-vocabulary: each logit is computed twice, first for the log-partition and then for the gradients, but only one
-block of the embedding and of its gradient is needed at once, and their communication overlaps with the
-matmuls. This is for TPUs.
+There are two methods. Blocks of positions against the whole vocabulary: each logit is computed once, because
+the forward pass also computes the gradients, which the backward pass only scales; but the whole embedding and
+its whole gradient are in memory. This is for CPUs and small vocabularies. All positions against blocks of the
+vocabulary (`model.scoring`): each logit is computed twice, first for the log-partition and then for the
+gradients, but only one block of the embedding and of its gradient is needed at once, and their communication
+overlaps with the matmuls. This is for TPUs, and where rows of the embedding are trained.
 
 Each device works on its own rows of the batch (`shard_map`), so devices communicate only where this file says
 so: each part of the embedding is gathered once per pass, and each part of its gradient is summed once.
@@ -24,10 +24,9 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from gemma_jax.model.ops import IntArray
-from gemma_jax.model.scoring import Logits, Table, log_partition_and_targets, partition_and_targets
+from gemma_jax.model.scoring import Logits, Table, gradient_of_rows, scores_of
 from gemma_jax.sharding import RULES, partition_spec
-from gemma_jax.weights import Weight, matmul
-from gemma_jax.weights.matmul import precision
+from gemma_jax.weights import NO_CONTEXT, Context, Weight, matmul
 from gemma_jax.weights.structure import Structure
 
 
@@ -59,6 +58,7 @@ def next_token_loss(
     targets: IntArray,
     weights: jax.Array | np.ndarray,
     settings: LossSettings,
+    context: Context = NO_CONTEXT,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the weighted sum of the cross entropy of each target, in nats.
 
@@ -68,14 +68,21 @@ def next_token_loss(
       targets: [B, L] integers below vocab_size.
       weights: [B, L] weights; 0 masks a position.
       settings: The vocabulary size, block sizes and z-loss.
+      context: The context of the model's call.
 
     Returns:
       Two sums. The first is minimised: cross entropy plus z_loss times the square of the log-partition
       (PaLM, 2022), which keeps logits from drifting. The second is the cross entropy alone, for reporting; no
       gradient flows through it.
     """
+    targets, weights = jnp.asarray(targets), jnp.asarray(weights)
+    if settings.vocab_block or embedding.table is not embedding:
+        vocabulary, block = settings.vocab_size, settings.vocab_block
+        scores = scores_of(hidden, embedding, targets, vocabulary, context, block)
+        total, reported = _sums(scores.log_partition, scores.of_targets, weights, settings.z_loss)
+        return total, lax.stop_gradient(reported)
     structure, arrays = embedding.parts()
-    return _loss(hidden, arrays, jnp.asarray(targets), jnp.asarray(weights), (structure, settings))
+    return _loss(hidden, arrays, targets, weights, (structure, settings))
 
 
 Static = tuple[Structure, LossSettings]
@@ -87,8 +94,8 @@ def _loss(
     hidden: jax.Array, arrays: list[jax.Array], targets: jax.Array, weights: jax.Array, static: Static
 ) -> Sums:
     structure, settings = static
-    found = log_partition_and_targets(hidden, structure.weight(arrays), targets, settings.vocab_size)
-    return _sums(*found, weights, settings.z_loss)
+    scores = scores_of(hidden, structure.weight(arrays), targets, settings.vocab_size)
+    return _sums(scores.log_partition, scores.of_targets, weights, settings.z_loss)
 
 
 def _sums(
@@ -121,17 +128,6 @@ def _log_partition(largest: jax.Array, summed: jax.Array) -> jax.Array:
     return over_all + jnp.log(lax.psum(summed * jnp.exp(largest - over_all), "tensor"))
 
 
-def _d_columns(d_logits: jax.Array, h: jax.Array, table: Table) -> jax.Array:
-    """Returns this device's shard, [D / fsdp, v], of the gradient of embedding rows, summed over devices."""
-    return table.scattered(_d_table(d_logits, h).T.astype(h.dtype), 0)
-
-
-def _d_table(d_logits: jax.Array, h: jax.Array) -> jax.Array:
-    """Returns the gradient of embedding rows, [v, D], as one 2D matmul (`weights.matmul` explains why)."""
-    wide_dtype = jnp.promote_types(h.dtype, jnp.float32)
-    return lax.dot(d_logits.T, h, precision=precision(h.dtype), preferred_element_type=wide_dtype)
-
-
 # Gradients of the hidden states, [n, D], and of this device's part of the embedding (None if it is frozen).
 Gradients = tuple[jax.Array, jax.Array | None]
 
@@ -156,7 +152,7 @@ def _by_positions(
     def body(carry: Carry, positions: _Positions) -> tuple[Carry, jax.Array]:
         total, reported, d_table = carry
         h, t, w = positions
-        logits = Logits.of(h, whole, first, table.vocab_size)
+        logits = Logits.of(h, whole, first, table)
         largest = jnp.max(logits.logits, axis=-1)
         summed = jnp.sum(jnp.exp(logits.logits - largest[:, None]), axis=-1)
         log_partition = _log_partition(largest, summed)
@@ -164,7 +160,7 @@ def _by_positions(
         d_logits = _d_logits(logits, log_partition, t, w, z_loss).astype(h.dtype)
         d_h = lax.psum(matmul(d_logits, whole), "tensor")
         if d_table is not None:
-            d_table += _d_table(d_logits, h)
+            d_table += gradient_of_rows(d_logits, h)
         return (total + sums[0], reported + sums[1], d_table), d_h
 
     zero = jnp.zeros((), wide_dtype)
@@ -174,30 +170,6 @@ def _by_positions(
     if d_table is not None:
         d_table = table.scattered(d_table.astype(dtype), 1)
     return (total, reported), (_whole(d_h[:, None], len(positions.h))[0], d_table)
-
-
-def _by_vocabulary(
-    positions: _Positions, table: Table, block: int, z_loss: float, trained: bool
-) -> tuple[Sums, Gradients]:
-    """Computes the same as `_by_positions`: all positions, at most `block` vocabulary rows at a time."""
-    h, targets, weights = positions
-    wide_dtype = jnp.promote_types(h.dtype, jnp.float32)
-    blocks = table.blocks(block)
-    log_partition, of_targets = partition_and_targets(h, table, blocks, targets)
-    sums = _sums(log_partition, of_targets, weights, z_loss)
-
-    def gradients(
-        d_h: jax.Array, block: tuple[list[jax.Array], jax.Array]
-    ) -> tuple[jax.Array, jax.Array | None]:
-        rows = table.rows(block[0], h.dtype)
-        logits = Logits.of(h, rows, block[1], table.vocab_size)
-        d_logits = _d_logits(logits, log_partition, targets, weights, z_loss).astype(h.dtype)
-        d_h += matmul(d_logits, rows, dtype=wide_dtype)
-        return d_h, _d_columns(d_logits, h, table) if trained else None
-
-    d_h, d_blocks = lax.scan(gradients, jnp.zeros(h.shape, wide_dtype), blocks)
-    d_table = None if d_blocks is None else d_blocks.transpose(0, 2, 1).reshape(table.parts[0].shape)
-    return sums, (lax.psum(d_h, "tensor").astype(h.dtype), d_table)
 
 
 def _forward(
@@ -219,13 +191,8 @@ def _forward(
         rows, length, width = h.shape
         positions = _Positions(h.reshape(-1, width), t.reshape(-1), w.reshape(-1).astype(wide_dtype))
         table = Table(structure, specs, parts, settings.vocab_size)
-        if settings.vocab_block:
-            sums, (d_h, d_table) = _by_vocabulary(
-                positions, table, settings.vocab_block, settings.z_loss, trained
-            )
-        else:
-            block = rows * min(settings.block, length)
-            sums, (d_h, d_table) = _by_positions(positions, table, block, settings.z_loss, trained)
+        block = rows * min(settings.block, length)
+        sums, (d_h, d_table) = _by_positions(positions, table, block, settings.z_loss, trained)
         total, reported = lax.psum(sums, RULES["batch"])
         d_h = d_h.reshape(h.shape)
         d_arrays = None if d_table is None else [d_table.astype(parts[0].dtype)]

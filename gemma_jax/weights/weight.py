@@ -38,6 +38,8 @@ class Context:
     """A random key, such as for dropout; None where nothing is random, as in evaluation and sampling."""
     adapters: jax.Array | None = None
     """[B] int32: index of the adapter of each row of the batch; None if no adapters are selected."""
+    reference: bool = dataclasses.field(default=False, metadata={"static": True})
+    """Whether to use the frozen copy of the adapters (`Adapters.reference`) in their place."""
 
     def of_layer(self, layer: jax.Array | None) -> "Context":
         """Returns the context within one layer, with a key of its own."""
@@ -150,6 +152,26 @@ class Weight(nnx.Module):
             specs = (structure.specs(arrays), token_spec)
             mapped = jax.shard_map(of_device, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)
             return mapped(arrays, jnp.asarray(tokens))
+
+    @property
+    def table(self) -> "Weight":
+        """The weight that holds the embedding of every token, except those of `replaced_logits`."""
+        return self
+
+    def replaced_logits(
+        self, x: jax.Array, dtype: jax.typing.DTypeLike, context: Context
+    ) -> tuple[tuple[int, ...], jax.Array] | None:
+        """Returns the logits of tokens whose embedding is not that of `table`; None if there are none.
+
+        Args:
+          x: [B, ..., D] activations.
+          dtype: The dtype of the logits.
+          context: The context of the model's call.
+
+        Returns:
+          The ids of n tokens, and their logits [B, ..., n].
+        """
+        return None
 
     def unembed(self, x: jax.Array, dtype: jax.typing.DTypeLike, context: Context) -> jax.Array:
         """[..., D] activations times the transposed table -> [..., V] in `dtype`."""

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_jax.model.scoring import log_partition_and_targets
+from gemma_jax.model.scoring import scores_of
 from gemma_jax.testing import assert_same, assert_same_on_meshes, cpu_mesh, relative_difference
 from gemma_jax.training.loss import LossSettings, next_token_loss
 from tests.weights.kinds import dense_weight
@@ -53,7 +53,7 @@ def test_blocked_equals_plain_in_value_and_gradient(block: int, vocab_block: int
         total, reported = loss_on(cpu_mesh(1), hidden, table, targets, weights, settings)
         assert_same((total, reported), plain_loss(hidden, table, targets, weights, z_loss), 1e-12)
         embedding = dense_weight(table, TABLE, cpu_mesh(1))
-        log_partition, of_targets = log_partition_and_targets(hidden, embedding, targets, V)
+        log_partition, of_targets, _ = scores_of(hidden, embedding, targets, V)
         assert relative_difference(jnp.sum(weights * (log_partition - of_targets)), reported) < 1e-12
 
 

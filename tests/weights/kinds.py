@@ -21,7 +21,7 @@ def dense_weight(array: Any, axes: Axes, mesh: Mesh, inputs: int = 0) -> Weight:
 
 def adapters(**settings: Any) -> Adapters:
     """The kind of a model whose projections have adapters over int8, and whose embedding is int8."""
-    return Adapters(**({"rank": 4, "alpha": 4.0, "base": Quantization("int8")} | settings))
+    return Adapters(**({"rank": 4, "base": Quantization("int8")} | settings))
 
 
 def is_adapter(name: str) -> bool:
