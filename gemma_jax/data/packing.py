@@ -28,7 +28,7 @@ PIECE = np.dtype([("offset", "<i8"), ("length", "<i4")])
 
 
 class Batch(NamedTuple):
-    """Rows of packed segments, all arrays [B, L]."""
+    """Rows of packed segments; arrays are [B, L] unless stated otherwise."""
 
     tokens: NDArray[np.int32]
     """The inputs of the model; pad in unused slots."""
@@ -40,6 +40,8 @@ class Batch(NamedTuple):
     """The position of each token within its segment, from 0; 0 in unused slots."""
     segment_ids: NDArray[np.int32]
     """The segment of each token, numbered from 1 within the row; 0 in unused slots."""
+    reference: NDArray[np.float32] | None = None
+    """[B, S]: log-probability of each segment's answer before training, where preferences need it."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,8 +16,8 @@ from gemma_jax.training.state import TrainState, abstract_train_state
 from gemma_jax.weights import NO_CONTEXT, Context
 
 # The mean of each sum of the objective, `grad_norm` (before clipping), `learning_rate` and `tokens` (the
-# weight of what is minimised). All are scalars on the device. A step whose minimised mean or gradient norm is
-# not finite changes only the counts.
+# weight of what is minimised, unless the objective counts them). All are scalars on the device. A step whose
+# minimised mean or gradient norm is not finite changes only the counts.
 Metrics = dict[str, jax.Array]
 TrainStep = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 
@@ -105,10 +105,11 @@ def make_train_step(recipe: Recipe) -> TrainStep:
         trainable, opt_state = jax.tree.map(
             kept_if_not_finite, (state.trainable, state.opt_state), (trainable, opt_state)
         )
-        metrics = {name: weighted.mean for name, weighted in sums.items()} | {
+        metrics = {
+            "tokens": first.weight,
+            **{name: weighted.mean for name, weighted in sums.items()},
             "grad_norm": norm,
             "learning_rate": jnp.asarray(schedule(state.step)),
-            "tokens": first.weight,
         }
         return TrainState(state.step + 1, state.frozen, trainable, opt_state), metrics
 

@@ -1,0 +1,131 @@
+"""Puts adapters over the weights of a model in memory, and makes sure that these are the right weights."""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from gemma_jax.checkpoint.record import fingerprints
+from gemma_jax.errors import UserError
+from gemma_jax.model import ModelSpec
+from gemma_jax.pretrained.adapters import Adapter, stacked
+from gemma_jax.sharding import Arrays, named_arrays, with_arrays
+from gemma_jax.weights import EMBEDDING, NO_CONTEXT, TRAINED, Adapters, parameter_table
+
+
+def base_spec(spec: ModelSpec) -> ModelSpec:
+    """Returns the spec of the model below the adapters; `spec` itself if it has none."""
+    return dataclasses.replace(spec, kind=spec.kind.base) if isinstance(spec.kind, Adapters) else spec
+
+
+def base_identity(spec: ModelSpec, base: nnx.State) -> dict[str, Any]:
+    """Returns what identifies the weights below an adapter, as JSON. It is the same on any mesh.
+
+    `weights` covers every array, as it is in memory: its value depends on the dtype and the quantization,
+    which are returned, too. `norms` covers the scales of the norms in bfloat16, which no quantization changes.
+    """
+    arrays = named_arrays(base)
+    norms = {name: x.astype(jnp.bfloat16) for name, x in arrays.items() if name.endswith("_norm")}
+
+    def digest(arrays: Arrays) -> str:
+        prints = sorted((name, int(x)) for name, x in jax.device_get(fingerprints(arrays)).items())
+        return hashlib.sha256(repr(prints).encode()).hexdigest()[:32]
+
+    about = {"weights": digest(arrays), "norms": digest(norms), "dtype": spec.compute.param_dtype}
+    return about | {"kind": "dense" if callable(getattr(spec.kind, "pack", None)) else str(spec.kind)}
+
+
+def check_base(identity: Mapping[str, Any], adapter: Adapter) -> None:
+    """Checks that an adapter was trained on these weights, as far as its files say on which.
+
+    Raises:
+      UserError: It was trained on others, or they have changed since.
+    """
+    known = adapter.identity
+    same_form = all(known.get(name) == identity[name] for name in ("dtype", "kind"))
+    for name in ("norms", "weights") if same_form else ("norms",):
+        if known.get(name, identity[name]) != identity[name]:
+            raise UserError(
+                f"{adapter.name} was trained on {adapter.base or 'other weights'}, and the weights given here are "
+                "others, or they have changed since; give the checkpoint that it was trained on."
+            )
+
+
+def with_adapters(spec: ModelSpec, base: nnx.State, adapters: Sequence[Adapter]) -> tuple[ModelSpec, nnx.State]:
+    """Puts adapters over a model, to be chosen by `Context.adapters`; returns the new spec and parameters.
+
+    Raises:
+      UserError: An adapter belongs to other weights.
+    """
+    identity = base_identity(spec, base) if any(adapter.identity for adapter in adapters) else {}
+    for adapter in adapters:
+        if adapter.identity:
+            check_base(identity, adapter)
+    rank, targets, ids, arrays = stacked(adapters, spec.config)
+    kind = Adapters(rank, count=len(adapters), targets=targets, base=spec.kind, rows=ids)
+    spec = dataclasses.replace(spec, kind=kind)
+    if ids:
+        own = _embeddings(spec, base, ids)
+        rows = [[adapter.rows.get(token, own[i]) for i, token in enumerate(ids)] for adapter in adapters]
+        arrays[f"{EMBEDDING}.rows"] = np.array(rows, np.float32)
+    return spec, over_base(spec, base, arrays)
+
+
+def begin_adapters(spec: ModelSpec, base: nnx.State, seed: int, start: Adapter | None) -> nnx.State:
+    """Returns the parameters with which training begins: new adapters over `base`, or those of `start`.
+
+    Raises:
+      UserError: `start` has another rank, scale, projections or rows of the embedding.
+    """
+    kind = spec.kind
+    assert isinstance(kind, Adapters)
+    names = [name for name in named_arrays(spec.params) if name.rpartition(".")[2] in TRAINED]
+    if start is None:
+        arrays = {name: np.asarray(x) for name, x in jax.jit(lambda key: spec.create(key, names))(jax.random.key(seed)).items()}
+        if kind.rows:
+            arrays[f"{EMBEDDING}.rows"] = _embeddings(spec, base, kind.rows)[None]
+    else:
+        rank, targets, ids, arrays = stacked([start], spec.config)
+        has = {"rank": rank, "targets": tuple(sorted(targets)), "embedding_rows": ids}
+        asked = {"rank": kind.rank, "targets": kind.targets, "embedding_rows": kind.rows}
+        scales = {pair.scale for pair in start.pairs.values()}
+        has["scale"], asked["scale"] = max(scales), kind.scale
+        for name, value in has.items():
+            if value != asked[name] or len(scales) > 1:
+                raise UserError(
+                    f"{start.name} has the {name} {value}, and lora asks for {asked[name]}; set lora as it was there."
+                )
+        arrays = {name: x / kind.scale if name.endswith(".b") else x for name, x in arrays.items()}
+        if ids:
+            arrays[f"{EMBEDDING}.rows"] = np.array([[start.rows[token] for token in ids]], np.float32)
+    for name in names if kind.reference else ():
+        head, _, last = name.rpartition(".")
+        arrays[f"{head}.reference_{last}"] = arrays[name]
+    return over_base(spec, base, arrays)
+
+
+def over_base(spec: ModelSpec, base: nnx.State, arrays: Mapping[str, Any]) -> nnx.State:
+    """Returns the parameters of a model with adapters: those of the base, and the adapters' arrays by name."""
+    kind, table = spec.kind, parameter_table(spec.config)
+    assert isinstance(kind, Adapters)
+    abstract = named_arrays(spec.params)
+    placed: Arrays = {name: jax.device_put(x, abstract[name].sharding) for name, x in arrays.items()}
+    for name, x in named_arrays(base).items():
+        parameter = next(p for p in table if name == p or name.startswith(f"{p}."))
+        placed[f"{parameter}.base{name[len(parameter) :]}" if kind.adapts(table[parameter]) else name] = x
+    return with_arrays(spec.params, placed)
+
+
+def _embeddings(spec: ModelSpec, base: nnx.State, ids: Sequence[int]) -> np.ndarray:
+    """Returns the embedding of some tokens, [n, D] float32."""
+    below = base_spec(spec)
+
+    def rows(base: nnx.State) -> jax.Array:
+        return below.merge(base).embedding.embedding_lookup(jnp.asarray(ids)[None], jnp.float32, NO_CONTEXT)[0]
+
+    return np.asarray(jax.jit(rows)(base))
