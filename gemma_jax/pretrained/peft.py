@@ -1,0 +1,322 @@
+"""Adapters in the files of Hugging Face's PEFT: adapter_config.json and adapter_model.safetensors.
+
+The files are untrusted. A key of adapter_config.json that would change what the adapter computes, and is not
+supported, is refused by name. Every tensor must belong to a module that the config targets, and each of these
+must have its tensors.
+"""
+
+import collections
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gemma_jax.config import TransformerConfig
+from gemma_jax.errors import UserError
+from gemma_jax.pretrained.adapters import Adapter, Pair
+from gemma_jax.pretrained.huggingface import from_stored, tensor_name, to_stored
+from gemma_jax.pretrained.layout import check_tensors, in_order
+from gemma_jax.pretrained.published_config import read_object, shown
+from gemma_jax.pretrained.safetensors import SafetensorsFile, write_safetensors
+from gemma_jax.weights import parameter_table
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+MOST_RANK = 4096
+MOST_NAMES = 2000  # in one list or pattern of a config; the largest Gemma has 196 matrices that can be named
+MATCHING_SECONDS = 10.0  # for all regular expressions of a config, some of which would take for ever
+_PREFIX = "base_model.model."
+_EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
+_ROWS = f"{_PREFIX}{_EMBEDDING}.token_adapter.trainable_tokens_delta"
+
+# Keys that have no effect on what an adapter computes: where it comes from, and how it was trained. The
+# settings of a method of initialisation are among them; the method itself is not.
+_WITHOUT_EFFECT = (
+    "auto_mapping corda_config ensure_weight_tying eva_config inference_mode loftq_config lora_dropout "
+    "lora_ga_config megatron_core peft_version qalora_group_size revision runtime_config"
+)
+# Allowed values of other keys that are not read. Of those not listed here only null and false are allowed, which
+# are the defaults of nearly all keys. Some methods of initialisation change the base weights too (pissa, olora,
+# corda, loftq, lora_ga), so they are not among these.
+_ALLOWED: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "task_type": (None, "CAUSAL_LM"),
+    "bias": (None, "none"),
+    "modules_to_save": (None, []),
+    "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva", "mica"),
+}
+# Runs in a process of its own, because nothing else can stop a regular expression that takes too long.
+_MATCH = """
+import json, re, sys
+patterns, names = json.load(sys.stdin)
+for pattern in patterns:
+    print(json.dumps([name for name in names if re.fullmatch(pattern, name)]), flush=True)
+"""
+
+
+def is_peft(folder: Path) -> bool:
+    """Returns whether a folder holds an adapter of PEFT."""
+    return os.path.lexists(folder / CONFIG_FILE)
+
+
+def _modules(config: TransformerConfig) -> dict[str, tuple[str, int]]:
+    """Returns the parameter and layer of each module that can have an adapter, by its name in the files."""
+    table = parameter_table(config)
+    return {
+        tensor_name(parameter, layer).removesuffix(".weight"): (parameter, layer)
+        for parameter, layer in in_order(config)
+        if layer is not None and table[parameter].inputs
+    }
+
+
+def _matches(patterns: Iterable[str], names: Iterable[str], path: Path) -> dict[str, set[str]]:
+    """Returns the names that each regular expression matches as a whole."""
+    wanted = list(dict.fromkeys(patterns))
+    if not wanted:
+        return {}
+    command, text = [sys.executable, "-I", "-S", "-c", _MATCH], json.dumps([wanted, list(names)])
+    try:
+        done = subprocess.run(command, input=text.encode(), capture_output=True, timeout=MATCHING_SECONDS)
+        lines, failed = done.stdout.splitlines(), done.returncode != 0
+    except subprocess.TimeoutExpired as error:
+        lines, failed = (error.stdout or b"").splitlines(), True
+    if failed:
+        raise UserError(
+            f"{path} has the pattern {shown(wanted[min(len(lines), len(wanted) - 1)])}, which is no regular "
+            f"expression or takes more than {MATCHING_SECONDS:g} seconds; list the names of modules instead."
+        )
+    return {pattern: set(json.loads(line)) for pattern, line in zip(wanted, lines, strict=True)}
+
+
+def _is_names(value: Any) -> bool:
+    names = [value] if isinstance(value, str) else value
+    return isinstance(names, list) and len(names) <= MOST_NAMES and all(isinstance(n, str) for n in names)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= 1e6
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= MOST_RANK
+
+
+def _is_pattern(of: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, dict) and len(value) <= MOST_NAMES and all(map(of, value.values()))
+
+
+class _Config:
+    """An adapter_config.json, with every value checked."""
+
+    def __init__(self, path: Path, config: TransformerConfig) -> None:
+        self.path, self._data = path, read_object(path)
+        names, rank, number = "a name or a list of names", f"a whole number from 1 to {MOST_RANK}", "a number"
+        self._targets = self._value("target_modules", ["q_proj", "v_proj"], _is_names, names)
+        self._excluded = self._value("exclude_modules", [], _is_names, names)
+        layers = self._value(
+            "layers_to_transform",
+            [],
+            lambda v: all(type(n) is int for n in (v if isinstance(v, list) else [v])),
+            "a layer or a list of layers",
+        )
+        self._layers = set(layers if isinstance(layers, list) else [layers])
+        pattern = self._value("layers_pattern", [], _is_names, names)
+        self._layer_patterns = [
+            rf"(?:^|.*?\.){text}\.\d+\..*" for text in ([pattern] if isinstance(pattern, str) else pattern)
+        ]
+        if (self._layers and isinstance(self._targets, str)) or (self._layer_patterns and not self._layers):
+            raise UserError(
+                f"{path} has layers_to_transform {shown(layers)} and layers_pattern {shown(pattern)}, but "
+                "the first needs a list of target_modules, and the second needs the first."
+            )
+        self._rank = self._value("r", 8, _is_rank, rank)
+        self._alpha = self._value("lora_alpha", 8, _is_number, number)
+        of_names = "by name or pattern of a module"
+        self._ranks = self._value("rank_pattern", {}, _is_pattern(_is_rank), f"{rank}, {of_names}")
+        self._alphas = self._value("alpha_pattern", {}, _is_pattern(_is_number), f"{number}, {of_names}")
+        self._root = self._value("use_rslora", False, lambda v: isinstance(v, bool), "true or false")
+        self.base = self._value("base_model_name_or_path", "", lambda v: isinstance(v, str), "a name")
+        self.tokens = self._tokens(config.vocab_size)
+        for key, value in {"peft_type": None, **self._data}.items():
+            if key not in _WITHOUT_EFFECT.split() and value not in _ALLOWED.get(key, (None, False)):
+                raise UserError(
+                    f"{path} has {shown(key)[1:-1]} {shown(value)}, which is not supported; give a LoRA "
+                    "adapter that was made without it."
+                )
+        regular = [text for text in (self._targets, self._excluded) if isinstance(text, str)]
+        regular += [*self._layer_patterns, *map(_as_suffix, [*self._ranks, *self._alphas])]
+        self._modules = _modules(config)
+        self._matched = _matches(regular, [*self._modules, _EMBEDDING, _HEAD], path)
+
+    def _value(self, key: str, default: Any, valid: Callable[[Any], bool], wanted: str) -> Any:
+        """Takes a value that must be valid, or null or absent for its default."""
+        value = self._data.pop(key, None)
+        if value is None:
+            return default
+        if not valid(value):
+            raise UserError(f"{self.path} has {key} {shown(value)}, but it must be {wanted}.")
+        return value
+
+    def _tokens(self, vocab_size: int) -> list[int]:
+        """Returns the tokens whose rows of the embedding are trained, in the order of the tensor."""
+        value = ids = self._data.pop("trainable_token_indices", None) or []
+        if isinstance(value, dict):  # the head is the embedding, so it may be named too
+            lists = list(value.values())
+            named = value.keys() <= {"embed_tokens", _EMBEDDING, _HEAD} and value.keys() != {_HEAD}
+            ids = lists[0] if named and lists.count(lists[0]) == len(lists) else None
+        if (
+            not isinstance(ids, list)
+            or not all(type(n) is int and 0 <= n < vocab_size for n in ids)
+            or len(set(ids)) < len(ids)
+        ):
+            raise UserError(
+                f"{self.path} has trainable_token_indices {shown(value)}, but it must be different ids of "
+                f"tokens of embed_tokens, below {vocab_size}."
+            )
+        return ids
+
+    def _is_target(self, name: str, layer: int | None) -> bool:
+        if self._in(self._excluded, name):
+            return False
+        if isinstance(self._targets, str) and self._targets.lower() == "all-linear":
+            return layer is not None
+        if isinstance(self._targets, str) or not self._layers or name in self._targets:
+            return self._in(self._targets, name)
+        patterns = self._layer_patterns
+        right_layer = layer in self._layers and (
+            not patterns or any(name in self._matched[text] for text in patterns)
+        )
+        return right_layer and self._in(self._targets, name)
+
+    def _in(self, names: str | list[str], name: str) -> bool:
+        """Whether a name matches a regular expression, or is in a list or ends in one of its names."""
+        if isinstance(names, str):
+            return name in self._matched[names]
+        return any(name == text or name.endswith(f".{text}") for text in names)
+
+    def targets(self) -> dict[str, tuple[int, float]]:
+        """Returns the rank and the scale of each module that has an adapter."""
+        for name in (_EMBEDDING, _HEAD):
+            if self._is_target(name, None):
+                raise UserError(
+                    f"{self.path} targets {name}, which can have no adapter here; give an adapter of the "
+                    "attention and the feed-forward, or with trainable_token_indices."
+                )
+        found = {}
+        for name, (_, layer) in self._modules.items():
+            if self._is_target(name, layer):
+                rank, alpha = (
+                    self._of(self._ranks, name, self._rank),
+                    self._of(self._alphas, name, self._alpha),
+                )
+                found[name] = (rank, alpha / (math.sqrt(rank) if self._root else rank))
+        if not found and not self.tokens:
+            raise UserError(
+                f"{self.path} has target_modules {shown(self._targets)}, which match no module of this model; "
+                "give an adapter of this model."
+            )
+        return found
+
+    def _of(self, patterns: dict[str, Any], name: str, default: Any) -> Any:
+        return next((v for key, v in patterns.items() if name in self._matched[_as_suffix(key)]), default)
+
+
+def _as_suffix(key: str) -> str:
+    """Returns the regular expression by which PEFT finds the module of a rank or an alpha."""
+    return rf"(.*\.)?({key})$"
+
+
+def read_peft(folder: Path, config: TransformerConfig) -> Adapter:
+    """Reads an adapter that PEFT has saved.
+
+    Args:
+      folder: The folder with adapter_config.json and adapter_model.safetensors.
+      config: The config of the model that it is for.
+
+    Raises:
+      UserError: a file is missing, damaged or too large, the config has a key or value that is not supported,
+        or the tensors are not those of this config and model; the message names the file and the tensor.
+    """
+    settings, path, modules = _Config(folder / CONFIG_FILE, config), folder / WEIGHTS_FILE, _modules(config)
+    if not os.path.lexists(path):
+        raise UserError(
+            f"{folder} has no {WEIGHTS_FILE}; save the adapter as safetensors (a pickled .bin is not read)."
+        )
+    file, table, targets = SafetensorsFile(path), parameter_table(config), settings.targets()
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, (rank, _) in targets.items():
+        about = table[modules[name][0]]
+        shapes[f"{_PREFIX}{name}.lora_A.weight"] = (rank, math.prod(about.shape[: about.inputs]))
+        shapes[f"{_PREFIX}{name}.lora_B.weight"] = (math.prod(about.shape[about.inputs :]), rank)
+    if settings.tokens:
+        shapes[_ROWS] = (len(settings.tokens), config.embed_dim)
+    found = {name: (stored.shape, str(stored.dtype)) for name, stored in file.tensors.items()}
+    check_tensors(found, shapes.items(), str(path), f"{settings.path} for this model")
+
+    def tensor(name: str) -> np.ndarray:
+        file.check(name)
+        array = file[name].astype(np.float32)
+        if not np.isfinite(array).all():
+            raise UserError(f"{name} in {path} holds NaN or infinity; copy or train the adapter again.")
+        return array
+
+    pairs = {}
+    for name, (rank, scale) in targets.items():
+        about = table[modules[name][0]]
+        a, b = (tensor(f"{_PREFIX}{name}.lora_{letter}.weight") for letter in "AB")
+        a = from_stored(about.name, a, (*about.shape[: about.inputs], rank))
+        pairs[modules[name]] = Pair(a, b.T.reshape(rank, *about.shape[about.inputs :]), scale)
+    rows = dict(zip(settings.tokens, tensor(_ROWS), strict=True)) if settings.tokens else {}
+    return Adapter(str(folder), pairs, rows, settings.base)
+
+
+def write_peft(folder: Path, adapter: Adapter, config: TransformerConfig) -> None:
+    """Writes an adapter as PEFT does, in float32.
+
+    Args:
+      folder: An existing folder.
+      adapter: The adapter.
+      config: The config of its model.
+
+    Raises:
+      OSError: the disk is full or cannot be written.
+    """
+    pairs = {name: adapter.pairs[key] for name, key in _modules(config).items() if key in adapter.pairs}
+    tensors: dict[str, np.ndarray] = {}
+    for name, pair in pairs.items():
+        parameter = _modules(config)[name][0]
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = to_stored(parameter, pair.a)
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = pair.b.reshape(pair.rank, -1).T
+    tokens = sorted(adapter.rows)
+    if tokens:
+        tensors[_ROWS] = np.stack([adapter.rows[token] for token in tokens])
+    rank, ranks = _common({name: pair.rank for name, pair in pairs.items()})
+    alpha, alphas = _common({name: pair.scale * pair.rank for name, pair in pairs.items()})
+    short = sorted({name.rpartition(".")[2] for name in pairs})
+    data = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": adapter.base or None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
+        "target_modules": short if len(pairs) == len(short) * config.num_layers else list(pairs),
+        "trainable_token_indices": tokens or None,
+    }
+    (folder / CONFIG_FILE).write_text(json.dumps(data, indent=2) + "\n")
+    shapes = {name: array.shape for name, array in tensors.items()}
+    write_safetensors(folder / WEIGHTS_FILE, shapes, lambda name: tensors[name].astype(np.float32))
+
+
+def _common(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Returns the most common value, and the others by name."""
+    common = collections.Counter(values.values()).most_common(1)[0][0] if values else 8
+    return common, {name: value for name, value in values.items() if value != common}
