@@ -41,9 +41,9 @@ _WITHOUT_EFFECT = (
     "auto_mapping corda_config ensure_weight_tying eva_config inference_mode loftq_config lora_dropout "
     "lora_ga_config megatron_core peft_version qalora_group_size revision runtime_config"
 )
-# Allowed values of other keys that are not read. Of those not listed here only null and false are allowed, which
-# are the defaults of nearly all keys. Some methods of initialisation change the base weights too (pissa, olora,
-# corda, loftq, lora_ga), so they are not among these.
+# Allowed values of other keys that are not read. Of those not listed here only null and false are allowed,
+# the defaults of nearly all keys. The methods of initialisation pissa, olora, corda, loftq and lora_ga are not
+# allowed, because they change the base weights too.
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "task_type": (None, "CAUSAL_LM"),
@@ -75,6 +75,11 @@ def _modules(config: TransformerConfig) -> dict[str, tuple[str, int]]:
     }
 
 
+def _factor(module: str, letter: str) -> str:
+    """Returns the name in the files of the matrix A or B of a module."""
+    return f"{_PREFIX}{module}.lora_{letter}.weight"
+
+
 def _matches(patterns: Iterable[str], names: Iterable[str], path: Path) -> dict[str, set[str]]:
     """Returns the names that each regular expression matches as a whole."""
     wanted = list(dict.fromkeys(patterns))
@@ -95,8 +100,7 @@ def _matches(patterns: Iterable[str], names: Iterable[str], path: Path) -> dict[
 
 
 def _is_names(value: Any) -> bool:
-    names = [value] if isinstance(value, str) else value
-    return isinstance(names, list) and len(names) <= MOST_NAMES and all(isinstance(n, str) for n in names)
+    return isinstance(value, list) and len(value) <= MOST_NAMES and all(isinstance(n, str) for n in value)
 
 
 def _is_number(value: Any) -> bool:
@@ -107,39 +111,33 @@ def _is_rank(value: Any) -> bool:
     return type(value) is int and 1 <= value <= MOST_RANK
 
 
-def _is_pattern(of: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, dict) and len(value) <= MOST_NAMES and all(map(of, value.values()))
-
-
 class _Config:
     """An adapter_config.json, with every value checked."""
 
     def __init__(self, path: Path, config: TransformerConfig) -> None:
-        self.path, self._data = path, read_object(path)
-        names, rank, number = "a name or a list of names", f"a whole number from 1 to {MOST_RANK}", "a number"
-        self._targets = self._value("target_modules", ["q_proj", "v_proj"], _is_names, names)
-        self._excluded = self._value("exclude_modules", [], _is_names, names)
-        layers = self._value(
+        self._path, self._data, self._modules = path, read_object(path), _modules(config)
+        self._targets = self._names("target_modules", ["q_proj", "v_proj"])
+        self._excluded = self._names("exclude_modules", [])
+        layers, of_layers = self._data.get("layers_to_transform"), self._names("layers_pattern", [])
+        self._layers = self._value(
             "layers_to_transform",
             [],
             lambda v: all(type(n) is int for n in (v if isinstance(v, list) else [v])),
             "a layer or a list of layers",
         )
-        self._layers = set(layers if isinstance(layers, list) else [layers])
-        pattern = self._value("layers_pattern", [], _is_names, names)
-        self._layer_patterns = [
-            rf"(?:^|.*?\.){text}\.\d+\..*" for text in ([pattern] if isinstance(pattern, str) else pattern)
-        ]
-        if (self._layers and isinstance(self._targets, str)) or (self._layer_patterns and not self._layers):
+        self._layers = self._layers if isinstance(self._layers, list) else [self._layers]
+        of_layers = [of_layers] if isinstance(of_layers, str) else of_layers
+        if isinstance(self._targets, str) and self._layers or of_layers and not self._layers:
             raise UserError(
-                f"{path} has layers_to_transform {shown(layers)} and layers_pattern {shown(pattern)}, but "
+                f"{path} has layers_to_transform {shown(layers)} and layers_pattern {shown(of_layers)}, but "
                 "the first needs a list of target_modules, and the second needs the first."
             )
+        self._of_layers = [rf"(?:^|.*?\.){text}\.\d+\..*" for text in of_layers]
+        rank, number = f"a whole number from 1 to {MOST_RANK}", "a number of at most a million"
         self._rank = self._value("r", 8, _is_rank, rank)
         self._alpha = self._value("lora_alpha", 8, _is_number, number)
-        of_names = "by name or pattern of a module"
-        self._ranks = self._value("rank_pattern", {}, _is_pattern(_is_rank), f"{rank}, {of_names}")
-        self._alphas = self._value("alpha_pattern", {}, _is_pattern(_is_number), f"{number}, {of_names}")
+        self._ranks = self._pattern("rank_pattern", _is_rank, rank)
+        self._alphas = self._pattern("alpha_pattern", _is_number, number)
         self._root = self._value("use_rslora", False, lambda v: isinstance(v, bool), "true or false")
         self.base = self._value("base_model_name_or_path", "", lambda v: isinstance(v, str), "a name")
         self.tokens = self._tokens(config.vocab_size)
@@ -150,8 +148,7 @@ class _Config:
                     "adapter that was made without it."
                 )
         regular = [text for text in (self._targets, self._excluded) if isinstance(text, str)]
-        regular += [*self._layer_patterns, *map(_as_suffix, [*self._ranks, *self._alphas])]
-        self._modules = _modules(config)
+        regular += [*self._of_layers, *self._ranks, *self._alphas]
         self._matched = _matches(regular, [*self._modules, _EMBEDDING, _HEAD], path)
 
     def _value(self, key: str, default: Any, valid: Callable[[Any], bool], wanted: str) -> Any:
@@ -160,39 +157,38 @@ class _Config:
         if value is None:
             return default
         if not valid(value):
-            raise UserError(f"{self.path} has {key} {shown(value)}, but it must be {wanted}.")
+            raise UserError(f"{self._path} has {key} {shown(value)}, but it must be {wanted}.")
         return value
 
+    def _names(self, key: str, default: list[str]) -> Any:
+        """Takes a regular expression or a list of names."""
+        wanted = f"a text or a list of at most {MOST_NAMES} texts"
+        return self._value(key, default, lambda v: isinstance(v, str) or _is_names(v), wanted)
+
+    def _pattern(self, key: str, valid: Callable[[Any], bool], wanted: str) -> dict[str, Any]:
+        """Takes a value for each of several names or regular expressions, which PEFT extends at both ends."""
+        found = self._value(
+            key,
+            {},
+            lambda v: isinstance(v, dict) and _is_names([*v]) and all(map(valid, v.values())),
+            f"an object with {wanted} for each of at most {MOST_NAMES} names",
+        )
+        return {rf"(.*\.)?({text})$": value for text, value in found.items()}
+
     def _tokens(self, vocab_size: int) -> list[int]:
-        """Returns the tokens whose rows of the embedding are trained, in the order of the tensor."""
+        """Takes the tokens whose rows of the embedding are trained, in the order of the tensor."""
         value = ids = self._data.pop("trainable_token_indices", None) or []
         if isinstance(value, dict):  # the head is the embedding, so it may be named too
             lists = list(value.values())
             named = value.keys() <= {"embed_tokens", _EMBEDDING, _HEAD} and value.keys() != {_HEAD}
             ids = lists[0] if named and lists.count(lists[0]) == len(lists) else None
-        if (
-            not isinstance(ids, list)
-            or not all(type(n) is int and 0 <= n < vocab_size for n in ids)
-            or len(set(ids)) < len(ids)
-        ):
+        valid = isinstance(ids, list) and all(type(n) is int and 0 <= n < vocab_size for n in ids)
+        if not valid or len(set(ids)) < len(ids):
             raise UserError(
-                f"{self.path} has trainable_token_indices {shown(value)}, but it must be different ids of "
+                f"{self._path} has trainable_token_indices {shown(value)}, but it must be different ids of "
                 f"tokens of embed_tokens, below {vocab_size}."
             )
         return ids
-
-    def _is_target(self, name: str, layer: int | None) -> bool:
-        if self._in(self._excluded, name):
-            return False
-        if isinstance(self._targets, str) and self._targets.lower() == "all-linear":
-            return layer is not None
-        if isinstance(self._targets, str) or not self._layers or name in self._targets:
-            return self._in(self._targets, name)
-        patterns = self._layer_patterns
-        right_layer = layer in self._layers and (
-            not patterns or any(name in self._matched[text] for text in patterns)
-        )
-        return right_layer and self._in(self._targets, name)
 
     def _in(self, names: str | list[str], name: str) -> bool:
         """Whether a name matches a regular expression, or is in a list or ends in one of its names."""
@@ -200,36 +196,43 @@ class _Config:
             return name in self._matched[names]
         return any(name == text or name.endswith(f".{text}") for text in names)
 
+    def _is_target(self, name: str, layer: int | None) -> bool:
+        if self._in(self._excluded, name):
+            return False
+        if isinstance(self._targets, str) and self._targets.lower() == "all-linear":
+            return layer is not None
+        if self._layers and name not in self._targets:  # a whole name is a target in any layer
+            of_layers = not self._of_layers or any(name in self._matched[text] for text in self._of_layers)
+            return layer in self._layers and of_layers and self._in(self._targets, name)
+        return self._in(self._targets, name)
+
+    def _of(self, patterns: dict[str, Any], name: str, default: Any) -> Any:
+        return next((value for text, value in patterns.items() if name in self._matched[text]), default)
+
     def targets(self) -> dict[str, tuple[int, float]]:
-        """Returns the rank and the scale of each module that has an adapter."""
+        """Returns the rank and the scale of each module that has an adapter, by name.
+
+        Raises:
+          UserError: it targets the embedding, or nothing.
+        """
         for name in (_EMBEDDING, _HEAD):
             if self._is_target(name, None):
                 raise UserError(
-                    f"{self.path} targets {name}, which can have no adapter here; give an adapter of the "
+                    f"{self._path} targets {name}, which can have no adapter here; give an adapter of the "
                     "attention and the feed-forward, or with trainable_token_indices."
                 )
         found = {}
         for name, (_, layer) in self._modules.items():
             if self._is_target(name, layer):
-                rank, alpha = (
-                    self._of(self._ranks, name, self._rank),
-                    self._of(self._alphas, name, self._alpha),
-                )
+                rank = self._of(self._ranks, name, self._rank)
+                alpha = self._of(self._alphas, name, self._alpha)
                 found[name] = (rank, alpha / (math.sqrt(rank) if self._root else rank))
         if not found and not self.tokens:
             raise UserError(
-                f"{self.path} has target_modules {shown(self._targets)}, which match no module of this model; "
-                "give an adapter of this model."
+                f"{self._path} has target_modules {shown(self._targets)}, which match no module of this "
+                "model; give an adapter of this model."
             )
         return found
-
-    def _of(self, patterns: dict[str, Any], name: str, default: Any) -> Any:
-        return next((v for key, v in patterns.items() if name in self._matched[_as_suffix(key)]), default)
-
-
-def _as_suffix(key: str) -> str:
-    """Returns the regular expression by which PEFT finds the module of a rank or an alpha."""
-    return rf"(.*\.)?({key})$"
 
 
 def read_peft(folder: Path, config: TransformerConfig) -> Adapter:
@@ -243,21 +246,19 @@ def read_peft(folder: Path, config: TransformerConfig) -> Adapter:
       UserError: a file is missing, damaged or too large, the config has a key or value that is not supported,
         or the tensors are not those of this config and model; the message names the file and the tensor.
     """
-    settings, path, modules = _Config(folder / CONFIG_FILE, config), folder / WEIGHTS_FILE, _modules(config)
+    path, settings, modules = folder / WEIGHTS_FILE, _Config(folder / CONFIG_FILE, config), _modules(config)
     if not os.path.lexists(path):
         raise UserError(
             f"{folder} has no {WEIGHTS_FILE}; save the adapter as safetensors (a pickled .bin is not read)."
         )
     file, table, targets = SafetensorsFile(path), parameter_table(config), settings.targets()
-    shapes: dict[str, tuple[int, ...]] = {}
+    shapes = {_ROWS: (len(settings.tokens), config.embed_dim)} if settings.tokens else {}
     for name, (rank, _) in targets.items():
         about = table[modules[name][0]]
-        shapes[f"{_PREFIX}{name}.lora_A.weight"] = (rank, math.prod(about.shape[: about.inputs]))
-        shapes[f"{_PREFIX}{name}.lora_B.weight"] = (math.prod(about.shape[about.inputs :]), rank)
-    if settings.tokens:
-        shapes[_ROWS] = (len(settings.tokens), config.embed_dim)
+        shapes[_factor(name, "A")] = (rank, math.prod(about.shape[: about.inputs]))
+        shapes[_factor(name, "B")] = (math.prod(about.shape[about.inputs :]), rank)
     found = {name: (stored.shape, str(stored.dtype)) for name, stored in file.tensors.items()}
-    check_tensors(found, shapes.items(), str(path), f"{settings.path} for this model")
+    check_tensors(found, shapes.items(), str(path), f"{folder / CONFIG_FILE} for this model")
 
     def tensor(name: str) -> np.ndarray:
         file.check(name)
@@ -269,9 +270,9 @@ def read_peft(folder: Path, config: TransformerConfig) -> Adapter:
     pairs = {}
     for name, (rank, scale) in targets.items():
         about = table[modules[name][0]]
-        a, b = (tensor(f"{_PREFIX}{name}.lora_{letter}.weight") for letter in "AB")
-        a = from_stored(about.name, a, (*about.shape[: about.inputs], rank))
-        pairs[modules[name]] = Pair(a, b.T.reshape(rank, *about.shape[about.inputs :]), scale)
+        a = from_stored(about.name, tensor(_factor(name, "A")), (*about.shape[: about.inputs], rank))
+        b = tensor(_factor(name, "B")).T.reshape(rank, *about.shape[about.inputs :])
+        pairs[modules[name]] = Pair(a, b, scale)
     rows = dict(zip(settings.tokens, tensor(_ROWS), strict=True)) if settings.tokens else {}
     return Adapter(str(folder), pairs, rows, settings.base)
 
@@ -287,12 +288,12 @@ def write_peft(folder: Path, adapter: Adapter, config: TransformerConfig) -> Non
     Raises:
       OSError: the disk is full or cannot be written.
     """
-    pairs = {name: adapter.pairs[key] for name, key in _modules(config).items() if key in adapter.pairs}
-    tensors: dict[str, np.ndarray] = {}
-    for name, pair in pairs.items():
-        parameter = _modules(config)[name][0]
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = to_stored(parameter, pair.a)
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = pair.b.reshape(pair.rank, -1).T
+    pairs, tensors = {}, {}
+    for name, key in _modules(config).items():
+        if pair := adapter.pairs.get(key):
+            pairs[name] = pair
+            tensors[_factor(name, "A")] = to_stored(key[0], pair.a)
+            tensors[_factor(name, "B")] = pair.b.reshape(pair.rank, -1).T
     tokens = sorted(adapter.rows)
     if tokens:
         tensors[_ROWS] = np.stack([adapter.rows[token] for token in tokens])
