@@ -13,6 +13,7 @@ from gemma_jax.streams import OutputLost, guard_streams
 
 COMMANDS = {
     "pretrain": ("train a model from random weights", "CONFIG [--FIELD VALUE ...]"),
+    "finetune": ("train a model further", "CONFIG --init_from CHECKPOINT [--FIELD VALUE ...]"),
     "sample": ("continue prompts", "CHECKPOINT --prompt TEXT [--FIELD VALUE ...]"),
     "chat": ("talk with an instruction-tuned model", "CHECKPOINT [--FIELD VALUE ...]"),
     "convert": ("weights into another form", "SOURCE DESTINATION --format huggingface|flax|run"),

@@ -64,6 +64,11 @@ class RunRecord:
     """By path of each file of orbax: its size in bytes and the CRC-32 of its first CHECKED_BYTES."""
     quantization: str = ""
     """The kind of the weights, as `weights.Quantization.parse` reads it; empty if they are dense."""
+    base: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """For a run that trains adapters: the checkpoint below them, what identifies its weights, the adapters'
+    scale, and the ids of the tokens whose embedding they train."""
+    end_tokens: tuple[int, ...] = ()
+    """The ids that end an answer, where training has taught the model some."""
     format: int = FORMAT
 
 

@@ -1,12 +1,12 @@
 """`gemma pretrain CONFIG`: trains a model from random weights, or resumes a run."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from gemma_jax.config import PretrainConfig, read_command, replace, validate
 from gemma_jax.errors import UserError
-from gemma_jax.training.run_directory import as_existing, load_config
+from gemma_jax.training.run_directory import Config, as_existing, load_config
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -16,7 +16,30 @@ if TYPE_CHECKING:
 
 def run(arguments: Sequence[str], prog: str) -> int:
     """Train to the config's last step. Returns status 75 if a signal stopped the run before it."""
-    _, config = read_command(arguments, prog, "CONFIG", PretrainConfig(), load=_load, validate=validate)
+    return train(arguments, prog, PretrainConfig(), choose)
+
+
+def train(
+    arguments: Sequence[str],
+    prog: str,
+    default: Config,
+    choose: "Callable[[Config, Mesh], Task]",
+    complete: Callable[[Config], Config] = lambda config: config,
+) -> int:
+    """Runs a command that trains.
+
+    Args:
+      arguments, prog: As for `run`.
+      default: The config whose fields are the options.
+      choose: As for `run_training`.
+      complete: Returns the config with what does not stand in it, before the run directory is looked at.
+    """
+
+    def load(name: str) -> Config:
+        config, experiment = load_config(name, type(default))
+        return replace(config, {"run_dir": config.run_dir or f"runs/{experiment}"})
+
+    _, config = read_command(arguments, prog, "CONFIG", default, load=load, validate=validate)
     if not config.run_dir:
         raise UserError("run_dir is empty; name the directory of the run.")
 
@@ -27,17 +50,12 @@ def run(arguments: Sequence[str], prog: str) -> int:
     with EndSignals():
         for source in config.data.sources:
             check_source(source)
-        config = as_existing(config)
+        config = as_existing(complete(config))
 
         # This imports jax, so it comes after all checks that do not need jax.
         from gemma_jax.training.run import run_training
 
         return run_training(config, choose, started)
-
-
-def _load(name: str) -> PretrainConfig:
-    config, experiment = load_config(name, PretrainConfig)
-    return replace(config, {"run_dir": config.run_dir or f"runs/{experiment}"})
 
 
 def choose(config: PretrainConfig, mesh: "Mesh") -> "Task":

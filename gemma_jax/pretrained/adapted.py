@@ -1,6 +1,7 @@
 """Puts adapters over the weights of a model in memory, and makes sure that these are the right weights."""
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,14 +9,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import nnx
+from jax.sharding import SingleDeviceSharding
 
-from gemma_jax.checkpoint.record import fingerprints
+from gemma_jax.checkpoint.record import DamagedCheckpoint, RunRecord, fingerprints
 from gemma_jax.errors import UserError
 from gemma_jax.model import ModelSpec
-from gemma_jax.pretrained.adapters import Adapter, stacked
+from gemma_jax.pretrained.adapters import Adapter, Pair, stacked
 from gemma_jax.sharding import Arrays, named_arrays, with_arrays
-from gemma_jax.weights import EMBEDDING, NO_CONTEXT, TRAINED, Adapters, parameter_table
+from gemma_jax.weights import EMBEDDING, NO_CONTEXT, TRAINED, Adapters, Dense, parameter_table
 
 
 def base_spec(spec: ModelSpec) -> ModelSpec:
@@ -23,13 +26,20 @@ def base_spec(spec: ModelSpec) -> ModelSpec:
     return dataclasses.replace(spec, kind=spec.kind.base) if isinstance(spec.kind, Adapters) else spec
 
 
-def base_identity(spec: ModelSpec, base: nnx.State) -> dict[str, Any]:
-    """Returns what identifies the weights below an adapter, as JSON. It is the same on any mesh.
+def base_identity(spec: ModelSpec, params: nnx.State) -> dict[str, Any]:
+    """Returns what identifies the weights below adapters, as JSON. It is the same on any mesh.
 
     `weights` covers every array, as it is in memory: its value depends on the dtype and the quantization,
-    which are returned, too. `norms` covers the scales of the norms in bfloat16, which no quantization changes.
+    which are returned, too. `norms` covers the scales of the norms in bfloat16, which quantization leaves.
+
+    Args:
+      spec: The spec of the model with or without adapters.
+      params: The parameters. Arrays of adapters are left out.
     """
-    arrays = named_arrays(base)
+    below = base_spec(spec)
+    wanted = named_arrays(below.params)
+    arrays = {name.replace(".base", "", 1): x for name, x in named_arrays(params).items()}
+    arrays = {name: x for name, x in arrays.items() if name in wanted}
     norms = {name: x.astype(jnp.bfloat16) for name, x in arrays.items() if name.endswith("_norm")}
 
     def digest(arrays: Arrays) -> str:
@@ -37,26 +47,58 @@ def base_identity(spec: ModelSpec, base: nnx.State) -> dict[str, Any]:
         return hashlib.sha256(repr(prints).encode()).hexdigest()[:32]
 
     about = {"weights": digest(arrays), "norms": digest(norms), "dtype": spec.compute.param_dtype}
-    return about | {"kind": "dense" if callable(getattr(spec.kind, "pack", None)) else str(spec.kind)}
+    return about | {"kind": "dense" if below.kind is Dense else str(below.kind)}
 
 
-def check_base(identity: Mapping[str, Any], adapter: Adapter) -> None:
-    """Checks that an adapter was trained on these weights, as far as its files say on which.
+def is_same_base(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two identities can be those of the same weights. What is unknown is not compared."""
+    same_form = all(one.get(name) == other.get(name) for name in ("dtype", "kind"))
+    compared = [
+        name for name in ("norms", "weights" if same_form else "norms") if name in one and name in other
+    ]
+    return all(one[name] == other[name] for name in compared)
+
+
+def run_adapter(folder: epath.Path, record: RunRecord, name: str) -> Adapter:
+    """Reads the adapter that a run has trained.
+
+    Args:
+      folder: The checkpoint of one step.
+      record: Its record, whose `base` says what is below the adapter.
+      name: What the user calls it.
 
     Raises:
-      UserError: It was trained on others, or they have changed since.
+      UserError: The checkpoint is damaged, or its base is not described.
     """
-    known = adapter.identity
-    same_form = all(known.get(name) == identity[name] for name in ("dtype", "kind"))
-    for name in ("norms", "weights") if same_form else ("norms",):
-        if known.get(name, identity[name]) != identity[name]:
-            raise UserError(
-                f"{adapter.name} was trained on {adapter.base or 'other weights'}, and the weights given here are "
-                "others, or they have changed since; give the checkpoint that it was trained on."
+    from gemma_jax.checkpoint.restore import load_arrays  # late: importing orbax takes a second
+
+    here = SingleDeviceSharding(jax.local_devices()[0])
+    abstract = {
+        name: jax.ShapeDtypeStruct(x.shape, np.dtype(x.dtype), sharding=here)
+        for name, x in record.arrays["params"].items()
+    }
+    arrays = {
+        name: np.asarray(x) for name, x in load_arrays(folder, {"params": abstract}, record)["params"].items()
+    }
+    try:
+        base, scale = str(record.base["name"]), float(record.base["scale"])
+        identity, ids = dict(record.base["identity"]), list(record.base["rows"])
+        rows = dict(zip(ids, arrays.get(f"{EMBEDDING}.rows", np.zeros((1, 0)))[0], strict=True))
+        pairs = {
+            (parameter, layer): Pair(a[0], b[0], scale)
+            for parameter in (name.removesuffix(".a") for name in arrays if name.endswith(".a"))
+            for layer, (a, b) in enumerate(
+                zip(arrays[f"{parameter}.a"], arrays[f"{parameter}.b"], strict=True)
             )
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedCheckpoint(folder, f"its record does not describe its adapter ({error})") from error
+    return Adapter(name, pairs, rows, base, identity)
 
 
-def with_adapters(spec: ModelSpec, base: nnx.State, adapters: Sequence[Adapter]) -> tuple[ModelSpec, nnx.State]:
+def with_adapters(
+    spec: ModelSpec, base: nnx.State, adapters: Sequence[Adapter]
+) -> tuple[ModelSpec, nnx.State]:
     """Puts adapters over a model, to be chosen by `Context.adapters`; returns the new spec and parameters.
 
     Raises:
@@ -64,8 +106,11 @@ def with_adapters(spec: ModelSpec, base: nnx.State, adapters: Sequence[Adapter])
     """
     identity = base_identity(spec, base) if any(adapter.identity for adapter in adapters) else {}
     for adapter in adapters:
-        if adapter.identity:
-            check_base(identity, adapter)
+        if not is_same_base(adapter.identity, identity):
+            raise UserError(
+                f"{adapter.name} was trained on {adapter.base}, and these weights are others or have changed "
+                "since; give the checkpoint that it was trained on."
+            )
     rank, targets, ids, arrays = stacked(adapters, spec.config)
     kind = Adapters(rank, count=len(adapters), targets=targets, base=spec.kind, rows=ids)
     spec = dataclasses.replace(spec, kind=kind)
@@ -86,7 +131,8 @@ def begin_adapters(spec: ModelSpec, base: nnx.State, seed: int, start: Adapter |
     assert isinstance(kind, Adapters)
     names = [name for name in named_arrays(spec.params) if name.rpartition(".")[2] in TRAINED]
     if start is None:
-        arrays = {name: np.asarray(x) for name, x in jax.jit(lambda key: spec.create(key, names))(jax.random.key(seed)).items()}
+        create = jax.jit(functools.partial(spec.create, names=names))
+        arrays = {name: np.asarray(x) for name, x in create(jax.random.key(seed)).items()}
         if kind.rows:
             arrays[f"{EMBEDDING}.rows"] = _embeddings(spec, base, kind.rows)[None]
     else:
@@ -98,7 +144,8 @@ def begin_adapters(spec: ModelSpec, base: nnx.State, seed: int, start: Adapter |
         for name, value in has.items():
             if value != asked[name] or len(scales) > 1:
                 raise UserError(
-                    f"{start.name} has the {name} {value}, and lora asks for {asked[name]}; set lora as it was there."
+                    f"{start.name} has the {name} {value}, and lora asks for {asked[name]}; "
+                    "set lora as it was there."
                 )
         arrays = {name: x / kind.scale if name.endswith(".b") else x for name, x in arrays.items()}
         if ids:
@@ -110,7 +157,7 @@ def begin_adapters(spec: ModelSpec, base: nnx.State, seed: int, start: Adapter |
 
 
 def over_base(spec: ModelSpec, base: nnx.State, arrays: Mapping[str, Any]) -> nnx.State:
-    """Returns the parameters of a model with adapters: those of the base, and the adapters' arrays by name."""
+    """Returns the parameters of a model with adapters: those of the base, and `arrays` by name."""
     kind, table = spec.kind, parameter_table(spec.config)
     assert isinstance(kind, Adapters)
     abstract = named_arrays(spec.params)
@@ -126,6 +173,8 @@ def _embeddings(spec: ModelSpec, base: nnx.State, ids: Sequence[int]) -> np.ndar
     below = base_spec(spec)
 
     def rows(base: nnx.State) -> jax.Array:
-        return below.merge(base).embedding.embedding_lookup(jnp.asarray(ids)[None], jnp.float32, NO_CONTEXT)[0]
+        return below.merge(base).embedding.embedding_lookup(jnp.asarray(ids)[None], jnp.float32, NO_CONTEXT)[
+            0
+        ]
 
     return np.asarray(jax.jit(rows)(base))

@@ -4,7 +4,8 @@ Shape legend: D embed, N query heads, H head dim, R rank.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -35,6 +36,8 @@ class Adapter:
     pairs: dict[tuple[str, int], Pair]  # by parameter, such as "blocks.attention.q", and layer
     rows: dict[int, np.ndarray]  # by token id, what replaces its row of the embedding: [D] float32
     base: str = ""  # the checkpoint that it was trained on, as its author called it
+    identity: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What identifies the weights of that checkpoint (`adapted.base_identity`), if its files say so."""
 
 
 def stacked(

@@ -17,13 +17,17 @@ from gemma_jax.config import TransformerConfig, from_record, preset, replace, va
 from gemma_jax.errors import UserError
 from gemma_jax.model import ModelSpec
 from gemma_jax.paths import SMALL_FILE, open_regular
+from gemma_jax.pretrained.adapted import run_adapter
+from gemma_jax.pretrained.adapters import Adapter
 from gemma_jax.pretrained.end_tokens import end_tokens
 from gemma_jax.pretrained.gguf import GGUF_FILE, GGUFWeights
 from gemma_jax.pretrained.hub import download, is_hub_name
 from gemma_jax.pretrained.huggingface import INDEX_FILE, WEIGHTS_FILE, HuggingFaceDirectory
 from gemma_jax.pretrained.layout import Weights
+from gemma_jax.pretrained.peft import CONFIG_FILE as ADAPTER_FILE
+from gemma_jax.pretrained.peft import read_peft
 from gemma_jax.pretrained.placement import place
-from gemma_jax.pretrained.published_config import CONFIG_FILE, read_config, read_object, shown
+from gemma_jax.pretrained.published_config import CONFIG_FILE, read_config, read_object
 from gemma_jax.pretrained.terms import PUBLISHED_SHAPES, has_notice
 from gemma_jax.tokenizer import Tokenizer
 from gemma_jax.weights import FINAL_NORM, Kind, kind_of
@@ -52,6 +56,10 @@ class Checkpoint:
 
     weights: Weights | None = None  # the arrays on disk; only for published forms
     quantization: str = ""  # the kind of the stored weights, as `Quantization.parse` reads it; empty: dense
+    adapter: Callable[[], Adapter] | None = None
+    """Reads the adapter that belongs over the weights, where the checkpoint is one."""
+    trained_on: str = ""  # the kind to which the weights were quantised when that adapter was trained
+    stored_ends: tuple[int, ...] = ()  # ids that end an answer, which a run or a GGUF file lists
 
     def kind(self, quantization: str = "") -> Kind:
         """Returns the kind of weights to load: as they are stored, or quantised while they are loaded.
@@ -64,7 +72,7 @@ class Checkpoint:
                 f"{self.name} is quantised already, as {self.quantization}; leave out quantization "
                 f"{quantization}, or give the original weights."
             )
-        return kind_of(quantization or self.quantization)
+        return kind_of(quantization or self.quantization or self.trained_on)
 
     def tokenizer(self) -> Tokenizer | None:
         """Load the tokenizer; returns None if the checkpoint has none.
@@ -82,8 +90,7 @@ class Checkpoint:
         Raises:
           UserError: An id is outside the vocabulary, or `pretrained.end_tokens` raises it.
         """
-        stored = self.weights.end_tokens() if isinstance(self.weights, GGUFWeights) else ()
-        ids = end_tokens(self.name, self.folder, instruction_tuned=instruction_tuned, stored=stored)
+        ids = end_tokens(self.name, self.folder, instruction_tuned=instruction_tuned, stored=self.stored_ends)
         if max(ids) >= self.config.vocab_size:
             raise UserError(
                 f"{self.folder} has {max(ids)} as eos_token_id, but its vocabulary ends at "
@@ -92,14 +99,16 @@ class Checkpoint:
         return ids
 
 
-def open_checkpoint(name: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(name: str | os.PathLike[str], *, below: str = "") -> Checkpoint:
     """Find a checkpoint and check everything that can be checked without reading its weights.
 
     Args:
       name: A run directory (which stands for its newest step), one of its steps, a Hugging Face directory, a
         published Flax directory or the one that holds it beside its tokenizer, a GGUF file or the directory
         that holds only one, a name on the Hub (google/gemma-2b-it, or with @REVISION) or on Kaggle
-        (google/gemma/flax/2b-it), or `random:PRESET` for random weights of a preset.
+        (google/gemma/flax/2b-it), or `random:PRESET` for random weights of a preset. An adapter, of a run or
+        in PEFT's files, stands for the model that it was trained on, with the adapter.
+      below: The adapter for which this is the model, which therefore must be no adapter; or empty.
 
     Raises:
       UserError: The name does not lead to a complete checkpoint of a supported Gemma.
@@ -109,31 +118,79 @@ def open_checkpoint(name: str | os.PathLike[str]) -> Checkpoint:
         return _random(name)
     folder = Path(os.path.expanduser(name))
     refuse_others(name, folder)
-    if is_published(folder):
-        return _published(name, folder)
     if not os.path.exists(folder) and is_hub_name(name):
-        return _published(name, download(name))
-    return _run(name)
+        folder = download(name)
+    if is_adapter(folder):
+        found = _below(name, read_object(folder / ADAPTER_FILE).get("base_model_name_or_path"), below)
+        return dataclasses.replace(found, name=name, adapter=lambda: read_peft(folder, found.config))
+    return _published(name, folder) if is_published(folder) else _run(name, below)
+
+
+def whole_name(name: str) -> str:
+    """Returns the name of a checkpoint as it is understood in any working directory."""
+    path = os.path.expanduser(name)
+    return os.path.realpath(path) if os.path.exists(path) else name
+
+
+def open_adapter(name: str | os.PathLike[str], config: TransformerConfig) -> Adapter:
+    """Read an adapter for a model with this config.
+
+    Args:
+      name: A run that has trained adapters, one of its steps, a PEFT directory, or a name on the Hub.
+      config: The config of the model.
+
+    Raises:
+      UserError: There is no adapter, it is damaged, or it is for another model.
+    """
+    from gemma_jax.checkpoint.restore import step_folder  # late: importing orbax takes a second
+
+    name = os.fspath(name)
+    folder = Path(os.path.expanduser(name))
+    if not os.path.exists(folder) and is_hub_name(name):
+        folder = download(name)
+    if is_adapter(folder):
+        return read_peft(folder, config)
+    step, _ = step_folder(folder)
+    record = run_record(step)
+    if not record.base:
+        raise UserError(f"{name} is a whole model, not an adapter; load it as the checkpoint.")
+    if from_record(record.config, str(step)).model != config:
+        raise UserError(f"the adapter {name} belongs to a model of another shape; give one of this model.")
+    return run_adapter(step, record, name)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a directory holds an adapter in PEFT's files and no model."""
+    model = any(os.path.lexists(folder / file) for file in (WEIGHTS_FILE, INDEX_FILE, FLAX_METADATA))
+    return os.path.lexists(folder / ADAPTER_FILE) and not model
+
+
+def _below(name: str, base: object, below: str) -> Checkpoint:
+    """Opens the checkpoint that the adapter `name` was trained on; `below` as for `open_checkpoint`."""
+    if below:
+        raise UserError(
+            f"{below} names the adapter {name} as its model; merge that one into its model first."
+        )
+    if not isinstance(base, str) or not base:
+        raise UserError(
+            f"{name} does not say which model it adapts; give the model, and this as its adapter."
+        )
+    try:
+        return open_checkpoint(base, below=name)
+    except UserError as error:
+        raise UserError(f"the adapter {name} needs the model that it was trained on: {error}") from error
 
 
 def refuse_others(name: str, path: Path) -> None:
     """Refuse a path that exists but cannot be a checkpoint.
 
     Raises:
-      UserError: The path is, for example, a single file of weights or the directory of an adapter.
+      UserError: The path is, for example, a single file of weights.
     """
     if os.path.isfile(path) and path.suffix in (".safetensors", ".json", ".model"):
         raise UserError(f"{name} is a file of a checkpoint; give the directory that holds it, {path.parent}.")
     if os.path.lexists(path) and not os.path.isdir(path) and path.suffix != GGUF:
         raise UserError(f"{name} is no directory, so it holds no checkpoint; give one that does.")
-    adapter = path / "adapter_config.json"
-    model = any(os.path.lexists(path / file) for file in (WEIGHTS_FILE, INDEX_FILE, FLAX_METADATA))
-    if os.path.lexists(adapter) and not model:
-        base = shown(read_object(adapter).get("base_model_name_or_path"))
-        raise UserError(
-            f"{name} holds an adapter (LoRA) and no model; adapters are not read yet: merge it into its base "
-            f"model, {base}, with peft's merge_and_unload, and give that directory."
-        )
 
 
 def require_tokenizer(name: str | os.PathLike[str]) -> None:
@@ -253,10 +310,11 @@ def _published(name: str, folder: Path) -> Checkpoint:
         lambda spec: place(weights, spec),
         weights,
         quantization,
+        stored_ends=weights.end_tokens() if isinstance(weights, GGUFWeights) else (),
     )
 
 
-def _run(name: str) -> Checkpoint:
+def _run(name: str, below: str) -> Checkpoint:
     from gemma_jax.checkpoint.restore import load_params, step_folder  # late: importing orbax takes a second
 
     folder, run_dir = step_folder(name)
@@ -265,6 +323,17 @@ def _run(name: str) -> Checkpoint:
     validate_model(config)
 
     tokenizer = run_dir / TOKENIZER_FILE
+    if record.base:
+        found = _below(name, record.base.get("name"), below)
+        return dataclasses.replace(
+            found,
+            name=name,
+            folder=str(run_dir),
+            tokenizer_path=str(tokenizer) if tokenizer.exists() else found.tokenizer_path,
+            adapter=lambda: open_adapter(folder, found.config),
+            trained_on=record.quantization,
+            stored_ends=(*found.end_tokens(), *record.end_tokens),
+        )
     return Checkpoint(
         name,
         str(run_dir),
@@ -274,4 +343,5 @@ def _run(name: str) -> Checkpoint:
         name if has_notice(run_dir) else "",
         lambda spec: load_params(folder, record, spec),
         quantization=record.quantization,
+        stored_ends=tuple(record.end_tokens),
     )

@@ -14,6 +14,7 @@ from gemma_jax.errors import UserError
 FILES = (
     *("config.json", "generation_config.json", "tokenizer.model", "NOTICE"),
     *("model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors"),
+    *("adapter_config.json", "adapter_model.safetensors"),
 )
 # Files not downloaded with the published Flax form, which is a folder such as 2b/ beside the tokenizer.
 NOT_FLAX = ("*.bin", "*.gguf", "*.h5", "*.msgpack", "*.safetensors")

@@ -42,8 +42,8 @@ _WITHOUT_EFFECT = (
     "lora_ga_config megatron_core peft_version qalora_group_size revision runtime_config"
 )
 # Allowed values of other keys that are not read. Of those not listed here only null and false are allowed,
-# the defaults of nearly all keys. The methods of initialisation pissa, olora, corda, loftq and lora_ga are not
-# allowed, because they change the base weights too.
+# the defaults of nearly all keys. The initialisations pissa, olora, corda, loftq and lora_ga are not allowed,
+# because they change the base weights too.
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "task_type": (None, "CAUSAL_LM"),
@@ -58,11 +58,6 @@ patterns, names = json.load(sys.stdin)
 for pattern in patterns:
     print(json.dumps([name for name in names if re.fullmatch(pattern, name)]), flush=True)
 """
-
-
-def is_peft(folder: Path) -> bool:
-    """Returns whether a folder holds an adapter of PEFT."""
-    return os.path.lexists(folder / CONFIG_FILE)
 
 
 def _modules(config: TransformerConfig) -> dict[str, tuple[str, int]]:

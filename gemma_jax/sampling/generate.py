@@ -98,7 +98,7 @@ def row_bucket(rows: int, parts: int) -> int:
 class Generator:
     """A model with its compiled prefill and decode programs."""
 
-    def __init__(self, spec: ModelSpec, params: nnx.State) -> None:
+    def __init__(self, spec: ModelSpec, params: nnx.State | None) -> None:
         self.config, self.mesh, self.params = spec.config, spec.mesh, params
         self.dtype = compute_dtype(spec.compute, spec.mesh)
 
@@ -109,6 +109,11 @@ class Generator:
         self.decode = jax.jit(with_model(decode), donate_argnums=1)
         self.insert = jax.jit(insert, donate_argnums=0)
         self.free = jax.jit(free, donate_argnums=0)
+
+    def use(self, params: nnx.State | None) -> None:
+        """Takes other parameters of the same model, for which nothing is compiled again; None frees them."""
+        self.params = params
+        self.__dict__.pop("layers", None)
 
     @functools.cached_property
     def layers(self) -> list[nnx.State] | None:

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import time
+from collections.abc import Sequence
 
 import jax
 from jax.sharding import Mesh
@@ -10,6 +11,7 @@ from jax.sharding import Mesh
 from gemma_jax.config import TrainingConfig
 from gemma_jax.data.documents import open_sources, sample_texts
 from gemma_jax.data.loader import Dataset, prepare
+from gemma_jax.data.source import Source
 from gemma_jax.data.storage import cache_error
 from gemma_jax.model import ModelSpec
 from gemma_jax.paths import LARGE_FILE, read_bytes, read_text, user_path
@@ -17,7 +19,7 @@ from gemma_jax.sharding import local_rows
 from gemma_jax.tokenizer import Tokenizer
 from gemma_jax.training.evaluation import Evaluator, mean_over
 from gemma_jax.training.metrics import say
-from gemma_jax.training.objectives import held_out_loss
+from gemma_jax.training.objectives import Objective, held_out_loss
 
 _SECONDS_BETWEEN_LINES = 5
 
@@ -73,8 +75,12 @@ class _Progress:
             say(f"tokenising: {self._bytes / 1e6:,.0f} of {total / 1e6:,.0f} MB, {speed:,.0f} tokens/s")
 
 
-def prepare_corpus(config: TrainingConfig, tokenizer: Tokenizer) -> Dataset:
+def prepare_corpus(
+    config: TrainingConfig, tokenizer: Tokenizer, sources: Sequence[Source] | None = None
+) -> Dataset:
     """Returns the rows of a config's corpus. All processes of the job share the work of tokenising it.
+
+    Sources of examples replace those that data.sources names.
 
     Raises:
       UserError: For the same reasons as in `prepare`.
@@ -84,6 +90,7 @@ def prepare_corpus(config: TrainingConfig, tokenizer: Tokenizer) -> Dataset:
         tokenizer,
         config.seed,
         _Progress(),
+        sources=sources,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
@@ -93,19 +100,25 @@ def prepare_corpus(config: TrainingConfig, tokenizer: Tokenizer) -> Dataset:
     return dataset
 
 
-def held_out_evaluators(
-    config: TrainingConfig, mesh: Mesh, dataset: Dataset, tokenizer: Tokenizer
+def evaluator_of(
+    objective: Objective, config: TrainingConfig, model: ModelSpec, dataset: Dataset
 ) -> list[Evaluator]:
-    """Returns the evaluator of the held-out documents, in nats per token and bits per byte.
+    """Returns the evaluator of an objective on what is held out.
 
-    The list is empty if no documents are held out or evaluation is off.
+    The list is empty if nothing is held out or evaluation is off.
     """
     every, size = config.evaluation.every, config.data.batch_size
     if not dataset.held_out.num_rows or not every:
         return []
-    model = ModelSpec(config.model, config.compute, mesh)
     batches = functools.partial(
-        dataset.held_out.batches, size, config.evaluation.rows, local_rows(size, mesh)
+        dataset.held_out.batches, size, config.evaluation.rows, local_rows(size, model.mesh)
     )
-    measure = mean_over(model, held_out_loss(tokenizer.piece_bytes()), batches, size)
-    return [Evaluator("held_out", every, measure)]
+    return [Evaluator("held_out", every, mean_over(model, objective, batches, size))]
+
+
+def held_out_evaluators(
+    config: TrainingConfig, mesh: Mesh, dataset: Dataset, tokenizer: Tokenizer
+) -> list[Evaluator]:
+    """Returns the evaluator of the held-out documents, in nats per token and bits per byte, if there are any."""
+    model = ModelSpec(config.model, config.compute, mesh)
+    return evaluator_of(held_out_loss(tokenizer.piece_bytes()), config, model, dataset)

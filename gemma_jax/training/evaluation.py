@@ -25,6 +25,8 @@ class Evaluator:
     every: int
     measure: Callable[[nnx.State, StopRequested], Numbers | None]
     """Returns named numbers for the log, or None if a stop was requested before the measurement ended."""
+    texts: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Texts for the log, by title, that `measure` may leave here."""
 
 
 def mean_over(

@@ -122,7 +122,7 @@ def answers(config: FinetuneConfig, positions: int) -> Objective:
 
 
 def held_out_answers(config: FinetuneConfig, positions: int) -> Objective:
-    """Returns the objective for held-out examples: nats per trained token, and the share of them that is likeliest."""
+    """Returns the objective for held-out examples: nats a trained token, and how many were the likeliest."""
 
     def objective(model: Transformer, batch: Batch, context: Context) -> Sums:
         scores, trained = _scores(model, batch, context, positions)

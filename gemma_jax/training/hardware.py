@@ -46,19 +46,22 @@ def peak_flops(devices: Iterable[jax.Device]) -> float | None:
     return total
 
 
-def training_flops_a_token(model: TransformerConfig, sequence_length: int) -> float:
+def training_flops_a_token(model: TransformerConfig, sequence_length: int, *, frozen: bool = False) -> float:
     """Returns the floating-point operations that one token needs, forward and backward.
 
     Each weight of a matmul counts two operations forward and four backward. The matmuls of attention count
     half, because of the causal mask (PaLM, 2022, appendix B, counts them in full). The tied embedding counts
     once, for the logits, because an embedding lookup is not a matmul. Recomputed activations, norms and
     padding rows of the vocabulary do not count: this is what the model requires, not what a program executes.
+    A frozen weight counts two operations backward, and the adapters over it none.
     """
     heads = 2 * model.num_heads + 2 * model.num_kv_heads  # q and o, k and v
     weights = model.embed_dim * (heads * model.head_dim + 3 * model.hidden_dim)
     # A token attends to sequence_length / 2 tokens on average: one matmul for the scores, one for the values.
     attention = 2 * model.num_heads * model.head_dim * sequence_length / 2
-    return 6.0 * (model.num_layers * (weights + attention) + model.vocab_size * model.embed_dim)
+    return (4.0 if frozen else 6.0) * (
+        model.num_layers * (weights + attention) + model.vocab_size * model.embed_dim
+    )
 
 
 def peak_memory() -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from gemma_jax.checkpoint.record import RunRecord
+from gemma_jax.checkpoint.record import RunRecord, fingerprints
 from gemma_jax.checkpoint.store import CheckpointStore
 from gemma_jax.config import TrainingConfig, to_dict
 from gemma_jax.data.loader import BatchIterator
@@ -18,8 +18,9 @@ from gemma_jax.sharding import put_batch
 from gemma_jax.streams import progress
 from gemma_jax.training.evaluation import Evaluator, Numbers, StopRequested
 from gemma_jax.training.goodput import Goodput
-from gemma_jax.training.hardware import peak_flops, peak_memory, training_flops_a_token
+from gemma_jax.training.hardware import peak_flops, peak_memory
 from gemma_jax.training.metrics import RunLog
+from gemma_jax.training.patience import Patience
 from gemma_jax.training.profile import Profiler
 from gemma_jax.training.stability import RollBack, Stability
 from gemma_jax.training.state import TrainState
@@ -28,6 +29,9 @@ from gemma_jax.training.step import Metrics, TrainStep
 # Called with (step, index of its batch's first row, parameters before the step). Prints the batch and returns
 # a short text that names the gradients that are not finite. The optimizer state is freed first, to make room.
 ShowFailure = Callable[[int, int, Any], str]
+
+EMPTY_RECORD = RunRecord(step=0, rows_seen=0, config={})
+STEPS_TO_CHANGE = 3  # adapters that are the same after so many steps are not trained
 
 # Speed and time left are means over this many steps: enough to be steady, few enough to show a slowdown.
 _LATEST_STEPS = 50
@@ -48,6 +52,10 @@ class RunServices:
     evaluators: Sequence[Evaluator] = ()
     evaluated: Mapping[str, Numbers] = dataclasses.field(default_factory=dict)
     """The numbers already measured at the step where the loop begins, by evaluator name."""
+    record: RunRecord = EMPTY_RECORD
+    """What the records of all checkpoints have in common."""
+    patience: Patience = dataclasses.field(default_factory=lambda: Patience(0, ""))
+    flops_a_token: float = 0.0
     show_failure: ShowFailure = lambda step, first_row, params: ""
     """Called when a step that is not finite ends the run, before the error is raised."""
     stop_requested: StopRequested = lambda: False
@@ -83,6 +91,9 @@ class Trainer:
         self.state, self.step, self.stopped = state, int(state.step), False
         self.profiler = Profiler(self.config)
         self.reader = StepReader(self.config, self.mesh, self.step, self.batches, self.services)
+        # Full training changes at once; adapters may have been left out of the model by mistake.
+        adapters = not self.step and jax.tree.leaves(state.frozen)
+        self.before = fingerprints(state.trainable) if adapters else None
         try:
             self.evaluate_first()
             progress("compiling the training step")
@@ -129,6 +140,8 @@ class Trainer:
         self.stopped = services.stop_requested() and not last
         evaluators = [e for e in services.evaluators if self.due(e.every) and not self.stopped]
         saving = self.due(self.config.checkpoint.every)
+        if self.step == STEPS_TO_CHANGE and self.before is not None:
+            self.check_change()
         if self.profiler.ends(self.step):
             self.reader.read()
             self.profiler.stop()
@@ -137,9 +150,20 @@ class Trainer:
             return
         self.reader.read()
         evaluated = self.evaluate(evaluators, (lambda: False) if last else services.stop_requested)
+        if services.patience.is_over(evaluated):
+            self.stopped = True
+            services.log.message(f"{services.patience}; the run ends at step {self.step}")
         if saving or self.stopped:
             self.save(evaluated)
         self.reader.clock.pause()
+
+    def check_change(self) -> None:
+        """Warn if the adapters have not changed since the run began."""
+        before, now = jax.device_get((self.before, fingerprints(self.state.trainable)))
+        if jax.tree.leaves(before) == jax.tree.leaves(now):
+            self.services.log.message(
+                f"the adapters have not changed in {self.step} steps; check the learning rate and the data"
+            )
 
     def evaluate(self, evaluators: Sequence[Evaluator], stop_requested: StopRequested) -> dict[str, Numbers]:
         """Runs evaluators until a stop is requested; returns the numbers of those that finished."""
@@ -150,19 +174,22 @@ class Trainer:
             if numbers is None:
                 self.stopped = True
                 break
-            self.services.log.evaluation({"step": self.step, **numbers})
+            if numbers:
+                self.services.log.evaluation({"step": self.step, **numbers})
+            self.services.log.texts(self.step, evaluator.texts)
             evaluated[evaluator.name] = numbers
         return evaluated
 
     def save(self, evaluated: dict[str, Numbers]) -> None:
         """Start writing a checkpoint of this step."""
         stability = self.services.stability
-        record = RunRecord(
+        record = dataclasses.replace(
+            self.services.record,
             step=self.step,
             rows_seen=stability.first_row(self.step, self.config.data.batch_size),
             config=to_dict(self.config),
             evaluations=evaluated,
-            history=stability.record(),
+            history=stability.record() | self.services.patience.record(),
         )
         self.services.store.save(record, self.state.parts)
         self.services.goodput.record("saving")
@@ -198,7 +225,6 @@ class StepReader:
     ) -> None:
         self.clock = Clock()
         self._config, self._batches, self._services = config, batches, services
-        self._flops_a_token = training_flops_a_token(config.model, config.data.sequence_length)
         self._peak = peak_flops(mesh.devices.flat)
         self._pending: tuple[int, Metrics] | None = None
         self._written, self._waited = start, 0.0  # step and data-wait seconds at the last line of the log
@@ -257,12 +283,12 @@ class StepReader:
             **numbers,
             "tokens": step * config.data.batch_size * config.data.sequence_length,
             "tokens_per_second": speed,
-            "flops_per_second": speed * self._flops_a_token,
+            "flops_per_second": speed * services.flops_a_token,
             "input_wait_seconds": wait,
             "input_wait_share": wait / seconds if seconds else 0.0,
         }
         if self._peak is not None:
-            entry["flops_utilisation"] = speed * self._flops_a_token / self._peak
+            entry["flops_utilisation"] = speed * services.flops_a_token / self._peak
         if step % config.logging.every == 0 or step in (1, config.steps):
             entry |= {"peak_memory_bytes": peak_memory(), **services.goodput.entry()}
             self._written, self._waited = step, self._batches.wait_seconds

@@ -127,6 +127,13 @@ class RunLog:
         """Print one line to the console."""
         self.console.print(text, markup=False, soft_wrap=not self.console.is_terminal)
 
+    def texts(self, step: int, texts: Mapping[str, str]) -> None:
+        """Print texts of a step, by title, and pass them on."""
+        for title, text in texts.items():
+            self.message(f"step {step}  {title} -> {text}")
+        for sink in self._sinks if texts else ():
+            sink.write_texts(step, texts)
+
     def training(self, entry: Entry, seconds_left: float) -> None:
         """Report the numbers of a training step.
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from gemma_jax.checkpoint.folders import saved_steps
-from gemma_jax.checkpoint.record import run_record
+from gemma_jax.checkpoint.record import RunRecord, run_record
 from gemma_jax.checkpoint.restore import load_arrays, step_folder
 from gemma_jax.checkpoint.store import CheckpointStore
 from gemma_jax.config import (
@@ -32,9 +32,11 @@ from gemma_jax.tokenizer import Tokenizer
 from gemma_jax.training import interruption, run_directory
 from gemma_jax.training.evaluation import Evaluator
 from gemma_jax.training.goodput import Goodput
-from gemma_jax.training.loop import RunServices, Trainer
+from gemma_jax.training.hardware import training_flops_a_token
+from gemma_jax.training.loop import EMPTY_RECORD, RunServices, Trainer
 from gemma_jax.training.metrics import RunLog, plot_losses, read_metrics, say
 from gemma_jax.training.objectives import Recipe
+from gemma_jax.training.patience import Patience
 from gemma_jax.training.sinks import check_sinks, open_sinks
 from gemma_jax.training.stability import Gap, RollBack, Stability
 from gemma_jax.training.state import TrainState, abstract_train_state, create_train_state
@@ -56,6 +58,11 @@ class Task:
     takes only the frozen parameters from it, because no checkpoint of a run contains them."""
     show_failure: Callable[["Task", RunLog, int, int, nnx.State], str] = lambda *failure: ""
     """Describes the batch of a step that is not finite: a `loop.ShowFailure` that also takes task and log."""
+    record: RunRecord = EMPTY_RECORD
+    """What the records of all checkpoints have in common."""
+    base: Callable[[nnx.State, Mapping[str, Any]], dict[str, Any]] = lambda frozen, before: {}
+    """Returns `RunRecord.base`, given the frozen parameters, and that of the checkpoint that a run resumes from,
+    for which it raises UserError if the frozen parameters are others."""
 
 
 def run_training(config: Config, choose: Callable[[Config, Mesh], Task], started: float) -> int:
@@ -144,13 +151,13 @@ class _Run:
                     self.started = time.monotonic()
         if state is None:
             return 0
-        if int(state.step) < self.config.steps:
+        if int(state.step) < self.config.steps and not self.patience.spent:
             say(f"stopped at step {int(state.step)}, which is saved; the same command resumes from there")
             return RESTART_STATUS
         if jax.process_index() == 0:
             curve = self.run_dir / "loss.png"
             plot_losses({self.run_dir.name: read_metrics(self.run_dir)}, curve)
-            say(f"done: {self.config.steps} steps; the loss curve is in {curve}")
+            say(f"done: {int(state.step)} steps; the loss curve is in {curve}")
         return 0
 
     def _open_store(self) -> CheckpointStore:
@@ -174,8 +181,12 @@ class _Run:
           RollBack: The run must go back to an earlier checkpoint; this is already logged.
         """
         config, size = self.config, self.config.data.batch_size
-        state, stability, evaluated = self._begin(store)
+        state, stability, record = self._begin(store)
         start = int(state.step)
+        self.patience = Patience.of(config, record.history)
+        if self.patience.spent:
+            say(f"{self.run_dir} is complete: {self.patience}; raise --evaluation.patience to go on")
+            return None
         if start >= config.steps:
             say(f"{self.run_dir} is complete: {start} of {config.steps} steps are done; raise --steps")
             return None
@@ -193,7 +204,12 @@ class _Run:
                 stability,
                 goodput,
                 self.task.evaluators,
-                evaluated,
+                record.evaluations,
+                dataclasses.replace(self.task.record, base=self.task.base(state.frozen, record.base)),
+                self.patience,
+                training_flops_a_token(
+                    config.model, config.data.sequence_length, frozen=bool(jax.tree.leaves(state.frozen))
+                ),
                 functools.partial(self.task.show_failure, self.task, log),
                 self.stop.requested,
             )
@@ -209,8 +225,8 @@ class _Run:
         finally:
             log.close()
 
-    def _begin(self, store: CheckpointStore) -> tuple[TrainState, Stability, dict[str, Any]]:
-        """Returns what the run starts from: state, history of losses, and evaluations at that step."""
+    def _begin(self, store: CheckpointStore) -> tuple[TrainState, Stability, RunRecord]:
+        """Returns what the run starts from: state, history of losses, and the record of that checkpoint."""
         restored = store.restore(self.abstract.parts)
         if restored is None and (fork := self.config.fork_from):
             # A copy becomes the new run's first checkpoint, so that it no longer depends on the old run.
@@ -221,7 +237,7 @@ class _Run:
             say(f"forked from {fork}; the run has a copy of that checkpoint")
         recipe, stability = self.task.recipe, self.config.stability
         if restored is None:
-            return create_train_state(recipe, self.task.initial()), Stability(stability), {}
+            return create_train_state(recipe, self.task.initial()), Stability(stability), self.task.record
         parts, record = restored
         # config.json may have been edited or damaged since; the record has a digest that would reveal it.
         run_directory.check_same(from_record(record.config, "the record"), self.config, str(self.run_dir))
@@ -231,7 +247,7 @@ class _Run:
             frozen, _ = recipe.split(recipe.model.init(self.config.seed) if params is None else params)
         step = jax.device_put(jax.numpy.int32(record.step), self.abstract.step.sharding)
         state = TrainState(step, frozen, parts["params"], parts["opt_state"])
-        return state, Stability.from_record(stability, record.history), record.evaluations
+        return state, Stability.from_record(stability, record.history), record
 
     def _announce(self, log: RunLog, state: TrainState) -> None:
         start, steps, devices = int(state.step), self.config.steps, self.mesh.devices

@@ -34,7 +34,7 @@ OF_A_RUN = (
 # Settings that may differ when a run is resumed: where and how fast it runs, not what it computes.
 MAY_CHANGE = (
     *("run_dir", "steps", "existing_run", "profile", "compute", "mesh", "hosts", "stability", "checkpoint"),
-    *("evaluation", "logging", "data.cache_dir"),
+    *("evaluation", "logging", "data.cache_dir", "init_from"),
 )
 
 # Settings that a fork must keep: they decide the names, shapes and meaning of the arrays, and how many rows a

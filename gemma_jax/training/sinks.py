@@ -2,6 +2,7 @@
 
 import importlib
 import uuid
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -21,6 +22,9 @@ class Sink(Protocol):
 
     def write(self, entry: Entry) -> None:
         """Write the numbers of a step. The entry includes `step`."""
+
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        """Write texts of a step, by title."""
 
     def close(self) -> None:
         """Write out what is held back."""
@@ -47,6 +51,11 @@ class TensorBoard:
         for name, value in _numbers(entry).items():
             self._writer.add_scalar(name, value, entry["step"], entry["time"])
 
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        """Write each text under its title."""
+        for title, text in texts.items():
+            self._writer.add_text(title, text, step)
+
     def close(self) -> None:
         """Write out what is held back."""
         self._writer.close()
@@ -71,6 +80,10 @@ class WeightsAndBiases:
     def write(self, entry: Entry) -> None:
         """Write all numbers of a step at once."""
         self._run.log(_numbers(entry), step=entry["step"])
+
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        """Write each text under its title."""
+        self._run.log(dict(texts), step=step)
 
     def close(self) -> None:
         """Send buffered entries and finish."""
