@@ -7,6 +7,7 @@ shard NNNNN of the corpus has these files for each split:
   vocabularies over 65,536). The ids of a document are followed by eos.
 - `NNNNN.SPLIT.lengths.npy`: the lengths of the examples in tokens (int64).
 - `NNNNN.SPLIT.weights`, if the source has loss weights: the weight of each id, one byte, in hundredths.
+- `NNNNN.SPLIT.trained.npy`, likewise: the number of ids of each example with a weight above 0 (int64).
 
 `NNNNN.json` is written last. It holds the sizes, a digest of each corpus file's examples, a CRC-32 of each
 cache file, and a digest of this metadata. A shard that has no such file, or files of other sizes, is written
@@ -54,11 +55,16 @@ class CachedShard:
     dtype: np.dtype[Any]
     sizes: dict[Split, SplitSize] = dataclasses.field(default_factory=dict, hash=False)
     skipped: int = 0
+    """The number of records that could not be read."""
+    dropped: int = 0
+    """The number of records that are left out because they are longer than a row."""
+    shortened: int = 0
+    """The number of examples that were cut because they are longer than a row."""
     digests: tuple[str, ...] = dataclasses.field(default=(), hash=False)
     """For each corpus file in the shard, in order, a digest of its documents."""
     weighted: bool = False
     checksums: dict[Split, list[int]] = dataclasses.field(default_factory=dict, hash=False)
-    """For each split, the CRC-32 of its ids, of its weights and of its lengths."""
+    """For each split, the CRC-32 of its ids, of its weights, of its lengths and, if any, of `trained`."""
 
     def path(self, split: Split, ending: str) -> epath.Path:
         return self.directory / f"{self.number:05d}.{split}.{ending}"
@@ -73,13 +79,21 @@ class CachedShard:
 
     def lengths(self, split: Split) -> NDArray[np.int64]:
         """int64 [documents]: the number of tokens of each document, eos included."""
-        file = ArrayFile(self.path(split, "lengths.npy"))
+        return self._counts(split, "lengths.npy")
+
+    def trained(self, split: Split) -> NDArray[np.int64]:
+        """int64 [examples]: the number of tokens of each example that have a weight above 0."""
+        return self._counts(split, "trained.npy") if self.weighted else self.lengths(split)
+
+    def _counts(self, split: Split, ending: str) -> NDArray[np.int64]:
+        file = ArrayFile(self.path(split, ending))
         return file.read(0, len(file))
 
     def is_as_written(self, split: Split) -> bool:
         """Whether the CRCs of a split's files match those recorded at writing. Reads the files."""
         size = self.sizes[split].tokens
-        checksums = [0, 0, zlib.crc32(self.lengths(split).tobytes())]
+        counts = [self.lengths(split), self.trained(split)][: 1 + self.weighted]
+        checksums = [0, 0, *(zlib.crc32(each.tobytes()) for each in counts)]
         for i, file in enumerate((self.tokens(split), self.weights(split))):
             for start in range(0, 0 if file is None else size, _CHECKED_TOKENS):
                 assert file is not None
@@ -99,14 +113,15 @@ def open_shard(directory: epath.Path, number: int, dtype: np.dtype[Any]) -> Cach
         if metadata.pop("digest") != hash_of(metadata):
             return None
         sizes = {split: SplitSize(**metadata[split]) for split in SPLITS}
-        of_shard = int(metadata["skipped"]), tuple(metadata["digests"]), bool(metadata["weighted"])
-        shard = CachedShard(directory, number, dtype, sizes, *of_shard, metadata["checksums"])
+        skipped, dropped, shortened = (int(metadata[kind]) for kind in ("skipped", "dropped", "shortened"))
+        of_shard = tuple(metadata["digests"]), bool(metadata["weighted"]), metadata["checksums"]
+        shard = CachedShard(directory, number, dtype, sizes, skipped, dropped, shortened, *of_shard)
         for split, size in sizes.items():
             if shard.path(split, "ids").stat().length != size.tokens * dtype.itemsize:
                 return None
             if shard.weighted and shard.path(split, "weights").stat().length != size.tokens:
                 return None
-            if shard.lengths(split).shape != (size.documents,):
+            if not shard.lengths(split).shape == shard.trained(split).shape == (size.documents,):
                 return None
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

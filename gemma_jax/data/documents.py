@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from gemma_jax.config.sections import DataConfig
 from gemma_jax.data.files import GLOB_CHARACTERS, matching_files
+from gemma_jax.data.huggingface_source import HuggingFaceDataset, find_dataset
 from gemma_jax.data.parquet_source import Parquet
 from gemma_jax.data.record_source import TextRecords, TokenRecords, find_builder, open_tfds
 from gemma_jax.data.source import LongText, Records, Source, Text, is_held_out
@@ -29,17 +30,20 @@ def open_sources(data: DataConfig) -> list[Source]:
     ]
 
 
-def open_source(spec: str, *, text_field: str, bad_records: str) -> Source:
+def open_source(spec: str, *, text_field: str, bad_records: str, all_fields: bool = False) -> Records:
     """Opens a corpus without reading its documents.
 
     Args:
       spec: One of: `python-stdlib`; `tfds:NAME[/config][:version]`; a directory that TFDS prepared;
         `tokens:uint16:PATH` or `tokens:uint32:PATH`, ArrayRecord files in which each record holds the token
-        ids of one document as raw little-endian integers; or the path or glob (`**` included), local or in a
-        bucket, of JSON lines (.jsonl, .ndjson, .json), of .parquet files, of .array_record files of text, or
-        of text files with one document each. JSON lines and text may be compressed (.gz, .bz2, .zst).
+        ids of one document as raw little-endian integers; `hf:NAME`, `hf:NAME:SPLIT` or
+        `hf:NAME:CONFIG:SPLIT` of the datasets package; or the path or glob (`**` included), local or in a
+        bucket, of JSON lines (.jsonl, .ndjson, .json; a .json file may be an array), of .parquet files, of
+        .array_record files of text, or of text files with one document each. JSON and text may be compressed
+        (.gz, .bz2, .zst).
       text_field: The field or column that holds the text.
       bad_records: What happens at a record without readable text: "error" raises, "skip" leaves it out.
+      all_fields: Whether `Records.convert` will read the corpus: records may be without `text_field`.
 
     Raises:
       UserError: The corpus is unknown, or nothing matches it.
@@ -47,7 +51,9 @@ def open_source(spec: str, *, text_field: str, bad_records: str) -> Source:
     if spec == "python-stdlib":
         return PythonStdlib(spec)
     if spec.startswith("tfds:") or _is_tfds_directory(spec):
-        return open_tfds(spec, text_field, bad_records)
+        return open_tfds(spec, text_field, bad_records, all_fields=all_fields)
+    if spec.startswith("hf:"):
+        return HuggingFaceDataset(spec, text_field, bad_records)
     if spec.startswith("tokens:"):
         dtype, path = _parse_tokens(spec)
         return TokenRecords(spec, matching_files(spec, path), dtype, bad_records)
@@ -56,13 +62,15 @@ def open_source(spec: str, *, text_field: str, bad_records: str) -> Source:
     if len(kinds) > 1:
         raise UserError(f"{spec} matches {' and '.join(sorted(kinds))}; name each kind as its own source.")
     _, opened_as = _KINDS[kinds.pop()]
-    return opened_as(spec, files, text_field, bad_records)
+    return opened_as(spec, files, text_field, bad_records, all_fields=all_fields)
 
 
 def check_source(spec: str) -> None:
     """Raises UserError if a corpus is unknown or no file matches it. Lists file names; reads no documents."""
     if spec.startswith("tfds:"):
         find_builder(spec)
+    elif spec.startswith("hf:"):
+        find_dataset(spec)
     elif spec != "python-stdlib" and not _is_tfds_directory(spec):
         matching_files(spec, _parse_tokens(spec)[1] if spec.startswith("tokens:") else spec)
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
-from gemma_jax.config.sections import DataConfig
+from gemma_jax.config.sections import DataConfig, ExampleDataConfig
 from gemma_jax.data import packing
 from gemma_jax.data.documents import open_sources
 from gemma_jax.data.packing import Batch
-from gemma_jax.data.rows import Origin, PackedRows
+from gemma_jax.data.rows import Origin, PackedRows, find_limits
 from gemma_jax.data.source import SPLITS, Source
 from gemma_jax.data.statistics import SourceStatistics, source_statistics
 from gemma_jax.data.token_cache import build_token_cache
@@ -155,6 +155,15 @@ class Dataset:
     train: Loader
     held_out: HeldOut
     statistics: tuple[SourceStatistics, ...]
+    rows: tuple["Rows", "Rows"]
+    """The rows to train on and those held out, in the order of the corpora."""
+    trained_positions: int
+    """The most positions of a row that have a loss weight above 0; all of them in corpora without weights."""
+
+    @functools.cached_property
+    def most_segments(self) -> int:
+        """The largest number of segments in a row. Reads the indexes of all rows."""
+        return max(source.most_segments for rows in self.rows for source in rows.sources)
 
 
 def prepare(
@@ -197,11 +206,15 @@ def prepare(
         for source in sources
     ]
     ids = tokenizer.bos_id, tokenizer.pad_id
+    L = data.sequence_length
+    shared = not isinstance(data, ExampleDataConfig) or data.packing == "on"
+    limits = find_limits(caches, L, shared=shared)
     train, held_out = (
-        Rows([PackedRows(cache, split, data.sequence_length) for cache in caches], *ids) for split in SPLITS
+        Rows([PackedRows(cache, split, L, limits) for cache in caches], *ids) for split in SPLITS
     )
     statistics = tuple(map(source_statistics, train.sources, held_out.sources))
-    return Dataset(Loader(train, data.weights, seed), HeldOut(held_out), statistics)
+    loader = Loader(train, data.weights, seed)
+    return Dataset(loader, HeldOut(held_out), statistics, (train, held_out), limits.trained)
 
 
 class Rows:

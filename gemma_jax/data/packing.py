@@ -12,12 +12,16 @@ L = 8, a document `a b c` and a document `d e` make this row:
     positions      0    1    2    3    0    1    2    0
     segment_ids    1    1    1    1    2    2    2    0
 
-An example with loss weights is a body without an added eos. A source may require that its examples are not
-cut, and that groups of them are neighbours in one row. The functions here depend on numpy only and, apart
-from `fill_row`, are pure; a row index depends on the lengths alone.
+An example with loss weights is a body without an added eos, and is one piece. A source may require that
+groups of examples are neighbours in one row. Rows of examples also have a capacity of trained tokens, those
+with a weight above 0, so that the loss need not be computed at every position (`sizes_with_capacity`). The
+functions here depend on numpy only and, apart from `fill_row`, are pure; a row index depends on the lengths
+and the numbers of trained tokens alone.
 """
 
+import bisect
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,18 +83,36 @@ def cut_documents(document_lengths: NDArray[np.int64], sequence_length: int) -> 
     return pieces
 
 
-def keep_examples(example_lengths: NDArray[np.int64], sequence_length: int, group_size: int) -> NDArray[Any]:
-    """Makes one piece of each example, without cutting it into several. Returns PIECE [examples].
+def sizes_with_capacity(
+    lengths: NDArray[np.int64], trained: NDArray[np.int64], sequence_length: int, trained_capacity: int
+) -> NDArray[np.int64]:
+    """Returns sizes for packing into rows of `sequence_length`, int64 [groups].
 
-    Where a group does not fit into a row, each of its examples is truncated to sequence_length // group_size
-    tokens.
+    Groups whose sizes fit into a row have at most `sequence_length` tokens and `trained_capacity` trained
+    ones: a size is the larger of the group's share of each capacity.
+
+    lengths, trained: int64 [groups], the tokens of each group and those of them that are trained.
     """
-    pieces = np.empty(len(example_lengths), PIECE)
-    pieces["offset"] = np.cumsum(example_lengths) - example_lengths
-    too_long = example_lengths.reshape(-1, group_size).sum(axis=1) > sequence_length
-    most = np.where(np.repeat(too_long, group_size), sequence_length // group_size, sequence_length)
-    pieces["length"] = np.minimum(example_lengths, most)
-    return pieces
+    return np.maximum(lengths, -(-trained * sequence_length // trained_capacity))
+
+
+def smallest_trained_capacity(
+    shards: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]], sequence_length: int, least: int
+) -> int:
+    """Returns the smallest capacity of trained tokens that needs at most 5% more rows than no limit does.
+
+    shards: The lengths and trained tokens of the groups of each shard, as for `sizes_with_capacity`.
+    least: The smallest capacity to consider: the most trained tokens of any group.
+    """
+
+    def rows(capacity: int) -> int:
+        sizes = (sizes_with_capacity(*shard, sequence_length, capacity) for shard in shards)
+        return sum(int(best_fit_decreasing(each, sequence_length).max()) + 1 for each in sizes if len(each))
+
+    most_rows = rows(sequence_length) * 21 // 20
+    return least + bisect.bisect_left(
+        range(least, sequence_length), True, key=lambda capacity: rows(capacity) <= most_rows
+    )
 
 
 def best_fit_decreasing(lengths: NDArray[np.integer[Any]], capacity: int) -> NDArray[np.int64]:
@@ -139,13 +161,15 @@ def best_fit_decreasing(lengths: NDArray[np.integer[Any]], capacity: int) -> NDA
     return bins
 
 
-def build_row_index(pieces: NDArray[Any], sequence_length: int, group_size: int = 1) -> RowIndex:
+def build_row_index(pieces: NDArray[Any], sizes: NDArray[np.integer[Any]], capacity: int) -> RowIndex:
     """Packs a shard's pieces (PIECE, in stream order) into rows. The result is deterministic.
 
-    Each group of `group_size` consecutive pieces stays together in one row. Rows are ordered by their first
-    piece, so that neighbouring rows come from neighbouring documents.
+    Each group of consecutive pieces, whose size is one of `sizes` [groups], stays together in one row. The
+    sizes in a row add up to at most `capacity`. All groups have the same number of pieces. Rows are ordered
+    by their first piece, so that neighbouring rows come from neighbouring documents.
     """
-    bins = best_fit_decreasing(pieces["length"].reshape(-1, group_size).sum(axis=1), sequence_length)
+    bins = best_fit_decreasing(sizes, capacity)
+    group_size = len(pieces) // max(len(sizes), 1)
     _, first_groups, bins = np.unique(bins, return_index=True, return_inverse=True)
     rank = np.empty(len(first_groups), np.int64)
     rank[np.argsort(first_groups)] = np.arange(len(first_groups))

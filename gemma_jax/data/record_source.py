@@ -13,7 +13,7 @@ import numpy as np
 
 from gemma_jax.data import source as source_module
 from gemma_jax.data.files import reading
-from gemma_jax.data.source import BadRecord, Document, Records, Shard, Text, TokenIds, text_of
+from gemma_jax.data.source import BadRecord, Records, Shard, TokenIds
 from gemma_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -67,7 +67,10 @@ class _ArrayRecords(Records):
 
 
 class TextRecords(_ArrayRecords):
-    """ArrayRecord files of documents: UTF-8 texts, or tf.train.Example protos as TFDS writes them.
+    """ArrayRecord files of UTF-8 texts, or of tf.train.Example protos as TFDS writes them.
+
+    The fields of a proto are its features. Those of a sequence, which TFDS writes as `messages/role` and
+    `messages/content`, are also a list of dicts, `messages`.
 
     The first record of a file decides: if it parses as a proto, all records of the file are protos. A text
     can be mistaken for a proto only if it starts with a newline and its next bytes match its nested lengths.
@@ -78,11 +81,22 @@ class TextRecords(_ArrayRecords):
         for number, record in super()._records_on_disk(shard, path):
             yield number, (is_example, record)
 
-    def _document(self, record: tuple[bool, bytes], shard: Shard, number: int) -> Document:
+    def _fields(self, record: tuple[bool, bytes]) -> dict[str, Any]:
         is_example, content = record
-        if is_example:
-            return _text_of_example(content, self._text_field, number)
-        return text_of(content, "the record", number)
+        if not is_example:
+            return {self.text_field: content}
+        try:
+            features = parse_example(content)
+        except ValueError as error:
+            raise BadRecord(f"not a tf.train.Example ({error})") from error
+        fields: dict[str, Any] = {}
+        for name, values in features.items():
+            fields[name] = values[0] if len(values) == 1 else values
+            sequence, _, key = name.rpartition("/")
+            elements = fields.setdefault(sequence, [{} for _ in values]) if sequence else []
+            for element, value in zip(elements, values, strict=False):
+                element[key] = value
+        return fields
 
 
 class TokenRecords(_ArrayRecords):
@@ -96,23 +110,26 @@ class TokenRecords(_ArrayRecords):
         super().__init__(name, files, "", bad_records, dtype)
         self._dtype = np.dtype(dtype).newbyteorder("<")
 
-    def _document(self, record: bytes, shard: Shard, number: int) -> Document:
+    def _fields(self, record: bytes) -> dict[str, Any]:
+        raise BadRecord("token ids, which have no fields")
+
+    def _document(self, record: bytes, number: int) -> TokenIds:
         if len(record) % self._dtype.itemsize:
             raise BadRecord(f"{len(record)} bytes are no whole number of {self._dtype.name} token ids")
         return TokenIds(np.frombuffer(record, self._dtype).astype(np.int64), number)
 
 
-def open_tfds(spec: str, text_field: str, bad_records: str) -> TextRecords:
+def open_tfds(spec: str, text_field: str, bad_records: str, *, all_fields: bool = False) -> TextRecords:
     """Opens the train split of a TFDS dataset that was prepared in the ArrayRecord format.
 
-    Raises UserError if it was not, or has no train split or no feature `text_field`.
+    Raises UserError if it was not, or has no train split or, unless `all_fields`, no feature `text_field`.
     """
     info = find_builder(spec).info
     splits = dict(info.splits)
     if "train" not in splits:
         raise UserError(f"{spec} has no train split; its splits are: {', '.join(splits) or 'none'}.")
     features = list(info.features or ())
-    if text_field not in features:
+    if text_field not in features and not all_fields:
         raise UserError(
             f"{spec} has no feature {text_field!r}; set data.text_field to one of: {', '.join(features)}."
         )
@@ -122,7 +139,7 @@ def open_tfds(spec: str, text_field: str, bad_records: str) -> TextRecords:
             "download_and_prepare(file_format='array_record')."
         )
     files = [os.fspath(path) for path in splits["train"].filepaths]
-    return TextRecords(spec, files, text_field, bad_records)
+    return TextRecords(spec, files, text_field, bad_records, all_fields=all_fields)
 
 
 def find_builder(spec: str) -> "tfds.core.DatasetBuilder":
@@ -152,21 +169,6 @@ def find_builder(spec: str) -> "tfds.core.DatasetBuilder":
             "tfds.builder(NAME).download_and_prepare(file_format='array_record')."
         )
     return builder
-
-
-def _text_of_example(record: bytes, text_field: str, number: int) -> Text:
-    try:
-        features = parse_example(record)
-    except ValueError as error:
-        raise BadRecord(f"not a tf.train.Example ({error})") from error
-    values = features.get(text_field)
-    if values is None:
-        raise BadRecord(
-            f"no feature {text_field!r} (data.text_field); its features are: {', '.join(features)}"
-        )
-    if len(values) != 1:
-        raise BadRecord(f"feature {text_field!r} is not one string but {len(values)}")
-    return text_of(values[0], f"feature {text_field!r}", number)
 
 
 def parse_example(record: bytes) -> dict[str, list[bytes]]:

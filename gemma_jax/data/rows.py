@@ -1,8 +1,9 @@
 """Reads the packed rows of a cached corpus by index. The row indexes are stored beside the cache.
 
 For each shard and split, `NNNNN.SPLIT.rows-L.pieces.npy` and `NNNNN.SPLIT.rows-L.starts.npy` hold the
-`RowIndex` for rows of L tokens (`rows-L-whole` where examples are not cut), and
-`NNNNN.SPLIT.rows-L.checksums.npy` holds a CRC-32 of each row, over its pieces and their contents. So damage
+`RowIndex` for rows of L tokens, and `NNNNN.SPLIT.rows-L.checksums.npy` holds a CRC-32 of each row, over its
+pieces and their contents. `rows-L-T` are rows of examples with at most T trained tokens, and `rows-L-single`
+rows of one example or group each. So damage
 on the disk is detected when a damaged row is read, and no row need be checked in advance. A row never mixes
 shards, so that an index depends on one shard's lengths only. If a corpus has too few documents to hold some
 of them out, pieces of documents are held out instead; both splits then read the same file of ids.
@@ -15,6 +16,7 @@ import functools
 import hashlib
 import itertools
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,13 +25,16 @@ from numpy.typing import NDArray
 from gemma_jax.data import packing
 from gemma_jax.data.cached_shard import CachedShard, SplitSize
 from gemma_jax.data.packing import Batch
-from gemma_jax.data.source import Split
+from gemma_jax.data.source import SPLITS, Split
 from gemma_jax.data.storage import ArrayFile, cache_error, save_array
 from gemma_jax.data.token_cache import TokenCache
 from gemma_jax.errors import UserError
 
 _OPEN_SHARDS = 64
 """The most shards open at once, over all corpora. Each has up to five files; a common limit is 1,024."""
+
+_MEASURED_SHARDS = 16
+"""The most shards that are packed again and again to choose the limits of their rows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,29 +89,24 @@ _open_shard = functools.lru_cache(_OPEN_SHARDS)(_OpenShard)
 class PackedRows:
     """The rows of one split of one corpus, indexed from 0 in the order of its shards."""
 
-    def __init__(self, cache: TokenCache, split: Split, sequence_length: int):
-        """Opens the rows, and packs the shards that have no index for this length yet.
+    def __init__(self, cache: TokenCache, split: Split, sequence_length: int, limits: "Limits | None" = None):
+        """Opens the rows, and packs the shards that have no such index yet.
 
         Raises:
           UserError: The cache cannot be read or written, or an example is refused because it is too long.
         """
-        source = cache.source
-        if source.group_size > 1 and source.long_examples == "cut":
-            raise ValueError(
-                f"{source.name} has groups of examples, which are refused or truncated, never cut"
-            )
         self.cache = cache
         self.split = split
         self.sequence_length = sequence_length
+        self._limits = limits or Limits(sequence_length)
         self._stored = cache.stored_split(split)
-        self._index = f"rows-{sequence_length}" + ("-whole" if source.long_examples != "cut" else "")
+        weighted = f"-{self._limits.trained if self._limits.shared else 'single'}"
+        self._index = f"rows-{sequence_length}" + (weighted if cache.source.weighted else "")
         _open_shard.cache_clear()  # a damaged file may have been replaced since it was opened
         self._shards = [shard for shard in cache.shards if shard.sizes[self._stored].documents]
         self._row_stops = list(itertools.accumulate(map(self._complete, range(len(self._shards)))))
         self.size = cache.size(self._stored)
-        self.truncated = 0
-        """The number of examples that are truncated in their row."""
-        if cache.by_pieces or source.long_examples != "cut":
+        if cache.by_pieces:
             self._measure()
 
     def __len__(self) -> int:
@@ -117,6 +117,12 @@ class PackedRows:
         """The share of all slots that hold a token; 1.0 if there are no rows."""
         slots = len(self) * self.sequence_length
         return self.size.tokens / slots if slots else 1.0
+
+    @property
+    def most_segments(self) -> int:
+        """The largest number of segments in a row; 0 if there are no rows. Reads the index of every shard."""
+        starts = (self._open(shard).starts for shard in self._shards)
+        return max((int(np.diff(each.read(0, len(each))).max(initial=0)) for each in starts), default=0)
 
     def read_into(self, batch: Batch, slot: int, row: int, bos_id: int) -> None:
         """Reads row `row` and writes it into row `slot`, which is empty, of a batch.
@@ -182,12 +188,11 @@ class PackedRows:
                     and len(opened.checksums) == len(opened.starts) - 1
                 ):
                     return len(opened.starts) - 1
-            group_size = self.cache.source.group_size
-            pieces = self._pieces(shard)
+            pieces, sizes = self._pieces(shard)
             if self.cache.by_pieces:
                 mine = self._held_out_groups[place] == (self.split == "held_out")
-                pieces = pieces[np.repeat(mine, group_size)]
-            built = packing.build_row_index(pieces, self.sequence_length, group_size)
+                pieces, sizes = pieces[np.repeat(mine, self.cache.source.group_size)], sizes[mine]
+            built = packing.build_row_index(pieces, sizes, self.sequence_length)
             save_array(shard.path(self.split, f"{self._index}.pieces.npy"), built.pieces)
             save_array(shard.path(self.split, f"{self._index}.starts.npy"), built.starts)
             tokens, hundredths = shard.tokens(self._stored), shard.weights(self._stored)
@@ -198,15 +203,22 @@ class PackedRows:
         except OSError as error:
             raise cache_error(shard.path(self.split, self._index), error) from error
 
-    def _pieces(self, shard: CachedShard) -> NDArray[Any]:
-        """Returns all pieces of a shard as PIECE; those of both splits if pieces are held out."""
-        source = self.cache.source
+    def _pieces(self, shard: CachedShard) -> tuple[NDArray[Any], NDArray[np.integer[Any]]]:
+        """Returns all pieces of a shard as PIECE, and the sizes that decide how many groups share a row.
+
+        If pieces are held out, these are the pieces of both splits.
+        """
+        L = self.sequence_length
         if not shard.is_as_written(self._stored):
             raise _damaged(shard)
-        lengths = shard.lengths(self._stored)
-        if source.long_examples == "cut":
-            return packing.cut_documents(lengths, self.sequence_length)
-        return packing.keep_examples(lengths, self.sequence_length, source.group_size)
+        if not self.cache.source.weighted:
+            pieces = packing.cut_documents(shard.lengths(self._stored), L)
+            return pieces, pieces["length"]
+        lengths, trained = example_groups(self.cache, shard, self._stored, L)
+        pieces = packing.cut_documents(shard.lengths(self._stored), L)
+        if not self._limits.shared:
+            return pieces, np.full(len(lengths), L)
+        return pieces, packing.sizes_with_capacity(lengths, trained, L, self._limits.trained)
 
     @functools.cached_property
     def _held_out_groups(self) -> list[NDArray[np.bool_]]:
@@ -217,7 +229,7 @@ class PackedRows:
         """
         digests = []
         for shard in self._shards:
-            groups = self._pieces(shard).reshape(-1, self.cache.source.group_size)
+            groups = self._pieces(shard)[0].reshape(-1, self.cache.source.group_size)
             tokens = shard.tokens(self._stored)
             stops = (groups["offset"] + groups["length"])[:, -1].tolist()
             contents = map(tokens.read, groups["offset"][:, 0].tolist(), stops)
@@ -228,35 +240,75 @@ class PackedRows:
         return [np.isin(each, distinct[:count]) for each in digests]
 
     def _measure(self) -> None:
-        """Counts the tokens and truncated examples of rows that do not hold all of the stored split.
-
-        Raises UserError if an example does not fit into a row and is to be refused.
-        """
-        tokens = 0
-        for place, shard in enumerate(self._shards):
-            opened = self._open(shard)
-            pieces = opened.pieces.read(0, len(opened.pieces))
-            tokens += int(pieces["length"].sum())
-            if self.cache.source.long_examples != "cut":
-                lengths = shard.lengths(self._stored)
-                examples = np.searchsorted(np.cumsum(lengths), pieces["offset"], side="right")
-                if max(examples) >= len(lengths):
-                    raise _damaged(self._shards[place])
-                shortened = examples[pieces["length"] < lengths[examples]]
-                self.truncated += len(shortened)
-                if len(shortened) and self.cache.source.long_examples == "refuse":
-                    self._refuse(place, int(shortened[0]), int(lengths[shortened[0]]))
+        """Counts the tokens of rows that do not hold all of the stored split."""
+        opened = map(self._open, self._shards)
+        tokens = sum(int(each.pieces.read(0, len(each.pieces))["length"].sum()) for each in opened)
         self.size = dataclasses.replace(self.size, tokens=tokens)
-        if self.cache.by_pieces and self.split == "held_out":
+        if self.split == "held_out":
             self.size = SplitSize(tokens=tokens)
 
-    def _refuse(self, place: int, example: int, length: int) -> None:
-        shard = self._shards[place].number
-        where = self.cache.places(self._stored, shard, {example})[example]
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """How many examples of a weighted source a row holds."""
+
+    trained: int
+    """The most trained tokens of a row."""
+    shared: bool = True
+    """Whether several examples (or groups) share a row."""
+
+
+def find_limits(caches: Sequence[TokenCache], sequence_length: int, *, shared: bool) -> Limits:
+    """Returns limits that all rows of some caches keep, with as few trained tokens in a row as is sensible.
+
+    A limit that is close to the number of trained tokens in the average row saves work in the loss, but needs
+    more rows: at most 5% more are allowed. If a source has no weights, all tokens of a row may be trained.
+
+    Raises:
+      UserError: An example, or a group, is longer than a row, or a cache cannot be read.
+    """
+    if not all(cache.source.weighted for cache in caches):
+        return Limits(sequence_length)
+    least, shards = 1, []
+    for cache, split in itertools.product(caches, SPLITS):
+        for shard in cache.shards if cache.stored_split(split) == split else ():
+            lengths, trained = example_groups(cache, shard, split, sequence_length)
+            least = max(least, int(trained.max(initial=0)))
+            if split == cache.stored_split("train"):
+                shards.append((lengths, trained))
+    if not shared:
+        return Limits(least, shared=False)
+    chosen = shards[:: -(-len(shards) // _MEASURED_SHARDS)]
+    return Limits(packing.smallest_trained_capacity(chosen, sequence_length, least))
+
+
+def example_groups(
+    cache: TokenCache, shard: CachedShard, stored: Split, sequence_length: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Returns the tokens, and those of them that are trained, of each group of examples of a weighted source.
+
+    Returns:
+      Two arrays, int64 [groups].
+
+    Raises:
+      UserError: A group is longer than a row, or the cache is damaged.
+    """
+    try:
+        counts = shard.lengths(stored), shard.trained(stored)
+    except OSError as error:
+        raise cache_error(shard.path(stored, "lengths.npy"), error) from error
+    if [zlib.crc32(each.tobytes()) for each in counts] != shard.checksums[stored][2:]:
+        raise _damaged(shard)
+    group_size = cache.source.group_size
+    lengths, trained = (each.reshape(-1, group_size).sum(axis=1) for each in counts)
+    for group in np.flatnonzero(lengths > sequence_length)[:1].tolist():
+        first = group * group_size
+        where = cache.places(stored, shard.number, {first})[first]
         raise UserError(
-            f"{where} is an example of {length:,} tokens, which does not fit into a row of "
-            f"{self.sequence_length:,}; shorten it, or raise data.sequence_length."
+            f"{where} is an example of {lengths[group]:,} tokens, which does not fit into a row of "
+            f"{sequence_length:,}; shorten it, or raise data.sequence_length."
         )
+    return lengths, trained
 
 
 def _damaged(shard: CachedShard) -> UserError:

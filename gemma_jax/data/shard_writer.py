@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from gemma_jax.data.cached_shard import CachedShard, SplitSize, open_shard
 from gemma_jax.data.source import (
     SPLITS,
+    BadRecord,
     Example,
+    LongExample,
     LongText,
     Shard,
     Source,
@@ -57,11 +59,13 @@ class ShardWriter:
         source = self.source
         part = source.shards[number]
         shard = CachedShard(self.directory, number, self.dtype, weighted=source.weighted)
-        skipped: list[str] = []
+        skipped: list[BadRecord] = []
+        shortened = 0
         digests = [hashlib.blake2b(digest_size=8) for _ in part.files]
         with contextlib.ExitStack() as stack:
             writers = {split: _SplitWriter(self, shard, split, stack) for split in SPLITS}
             for split, document in split_documents(source, part, self.held_out, skipped.append):
+                shortened += isinstance(document, Example) and document.shortened
                 if isinstance(document, Example) != source.weighted:
                     raise ValueError(f"{source.name} must yield examples exactly if it is weighted")
                 digest = document.content_digest if isinstance(document, Example) else document.digest
@@ -73,13 +77,19 @@ class ShardWriter:
             for writer in writers.values():
                 writer.write_texts()
         for split, writer in writers.items():
-            lengths = np.array(writer.lengths, np.int64)
-            save_array(shard.path(split, "lengths.npy"), lengths)
-            writer.checksums.append(zlib.crc32(lengths.tobytes()))
+            for ending, counts in (("lengths", writer.lengths), ("trained", writer.trained))[
+                : 1 + source.weighted
+            ]:
+                array = np.array(counts, np.int64)
+                save_array(shard.path(split, f"{ending}.npy"), array)
+                writer.checksums.append(zlib.crc32(array.tobytes()))
+        dropped = sum(isinstance(error, LongExample) for error in skipped)
         metadata: dict[str, Any] = {
             **{split: dataclasses.asdict(writer.size()) for split, writer in writers.items()},
-            "skipped": len(skipped),
-            "first_skipped": skipped[:20],
+            "skipped": len(skipped) - dropped,
+            "dropped": dropped,
+            "shortened": shortened,
+            "first_skipped": [str(error) for error in skipped[:20]],
             "source": source.name,
             "shard": dataclasses.asdict(part),
             "digests": [digest.hexdigest() for digest in digests],
@@ -130,8 +140,10 @@ class _SplitWriter:
         """The number of tokens written so far of the current document."""
         self._num_bytes = 0
         self.lengths: list[int] = []
+        self.trained: list[int] = []
+        """The number of tokens of each example that have a weight above 0."""
         self.checksums = [0, 0]
-        """The CRC-32 of the ids and of the weights written so far; at the end also of the lengths."""
+        """The CRC-32 of the ids and of the weights written so far; at the end also of the counts."""
 
     def size(self) -> SplitSize:
         return SplitSize(len(self.lengths), sum(self.lengths), self._num_bytes)
@@ -161,6 +173,7 @@ class _SplitWriter:
         """Writes the ids of a document, followed by eos, or the ids and weights of an example."""
         self._append(ids)
         if isinstance(document, Example):
+            self.trained.append(int(np.count_nonzero(document.weights)))
             weights = document.weights.tobytes()
             self._weights.write(weights)
             self.checksums[1] = zlib.crc32(weights, self.checksums[1])

@@ -115,6 +115,8 @@ class Example:
 
     num_bytes = 0
     is_empty = False
+    shortened = False
+    """Whether this is what was left of an example that is longer than a row."""
 
     def __init__(self, ids: Sequence[int], weights: Sequence[float], number: int = 0, split_by: bytes = b""):
         """Creates an example from ids and weights, [tokens] each.
@@ -147,8 +149,17 @@ Document = Text | LongText | TokenIds | Example
 Split = Literal["train", "held_out"]
 SPLITS: tuple[Split, Split] = ("train", "held_out")
 
-OnSkip = Callable[[str], None]
-"""A function that is called for every skipped record, with the reason."""
+
+class BadRecord(Exception):
+    """Raised for a record that cannot be used. The message says why, but not where the record is."""
+
+
+class LongExample(BadRecord):
+    """Raised for an example that is left out because it does not fit into a row, as the config asks."""
+
+
+OnSkip = Callable[[BadRecord], None]
+"""A function that is called for every skipped record, with the place and the reason."""
 
 
 class Source(abc.ABC):
@@ -157,10 +168,10 @@ class Source(abc.ABC):
     `fingerprint` changes whenever the documents may have changed: it covers the names, sizes and modification
     times of the files and the settings that select their text.
 
-    A `weighted` source yields only `Example`s; any other source yields none. Each `group_size` consecutive
-    examples belong together, such as the two answers of a preference: they are in the same split and are
-    neighbours in one row. `long_examples` decides what happens to examples (or groups) that are longer than a
-    row: they are cut into several segments, refused, or truncated and counted. Groups are never cut.
+    A `weighted` source yields only `Example`s, which are never cut into several segments: one that is longer
+    than a row is refused. Any other source yields none. Each `group_size` consecutive examples belong
+    together, such as the two answers of a preference: they are in the same split and are neighbours in one
+    row.
     """
 
     name: str
@@ -168,7 +179,6 @@ class Source(abc.ABC):
     shards: Sequence[Shard]
     weighted: bool = False
     group_size: int = 1
-    long_examples: Literal["cut", "refuse", "truncate"] = "cut"
 
     @abc.abstractmethod
     def read(self, shard: Shard, on_skip: OnSkip) -> Iterator[Document]:
@@ -182,37 +192,62 @@ class Source(abc.ABC):
         """Describes, for a message, the file, line or record that has number `number` in a shard."""
 
 
-class BadRecord(Exception):
-    """Raised for a record that cannot be used. The message says why, but not where the record is."""
-
-
 class Records(Source):
-    """A corpus of files that hold records, each of which is a document or an example."""
+    """A corpus of files that hold records. The field `text_field` of each record is a document.
 
-    def __init__(self, name: str, files: Sequence[str], text_field: str, bad_records: str, *settings: str):
-        """Opens the corpus. All arguments except `name` decide the documents and are in the fingerprint."""
+    A subclass reads the fields of its format; `convert` makes of them whatever the caller wants.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        files: Sequence[str],
+        text_field: str,
+        bad_records: str,
+        *settings: str,
+        all_fields: bool = False,
+    ):
+        """Opens the corpus. All arguments except `name` decide the documents and are in the fingerprint.
+
+        With `all_fields`, records are read whole, and may be without `text_field`.
+        """
         self.name = name
-        self._text_field = text_field
+        self.text_field = text_field
         self._bad_records = bad_records
+        self._all_fields = all_fields
         listing = [(file, *size_and_time(file)) for file in files]
         self.fingerprint = hash_of(type(self).__name__, text_field, bad_records, settings, listing)
         self.shards = self._cut([(file, size) for file, size, _ in listing])
 
     def read(self, shard: Shard, on_skip: OnSkip) -> Iterator[Document]:
+        return self._each(shard, on_skip, lambda record, number: [self._document(record, number)])
+
+    def convert(
+        self, shard: Shard, on_skip: OnSkip, use: Callable[[dict[str, Any], int], Sequence[Document]]
+    ) -> Iterator[Document]:
+        """Yields what `use` makes of the fields and the number of each record of a shard.
+
+        Values from JSON and Parquet are Python's own; texts may be bytes of UTF-8. `use` raises BadRecord or
+        LongExample for a record that it cannot use. The errors of reading are those of `read`.
+        """
+        return self._each(shard, on_skip, lambda record, number: use(self._fields(record), number))
+
+    def _each(
+        self, shard: Shard, on_skip: OnSkip, use: Callable[[Any, int], Sequence[Document]]
+    ) -> Iterator[Document]:
         for number, record in self._records(shard):
             try:
-                document = self._document(record, shard, number)
+                documents = use(record, number)
             except BadRecord as error:
                 problem = f"{self.place(shard, number)}: {error}"
-                if self._bad_records != "skip":
+                if self._bad_records != "skip" and not isinstance(error, LongExample):
                     raise UserError(
                         f"{problem}; correct it, or set data.bad_records=skip to leave such records out and "
                         "count them."
                     ) from error
-                on_skip(problem)
+                on_skip(type(error)(problem))
                 continue
-            if not document.is_empty:
-                yield document
+            yield from (document for document in documents if not document.is_empty)
 
     @abc.abstractmethod
     def _cut(self, files: Sequence[tuple[str, int]]) -> list[Shard]:
@@ -223,8 +258,16 @@ class Records(Source):
         """Yields the number and content of each record of a shard, as stored in the file."""
 
     @abc.abstractmethod
-    def _document(self, record: Any, shard: Shard, number: int) -> Document:
+    def _fields(self, record: Any) -> dict[str, Any]:
+        """Returns the fields of a record by name. Raises BadRecord if it cannot be read."""
+
+    def _document(self, record: Any, number: int) -> Document:
         """Returns the document in a record. Raises BadRecord if there is none."""
+        fields = self._fields(record)
+        if self.text_field not in fields:
+            names = ", ".join(fields) or "none"
+            raise BadRecord(f"no field {self.text_field!r} (data.text_field); its fields are: {names}")
+        return text_of(fields[self.text_field], f"field {self.text_field!r}", number)
 
 
 def text_of(value: object, field: str, number: int) -> Text:

@@ -28,8 +28,10 @@ class SourceStatistics:
     """The share of the slots of training rows that hold a token."""
     skipped: int
     """The number of records that could not be read and were skipped (data.bad_records=skip)."""
-    truncated: int
-    """The number of examples that were truncated because they are longer than a row."""
+    dropped: int
+    """The number of records that were left out because they are longer than a row."""
+    shortened: int
+    """The number of examples that were cut because they are longer than a row."""
     by_pieces: bool
     """Whether pieces of documents are held out, because there are too few documents."""
     digest: str
@@ -49,8 +51,10 @@ class SourceStatistics:
         lines = [f"{train.documents:,} documents, {train.tokens:,} tokens in {rows}", held]
         if self.skipped:
             lines.append(f"{self.skipped:,} unreadable records skipped")
-        if self.truncated:
-            lines.append(f"{self.truncated:,} examples longer than a row are truncated")
+        if self.dropped:
+            lines.append(f"{self.dropped:,} examples longer than data.sequence_length left out")
+        if self.shortened:
+            lines.append(f"{self.shortened:,} examples longer than data.sequence_length cut")
         return [f"{self.name}: {line}" for line in lines]
 
     def change_since(self, then: Mapping[str, Any]) -> str:
@@ -84,7 +88,8 @@ def source_statistics(train: PackedRows, held_out: PackedRows) -> SourceStatisti
         held_out_rows=len(held_out),
         utilisation=train.utilisation,
         skipped=cache.skipped,
-        truncated=train.truncated + held_out.truncated,
+        dropped=cache.dropped,
+        shortened=sum(shard.shortened for shard in cache.shards),
         by_pieces=cache.by_pieces,
         digest=hash_of([shard.digests for shard in cache.shards]),
         files=_file_digests(cache),

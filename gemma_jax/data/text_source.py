@@ -1,7 +1,9 @@
 """Reads corpora of text files and of JSON lines, local or in a bucket, compressed or not."""
 
 import codecs
+import io
 import json
+import re
 import sys
 import sysconfig
 import tokenize
@@ -11,11 +13,14 @@ from typing import Any, BinaryIO
 
 from gemma_jax.data import source as source_module
 from gemma_jax.data.files import KINDS, is_compressed, reading, unreadable
-from gemma_jax.data.source import BadRecord, Document, LongText, Records, Shard, Text, grouped, text_of
+from gemma_jax.data.source import BadRecord, LongText, Records, Shard, Text, grouped
 from gemma_jax.errors import UserError
 
 LONG_FILE_BYTES = 16 * 2**20
 """Text files with more bytes than this are read in blocks, never as a whole."""
+
+_READ_CHARACTERS = 2**20
+_OPENING, _COMMA = re.compile(r"\s*\[\s*(\])?"), re.compile(r"\s*(?:,\s*|(\]))")  # group 1 ends an array
 
 
 class TextFiles(Records):
@@ -28,7 +33,11 @@ class TextFiles(Records):
     def _records(self, shard: Shard) -> Iterator[tuple[int, str]]:
         return enumerate(shard.files)
 
-    def _document(self, record: str, shard: Shard, number: int) -> Text | LongText:
+    def _fields(self, record: str) -> dict[str, Any]:
+        with reading(record) as stream:
+            return {self.text_field: stream.read()}
+
+    def _document(self, record: str, number: int) -> Text | LongText:
         with reading(record) as stream:
             content = stream.read(LONG_FILE_BYTES)
             is_long = bool(stream.read(1))
@@ -58,7 +67,10 @@ class PythonStdlib(TextFiles):
             raise UserError(f"{name}: this Python has no source files under {root}; name another corpus.")
         super().__init__(name, files, "", "error", sys.version)
 
-    def _document(self, record: str, shard: Shard, number: int) -> Text:
+    def _fields(self, record: str) -> dict[str, Any]:
+        return {self.text_field: self._document(record, 0).text}
+
+    def _document(self, record: str, number: int) -> Text:
         try:
             with tokenize.open(record) as stream:
                 return Text(stream.read(), number)
@@ -69,25 +81,32 @@ class PythonStdlib(TextFiles):
 
 
 class JsonLines(Records):
-    """Files with one JSON object per line. Its field `text_field` is a document.
+    """Files with one JSON object per line, or .json files with an array of objects.
 
-    Uncompressed files are cut into shards by byte offset: a line belongs to the shard in which it begins.
+    Uncompressed files of lines are cut into shards by byte offset: a line belongs to the shard in which it
+    begins. An array is one shard.
     """
 
     def _cut(self, files: Sequence[tuple[str, int]]) -> list[Shard]:
         shards: list[Shard] = []
         step = source_module.SHARD_BYTES
         for file, size in files:
-            if is_compressed(file):
+            if is_compressed(file) or _is_array(file):
                 shards.append(Shard((file,), size))
             else:
                 starts = range(0, size, step)
                 shards += [Shard((file,), min(step, size - at), at, min(at + step, size)) for at in starts]
         return shards
 
-    def _records(self, shard: Shard) -> Iterator[tuple[int, bytes]]:
-        """Yields the lines that are not blank. A byte order mark at the start of the file is removed."""
+    def _records(self, shard: Shard) -> Iterator[tuple[int, Any]]:
+        """Yields the lines that are not blank, or the elements of an array.
+
+        A byte order mark at the start of the file is removed.
+        """
         with reading(shard.files[0]) as stream:
+            if not shard.stop and _is_array(shard.files[0]):
+                yield from enumerate(_elements(stream, shard.files[0]), start=1)
+                return
             lines = _lines_between(stream, shard.start, shard.stop) if shard.stop else stream
             for number, line in enumerate(lines, start=1):
                 if number == 1 and not shard.start:
@@ -99,25 +118,52 @@ class JsonLines(Records):
         if shard.start:
             with reading(shard.files[0]) as stream:
                 number += sum(1 for _ in _lines_between(stream, 0, shard.start))
-        return f"{shard.files[0]}, line {number}"
+        is_array = not shard.stop and _is_array(shard.files[0])
+        return f"{shard.files[0]}, {'element' if is_array else 'line'} {number}"
 
-    def _document(self, record: bytes, shard: Shard, number: int) -> Document:
+    def _fields(self, record: Any) -> dict[str, Any]:
         try:
-            fields = json.loads(record.decode("utf-8"))
+            fields = json.loads(record.decode("utf-8")) if isinstance(record, bytes) else record
         except UnicodeDecodeError as error:
             raise BadRecord(f"not UTF-8 ({error.reason} at byte {error.start} of the line)") from error
         except (ValueError, RecursionError) as error:
             raise BadRecord(f"not valid JSON ({error})") from error
         if not isinstance(fields, dict):
-            raise BadRecord(f"a JSON {type(fields).__name__} where a line with an object is expected")
-        return self.document_of(fields, number)
+            raise BadRecord(f"a JSON {type(fields).__name__} where an object is expected")
+        return fields
 
-    def document_of(self, fields: dict[str, Any], number: int) -> Document:
-        """Returns the document in a JSON object. Raises BadRecord if there is none."""
-        if self._text_field not in fields:
-            names = ", ".join(fields) or "none"
-            raise BadRecord(f"no field {self._text_field!r} (data.text_field); its fields are: {names}")
-        return text_of(fields[self._text_field], f"field {self._text_field!r}", number)
+
+def _is_array(file: str) -> bool:
+    """Whether a .json file, which may be compressed, is an array and not lines. Reads its beginning."""
+    if not re.search(r"(?i)\.json(\.\w+)?$", file):
+        return False
+    with reading(file) as stream:
+        return stream.read(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
+
+
+def _elements(stream: BinaryIO, file: str) -> Iterator[Any]:
+    """Yields the elements of a JSON array, a part of which is in memory at a time.
+
+    Bytes that are not UTF-8 become lone surrogates. Raises UserError if the array is not valid JSON, because
+    what follows a mistake cannot be read.
+    """
+    decoder, more_text = json.JSONDecoder(), io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape")
+    text, at, lead = "", 0, _OPENING
+    while True:
+        try:
+            if (found := lead.match(text, at)) is None:
+                raise ValueError(f"no bracket or comma before {text[at : at + 20]!r}")
+            if found[1]:
+                return
+            element, at = decoder.raw_decode(text, found.end())
+        except (ValueError, RecursionError) as error:
+            # The element may be longer than what was read so far.
+            if not (more := more_text.read(max(_READ_CHARACTERS, len(text)))):
+                raise UserError(f"{file} is not a whole JSON array ({error}); correct it.") from error
+            text, at = text[at:] + more, 0
+            continue
+        lead = _COMMA
+        yield element
 
 
 def _lines_between(stream: BinaryIO, start: int, stop: int) -> Iterator[bytes]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 MOST_PROCESSES = 8
 """The most processes that tokenise. Each needs up to 0.2 GB of memory."""
 
-_FORMAT = 3
+_FORMAT = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +52,11 @@ class TokenCache:
     def skipped(self) -> int:
         """The number of records that could not be read and were left out."""
         return sum(shard.skipped for shard in self.shards)
+
+    @property
+    def dropped(self) -> int:
+        """The number of records that were left out because they are longer than a row."""
+        return sum(shard.dropped for shard in self.shards)
 
     def places(self, split: Split, shard: int, documents: Collection[int]) -> dict[int, str]:
         """Returns the file, line or record, as text, of each of some `documents` of a split of a shard.
@@ -118,7 +123,8 @@ def build_token_cache(
     _remove_leftovers(directory)
     cache = TokenCache(source, tokenizer.vocab_size, held_out, [done[number] for number in range(count)])
     if not any(cache.size(split).documents for split in SPLITS):
-        raise UserError(f"{source.name} has no documents ({cache.skipped} skipped); name another corpus.")
+        left_out = f"{cache.skipped} skipped, {cache.dropped} longer than data.sequence_length"
+        raise UserError(f"{source.name} has no documents ({left_out}); name another corpus.")
     return cache
 
 

@@ -59,10 +59,10 @@ def write(folder: Path, kind: str, records: Sequence[bytes | None]) -> str:
         ("jsonl.gz", '{"text": "a"}'.encode("utf-16-le"), "not"),
         ("array_record", b"\xff\xfe", "tf.train.Example"),
         ("array_record", b"", "tf.train.Example"),
-        ("array_record", example(body="x"), "feature 'text' data.text_field"),
+        ("array_record", example(body="x"), "'text' data.text_field"),
         ("array_record", example(text="#").replace(b"#", b"\xff"), "UTF-8"),
         ("tokens", b"abc", "3 bytes uint16"),
-        ("parquet", None, "column 'text' NoneType"),
+        ("parquet", None, "'text' NoneType"),
         ("parquet", b"caf\xe9", "column 'text' UTF-8"),
     ],
 )

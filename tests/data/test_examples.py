@@ -27,20 +27,16 @@ class Completions(JsonLines):
     """Lines with the ids of a prompt, which is not trained, and of an answer, with a weight."""
 
     weighted = True
-    long_examples = "refuse"
 
-    def document_of(self, fields: dict[str, Any], number: int) -> Document:
+    def _document(self, record: Any, number: int) -> Document:
+        fields = self._fields(record)
         prompt, answer, weight = fields["prompt"], fields["answer"], fields["weight"]
         weights = [0] * len(prompt) + [weight] * len(answer)
         split_by = b"" if self.group_size > 1 else repr(prompt).encode()
         return Example(prompt + answer, weights, number, split_by)
 
 
-class Truncated(Completions):
-    long_examples = "truncate"
-
-
-class Pairs(Truncated):
+class Pairs(Completions):
     """Two lines with the same prompt are the two answers of a preference."""
 
     group_size = 2
@@ -110,13 +106,12 @@ def test_rows_of_examples_name_their_lines(tmp_path: Path, tokenizer: Tokenizer)
 
 
 def test_pairs_stay_together_in_a_row_and_on_one_side(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    lines = lines_of(80, answers=2, longest=30)
+    lines = lines_of(80, answers=2, longest=12)
     dataset = dataset_of(tmp_path, tokenizer, Pairs, lines)
     partner = {}
     for chosen, rejected in zip(lines[::2], lines[1::2], strict=True):
         both = [line["prompt"] + line["answer"] for line in (chosen, rejected)]
-        most = LENGTH // 2 if sum(map(len, both)) > LENGTH else LENGTH
-        partner[tuple(both[0][:most])] = both[1][:most]
+        partner[tuple(both[0])] = both[1]
     pairs = 0
     for batch in [dataset.train.batch(0, dataset.train.num_rows), *dataset.held_out.batches(1)]:
         for row in range(len(batch.tokens)):
@@ -124,25 +119,14 @@ def test_pairs_stay_together_in_a_row_and_on_one_side(tmp_path: Path, tokenizer:
             assert all(partner[tuple(a)] == b for a, b in zip(found[::2], found[1::2], strict=True))
             pairs += len(found) // 2
     assert pairs == 80 and dataset.held_out.num_rows
-    statistics = dataset.statistics[0]
-    assert 0 < statistics.truncated < 160 and "truncated" in " ".join(statistics.sentences())
 
 
-def test_examples_longer_than_a_row_are_refused_by_name_or_truncated_and_counted(
-    tmp_path: Path, tokenizer: Tokenizer
-) -> None:
+def test_examples_longer_than_a_row_are_refused_by_name(tmp_path: Path, tokenizer: Tokenizer) -> None:
     lines = lines_of(40)
     lines[7] = {"prompt": [300, 301], "answer": [302] * LENGTH, "weight": 1}
     for _ in range(2):
         with pytest.raises(UserError, match=naming("a.jsonl", "line 8", 50, 48, "data.sequence_length")):
             dataset_of(tmp_path, tokenizer, Completions, lines)
-    dataset = dataset_of(tmp_path, tokenizer, Truncated, lines)
-    assert dataset.statistics[0].truncated == 1
-    everything = [*segments(dataset.train.batch(0, dataset.train.num_rows))]
-    everything += [segment for batch in dataset.held_out.batches(1) for segment in segments(batch)]
-    assert [300, 301] + [302] * (LENGTH - 2) in [targets for _, targets, _ in everything]
-    tokens = dataset.statistics[0].train.tokens + dataset.statistics[0].held_out.tokens
-    assert tokens == sum(len(targets) for _, targets, _ in everything)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,8 @@ def test_every_token_of_every_document_is_predicted_exactly_once(
 ) -> None:
     # Token values are their own place in the stream, and so name document and position.
     stream = np.arange(3, 3 + sum(lengths))
-    index = build_row_index(cut_documents(np.array(lengths), sequence_length), sequence_length)
+    pieces = cut_documents(np.array(lengths), sequence_length)
+    index = build_row_index(pieces, pieces["length"], sequence_length)
     batch = empty_rows(len(index), sequence_length, PAD)
     for row in range(len(index)):
         pieces = index.pieces[index.starts[row] : index.starts[row + 1]].tolist()
@@ -71,6 +72,6 @@ def test_packing_equals_naive_best_fit_decreasing(lengths: list[int], capacity: 
 
 def test_rows_follow_the_order_of_documents() -> None:
     pieces = cut_documents(np.random.default_rng(0).integers(1, 50, 500), 64)
-    index = build_row_index(pieces, 64)
+    index = build_row_index(pieces, pieces["length"], 64)
     first = index.pieces["offset"][index.starts[:-1]]
     assert (np.diff(first) > 0).all()
