@@ -75,14 +75,22 @@ def encode_dialogue(
     Raises:
       UserError: As for `turns`; or `answer` is true but the last turn is already the model's.
     """
-    start, end = tokenizer.start_of_turn_id, tokenizer.end_of_turn_id
     spoken = turns(messages, merge_system=merge_system)
     if answer and spoken[-1][0] == "model":
         raise UserError("the dialogue ends with a turn of the model; add one of the user to be answered.")
-    newline = tokenizer.encode("\n")
     ids = [tokenizer.bos_id]
     for role, text in spoken:
-        ids += [start, *tokenizer.encode(role), *newline, *tokenizer.encode_typed(text), end, *newline]
-    if answer:
-        ids += [start, *tokenizer.encode("model"), *newline]
-    return ids
+        header, content = encode_turn(tokenizer, role, text)
+        ids += header + content
+    return ids + encode_turn(tokenizer, "model", "")[0] if answer else ids
+
+
+def encode_turn(tokenizer: Tokenizer, role: str, text: str) -> tuple[list[int], list[int]]:
+    """Returns the token ids of one turn, in two parts.
+
+    The first part is <start_of_turn>, the role and a newline; the second is the text, <end_of_turn> and a
+    newline. Nothing in the text becomes a control token.
+    """
+    newline = tokenizer.encode("\n")
+    header = [tokenizer.start_of_turn_id, *tokenizer.encode(role), *newline]
+    return header, [*tokenizer.encode_typed(text), tokenizer.end_of_turn_id, *newline]
