@@ -1,10 +1,11 @@
 """The Python interface of the library: `Gemma`, a model that generates, chats and scores."""
 
 import dataclasses
+import functools
 import math
 import operator
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -16,7 +17,8 @@ from gemma_jax.config import ComputeConfig, MeshConfig, SamplingConfig, mesh_tex
 from gemma_jax.data.chat import Message
 from gemma_jax.errors import UserError
 from gemma_jax.model import ModelSpec
-from gemma_jax.pretrained.checkpoint import open_checkpoint
+from gemma_jax.pretrained.adapted import base_spec, with_adapters
+from gemma_jax.pretrained.checkpoint import open_adapter, open_checkpoint
 from gemma_jax.pretrained.end_tokens import END_OF_TURN, EOS
 from gemma_jax.sampling import Chat, Completion, FinishReason, Generator, Scorer, TextCompletion
 from gemma_jax.sampling.chat import MAX_NEW_TOKENS
@@ -25,7 +27,7 @@ from gemma_jax.sampling.generate import check_ids, padded, requests_of
 from gemma_jax.sharding import make_mesh, platform, row_parts
 from gemma_jax.startup import keep_programs
 from gemma_jax.tokenizer import Tokenizer
-from gemma_jax.weights import Quantization, parameter_table
+from gemma_jax.weights import Context, Quantization, parameter_table
 
 STRIDE = 8  # tokens between two checks of a text that is streamed or may contain a stop text
 
@@ -53,6 +55,7 @@ class Gemma:
         tokenizer: Tokenizer | None,
         end_tokens: Sequence[int] = (EOS,),
         terms_source: str = "",
+        adapters: Sequence[str] = (),
     ) -> None:
         """Args:
         spec: The spec of the model.
@@ -60,6 +63,8 @@ class Gemma:
         tokenizer: The model's tokenizer. With None, only the calls that take token ids work.
         end_tokens: The ids that end a continuation.
         terms_source: Where the weights come from, if they are under the Gemma terms of use.
+        adapters: The names of the model's adapters, in order. An empty name is that of the adapter that is
+          used where none is named.
 
         Raises:
           UserError: the tokenizer has a larger vocabulary than the model. A smaller one is accepted: it is
@@ -74,14 +79,14 @@ class Gemma:
         self.spec, self.params = spec, params
         self.config, self.mesh, self.compute = config, spec.mesh, spec.compute
         self.end_tokens = tuple(end_tokens)
-        self._tokenizer, self._terms_source = tokenizer, terms_source
+        self._tokenizer, self._terms_source, self._adapters = tokenizer, terms_source, list(adapters)
         self._generator, self._scorer = Generator(spec, params), Scorer(spec, params)
 
-        def logits(params: nnx.State, tokens: jax.Array) -> jax.Array:
-            model = spec.merge(params)
+        def logits(params: nnx.State, tokens: jax.Array, chosen: jax.Array) -> jax.Array:
+            model, context = spec.merge(params), Context(adapters=chosen)
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-            hidden = model(tokens, positions, jnp.ones_like(tokens))
-            return model.logits(hidden)[..., : config.vocab_size]
+            hidden = model(tokens, positions, jnp.ones_like(tokens), context)
+            return model.logits(hidden, context)[..., : config.vocab_size]
 
         self._logits = jax.jit(logits)
 
@@ -95,6 +100,7 @@ class Gemma:
         dtype: Literal["float32", "bfloat16"] | None = None,
         instruction_tuned: bool | None = None,
         quantization: str = "",
+        adapters: Mapping[str, str | os.PathLike[str]] | None = None,
     ) -> "Gemma":
         """Loads a model.
 
@@ -110,10 +116,13 @@ class Gemma:
           quantization: Quantises the weights while they are loaded: `int8`, `int4` (blocks of 32),
             `int4:BLOCK`, `int4:channel` or `nf4` (docs/quantisation.md). The embedding becomes int8, unless
             `,embedding=dense` follows. Empty loads them as they are stored.
+          adapters: Adapters (LoRA) over these weights, by the names with which calls choose them: runs that
+            trained adapters, PEFT directories or names on the Hub. If `checkpoint` is itself an adapter, its
+            model is loaded, and that adapter is used where a call names none.
 
         Raises:
-          UserError: there is no checkpoint, it is damaged, the preset does not exist, or the dtype is neither
-            float32 nor bfloat16.
+          UserError: there is no checkpoint, it is damaged, the preset does not exist, the dtype is neither
+            float32 nor bfloat16, or an adapter belongs to other weights.
         """
         if dtype not in (None, "float32", "bfloat16"):
             raise UserError(f"dtype is {dtype!r}, but parameters are kept as float32 or bfloat16.")
@@ -125,7 +134,12 @@ class Gemma:
         tokenizer = found.tokenizer()  # before the weights, so that its errors are reported at once
         ends = found.end_tokens(instruction_tuned)
         spec = ModelSpec(found.config, compute, device_mesh, kind)
-        return cls(spec, found.params(spec), tokenizer, ends, found.terms_source)
+        named = {"": found.adapter()} if found.adapter else {}
+        named |= {name: open_adapter(place, found.config) for name, place in (adapters or {}).items()}
+        params = found.params(spec)
+        if named:
+            spec, params = with_adapters(spec, params, [*named.values()])
+        return cls(spec, params, tokenizer, ends, found.terms_source, [*named])
 
     def save_pretrained(
         self,
@@ -150,6 +164,10 @@ class Gemma:
           UserError: the directory is not empty, the disk is full, values are not finite in this dtype, or the
             format does not have this dtype or quantization.
         """
+        if self._adapters:
+            raise UserError(
+                "this model has adapters; merge one with `gemma convert --merge`, or save it as peft."
+            )
         if quantization and self._quantization:
             raise UserError(
                 f"the weights are quantised already, as {self._quantization}; leave out quantization "
@@ -175,6 +193,7 @@ class Gemma:
         kind = "instruction-tuned" if self.instruction_tuned else "pretrained"
         where = f"{platform(self.mesh)}, mesh {mesh_text(self.mesh.shape)}"
         tokenizer = "" if self._tokenizer else ", no tokenizer"
+        tokenizer += f", {len(self._adapters)} adapters" * bool(self._adapters)
         return (
             f"<Gemma, {kind}: {count:,} parameters in {dtype} on {where}; "
             f"context of {self.config.context_length} tokens{tokenizer}>"
@@ -183,7 +202,8 @@ class Gemma:
     @property
     def _quantization(self) -> str:
         """The kind of the weights; empty if they are dense."""
-        return str(self.spec.kind) if isinstance(self.spec.kind, Quantization) else ""
+        kind = base_spec(self.spec).kind
+        return str(kind) if isinstance(kind, Quantization) else ""
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -201,11 +221,35 @@ class Gemma:
         """Whether the model was trained on dialogues, so that `<end_of_turn>` ends its answers."""
         return END_OF_TURN in self.end_tokens
 
+    def _chosen(self, adapter: str | Sequence[str] | None, count: int) -> list[int]:
+        """Returns the index of the adapter of each of `count` prompts: -1 is the model without one.
+
+        Args:
+          adapter: The name of one, or a name for each prompt; None takes the model's own, if there is one.
+          count: The number of prompts.
+
+        Raises:
+          UserError: There is no adapter of a name, or not one name for each prompt.
+        """
+        if adapter is None:
+            return [0 if "" in self._adapters else -1] * count
+        names = [adapter] * count if isinstance(adapter, str) else list(adapter)
+        if len(names) != count:
+            raise UserError(
+                f"adapter has {len(names)} names for {count} prompts; give one name, or one each."
+            )
+        for name in names:
+            if name and name not in self._adapters:
+                known = ", ".join(filter(None, self._adapters)) or "none"
+                raise UserError(f"there is no adapter {name!r}; this model was loaded with: {known}.")
+        return [self._adapters.index(name) if name else -1 for name in names]
+
     def chat(
         self,
         *,
         system: str = "",
         history: Sequence[Message] = (),
+        adapter: str | None = None,
         config: SamplingConfig | None = None,
         **settings: Any,
     ) -> Chat:
@@ -214,6 +258,7 @@ class Gemma:
         Args:
           system: An instruction, put in front of the first user turn because Gemma has no system turn.
           history: The messages `{"role": ..., "content": ...}` of an earlier dialogue to continue.
+          adapter: As for `generate`.
           config, **settings: As for `generate`, except samples; they hold for every answer. Without a config,
             max_new_tokens is 1024.
 
@@ -228,13 +273,20 @@ class Gemma:
             )
 
         config = sampling_config(config or SamplingConfig(MAX_NEW_TOKENS), settings)
-        return Chat(self.tokenizer, self._pieces, self.config.context_length, system, history, config)
+        pieces = functools.partial(self._pieces, adapter=adapter)
+        return Chat(self.tokenizer, pieces, self.config.context_length, system, history, config)
 
-    def logits(self, token_ids: Sequence[Sequence[int]] | np.ndarray) -> np.ndarray:
+    def logits(
+        self,
+        token_ids: Sequence[Sequence[int]] | np.ndarray,
+        *,
+        adapter: str | Sequence[str] | None = None,
+    ) -> np.ndarray:
         """Returns the logits of the token after each position.
 
         Args:
           token_ids: [B, L] integers; all rows have the same length.
+          adapter: As for `generate`.
 
         Returns:
           [B, L, vocab_size] float32.
@@ -251,13 +303,17 @@ class Gemma:
             )
         parts = row_parts(self.mesh)
         tokens, _ = padded(rows, -(-len(rows) // parts) * parts, *lengths)
-        return np.asarray(self._logits(self.params, tokens))[: len(rows)]
+        chosen = [*self._chosen(adapter, len(rows)), *[-1] * (len(tokens) - len(rows))]
+        return np.asarray(self._logits(self.params, tokens, np.array(chosen)))[: len(rows)]
 
-    def score(self, texts: Sequence[str | Sequence[int]]) -> list[list[float]]:
+    def score(
+        self, texts: Sequence[str | Sequence[int]], *, adapter: str | Sequence[str] | None = None
+    ) -> list[list[float]]:
         """Returns the log-probability of each token given those before it, in nats.
 
         Args:
           texts: Texts, to which `<bos>` is prepended, or token ids, which are used unchanged.
+          adapter: As for `generate`.
 
         Returns:
           One list per entry: the values of all tokens of a text, or of all token ids except the first, which
@@ -267,10 +323,16 @@ class Gemma:
           UserError: there is text but no tokenizer, an entry is empty or longer than the context, or an id is
             out of range.
         """
-        return self._scorer.score(self._ids(texts))
+        ids = self._ids(texts)
+        return self._scorer.score(ids, self._chosen(adapter, len(ids)))
 
     def generate(
-        self, prompts: Sequence[str | Sequence[int]], config: SamplingConfig | None = None, **settings: Any
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        config: SamplingConfig | None = None,
+        *,
+        adapter: str | Sequence[str] | None = None,
+        **settings: Any,
     ) -> list[Generation]:
         """Continues prompts of any lengths.
 
@@ -278,6 +340,8 @@ class Gemma:
           prompts: Texts, to which `<bos>` is prepended and in which nothing becomes a control token, or
             token ids, which are used unchanged.
           config: How tokens are chosen, and when a continuation ends.
+          adapter: The name of an adapter that the model was loaded with, or a name for each prompt; "" is the
+            model without an adapter. By default the model's own adapter, if it was loaded as one.
           **settings: Fields of SamplingConfig, which override those of config:
             max_new_tokens (64): the most tokens that are added to each prompt.
             temperature (0.0): 0 takes the likeliest token.
@@ -301,7 +365,7 @@ class Gemma:
         if not ids:
             return []
         self._generator.check_memory(ids, config)
-        requests = requests_of(ids, config, self.end_tokens)
+        requests = requests_of(ids, config, self.end_tokens, self._chosen(adapter, len(ids)))
         completions = [self._completion(config) for _ in requests]
         # Without stop texts no continuation needs to be checked before its end.
         stride = STRIDE if config.stop else MAX_STEPS
@@ -310,13 +374,18 @@ class Gemma:
         return [_generation(completion) for completion in completions]
 
     def stream(
-        self, prompt: str | Sequence[int], config: SamplingConfig | None = None, **settings: Any
+        self,
+        prompt: str | Sequence[int],
+        config: SamplingConfig | None = None,
+        *,
+        adapter: str | None = None,
+        **settings: Any,
     ) -> Iterator[str]:
         """Yields the continuation of one prompt, piece by piece as it is generated.
 
         Args:
           prompt: A text or token ids.
-          config, **settings: As for `generate`, except samples.
+          config, adapter, **settings: As for `generate`, except samples.
 
         Yields:
           Pieces whose concatenation is the text that `generate` returns. Bytes of an incomplete character,
@@ -326,10 +395,10 @@ class Gemma:
           UserError: as `generate`, and for a model without a tokenizer.
         """
         config = sampling_config(config or SamplingConfig(), settings)
-        return (piece for piece, _ in self._pieces(prompt, config) if piece)
+        return (piece for piece, _ in self._pieces(prompt, config, adapter) if piece)
 
     def _pieces(
-        self, prompt: str | Sequence[int], config: SamplingConfig
+        self, prompt: str | Sequence[int], config: SamplingConfig, adapter: str | None = None
     ) -> Iterator[tuple[str, FinishReason | None]]:
         """Returns an iterator over pieces of a continuation, some empty; the last has the finish reason."""
         if config.samples != 1:
@@ -337,7 +406,8 @@ class Gemma:
                 f"samples is {config.samples}, but a stream shows one continuation; leave it out."
             )
         completion = TextCompletion(self.tokenizer, config.stop)
-        requests = requests_of(self._ids([prompt]), config, self.end_tokens)
+        chosen = self._chosen(adapter, 1)
+        requests = requests_of(self._ids([prompt]), config, self.end_tokens, chosen)
         looks = self._generator.run(requests, [completion], stride=STRIDE)
         return ((completion.take(), completion.finish_reason) for _ in looks)
 

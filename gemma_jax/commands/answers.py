@@ -21,8 +21,8 @@ def answers_to(
 ) -> list[Evaluator]:
     """Returns the evaluator that prints the likeliest answer to each prompt, if there are any.
 
-    A prompt is a turn of a dialogue if `<end_of_turn>` is among the end tokens, otherwise plain text. In a job
-    of several processes nothing is printed, because none of them has the whole model.
+    A prompt is a turn of a dialogue if `<end_of_turn>` is among the end tokens, or else plain text. A job of
+    several processes prints nothing, because none of them has the whole model.
     """
     every = config.evaluation.every
     if not config.evaluation.prompts or not every or jax.process_count() > 1:
@@ -48,7 +48,6 @@ def answers_to(
             if stop_requested():
                 return None
         texts.update(zip(config.evaluation.prompts, (made.text for made in completions), strict=True))
-        generator.use(None)  # training donates these parameters
         return {}
 
     return [Evaluator("answers", every, measure, texts)]

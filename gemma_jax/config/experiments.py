@@ -129,11 +129,16 @@ class ChatConfig(LoadConfig, SamplingConfig):
 class ConvertConfig:
     """Convert a checkpoint to another format."""
 
-    format: Literal["huggingface", "flax", "run", "gguf"] = setting(
+    format: Literal["huggingface", "flax", "run", "gguf", "peft"] = setting(
         "huggingface",
         "A directory as of Hugging Face, one of the published Flax form, a run of gemma_jax at step 0, or a "
-        "directory with a GGUF file for llama.cpp.",
+        "directory with a GGUF file for llama.cpp; peft: an adapter alone, in the files of PEFT.",
     )
+    merge: bool = setting(
+        False,
+        "Merge an adapter into the weights that it was trained on (dequantised, if they were quantised).",
+    )
+    merge_onto: str = setting("", "Merge it into the weights of this checkpoint instead.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "Of the numbers written; auto keeps that of the source."
     )

@@ -33,6 +33,7 @@ from gemma_jax.config import (
 from gemma_jax.errors import UserError
 from gemma_jax.model import ModelSpec
 from gemma_jax.paths import check_writable_path
+from gemma_jax.pretrained.adapters import Adapter
 from gemma_jax.pretrained.bitsandbytes import CONFIG as BITSANDBYTES
 from gemma_jax.pretrained.checkpoint import TOKENIZER_FILE, holds_checkpoint
 from gemma_jax.pretrained.end_tokens import END_OF_TURN
@@ -40,6 +41,7 @@ from gemma_jax.pretrained.flax import write_flax
 from gemma_jax.pretrained.gguf import GGUF_FILE, write_gguf
 from gemma_jax.pretrained.huggingface import write_huggingface
 from gemma_jax.pretrained.layout import DTYPES, Weights, parameter_shapes
+from gemma_jax.pretrained.peft import write_peft
 from gemma_jax.pretrained.placement import place
 from gemma_jax.pretrained.published_config import CONFIG_FILE, write_config, write_generation_config
 from gemma_jax.pretrained.terms import write_notice
@@ -210,6 +212,17 @@ def export(
         if terms_source:
             write_notice(folder, terms_source, dtypes)
     return dtypes
+
+
+def export_adapter(destination: str | os.PathLike[str], adapter: Adapter, config: TransformerConfig) -> None:
+    """Write an adapter in PEFT's files; see `export` for `destination`.
+
+    Raises:
+      UserError: The destination is not empty, or the disk is full.
+    """
+    size = 4 * sum(pair.a.size + pair.b.size for pair in adapter.pairs.values())
+    with new_directory(Path(os.path.expanduser(destination)), size) as folder:
+        write_peft(folder, adapter, config)
 
 
 def _write_run(

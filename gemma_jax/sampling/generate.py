@@ -73,12 +73,20 @@ class Completion:
 
 
 def requests_of(
-    prompts: Sequence[Sequence[int]], config: SamplingConfig, end_tokens: Sequence[int]
+    prompts: Sequence[Sequence[int]],
+    config: SamplingConfig,
+    end_tokens: Sequence[int],
+    adapters: Sequence[int] = (),
 ) -> list[Request]:
-    """Returns a request for every sample of every prompt; the samples of one prompt are adjacent."""
+    """Returns a request for every sample of every prompt; the samples of one prompt are adjacent.
+
+    `adapters` has the index of each prompt's adapter; if it is empty, all have the first one.
+    """
     return [
-        Request(token_ids, config, end_tokens, prompt, sample)
-        for prompt, token_ids in enumerate(prompts)
+        Request(token_ids, config, end_tokens, prompt, sample, adapter)
+        for prompt, (token_ids, adapter) in enumerate(
+            zip(prompts, adapters or [0] * len(prompts), strict=True)
+        )
         for sample in range(config.samples)
     ]
 
@@ -98,7 +106,7 @@ def row_bucket(rows: int, parts: int) -> int:
 class Generator:
     """A model with its compiled prefill and decode programs."""
 
-    def __init__(self, spec: ModelSpec, params: nnx.State | None) -> None:
+    def __init__(self, spec: ModelSpec, params: nnx.State) -> None:
         self.config, self.mesh, self.params = spec.config, spec.mesh, params
         self.dtype = compute_dtype(spec.compute, spec.mesh)
 
@@ -110,8 +118,8 @@ class Generator:
         self.insert = jax.jit(insert, donate_argnums=0)
         self.free = jax.jit(free, donate_argnums=0)
 
-    def use(self, params: nnx.State | None) -> None:
-        """Takes other parameters of the same model, for which nothing is compiled again; None frees them."""
+    def use(self, params: nnx.State) -> None:
+        """Takes other parameters of the same model, for which nothing is compiled again."""
         self.params = params
         self.__dict__.pop("layers", None)
 

@@ -119,6 +119,6 @@ def evaluator_of(
 def held_out_evaluators(
     config: TrainingConfig, mesh: Mesh, dataset: Dataset, tokenizer: Tokenizer
 ) -> list[Evaluator]:
-    """Returns the evaluator of the held-out documents, in nats per token and bits per byte, if there are any."""
+    """Returns the evaluator of held-out documents, if there are any: nats per token and bits per byte."""
     model = ModelSpec(config.model, config.compute, mesh)
     return evaluator_of(held_out_loss(tokenizer.piece_bytes()), config, model, dataset)

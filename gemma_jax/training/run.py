@@ -61,8 +61,8 @@ class Task:
     record: RunRecord = EMPTY_RECORD
     """What the records of all checkpoints have in common."""
     base: Callable[[nnx.State, Mapping[str, Any]], dict[str, Any]] = lambda frozen, before: {}
-    """Returns `RunRecord.base`, given the frozen parameters, and that of the checkpoint that a run resumes from,
-    for which it raises UserError if the frozen parameters are others."""
+    """Returns `RunRecord.base` of the frozen parameters. The second argument is that of the checkpoint that a
+    run resumes from; raises UserError if the frozen parameters are others."""
 
 
 def run_training(config: Config, choose: Callable[[Config, Mesh], Task], started: float) -> int:
