@@ -29,7 +29,7 @@ config = FinetuneConfig(
     data=ExampleDataConfig(
         sources=(str(Path(__file__).with_suffix(".jsonl")),), sequence_length=256, batch_size=8, held_out=0.1
     ),
-    # The base has never seen a turn, so the embedding of <start_of_turn> and <end_of_turn> is trained as well.
+    # The base has never seen a turn, so the embedding of <start_of_turn> and <end_of_turn> is trained, too.
     lora=LoraConfig(rank=16, alpha=16, embedding_rows=(106, 107)),
     optimizer=OptimizerConfig(learning_rate=5e-3, warmup_steps=10, weight_decay=0),
     compute=ComputeConfig(scan_unroll=4, loss_block=32),

@@ -78,7 +78,7 @@ def _placed(found: "Checkpoint", dtype: str) -> "tuple[dict[str, Any], Weights]"
 
 
 def _merged(found: "Checkpoint", adapter: "Adapter", onto: str) -> "Weights":
-    """Returns the weights below an adapter, or those of another checkpoint, with the adapter merged into them."""
+    """Returns the weights below an adapter, or those of another checkpoint, with the adapter merged."""
     from gemma_jax.pretrained.adapted import is_same_base
     from gemma_jax.pretrained.adapters import MergedWeights
     from gemma_jax.pretrained.checkpoint import open_checkpoint

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, get_args, get_type_hints
 
 from gemma_jax.config import (
     ComputeConfig,
+    FinetuneConfig,
     PretrainConfig,
     TrainingConfig,
     load,
@@ -30,22 +31,24 @@ REMAT_POLICIES: tuple[str, ...] = get_args(get_type_hints(ComputeConfig)["remat"
 
 
 @dataclasses.dataclass(frozen=True)
-class PlanOptions(PretrainConfig):
-    """Compile a config's program for TPUs that are not here, and print what it would need."""
+class _PlanSettings:
+    """The settings of a plan, beside those of the config."""
 
     topology: str = setting(
         "",
         "The slice: v5e-256, v6e-8; v4-32, v5p-128 and tpu7x-64 count TensorCores; or a layout, v5p-4x4x8.",
     )
     slices: int = setting(1, "So many of it, connected by the data-centre network.")
-    mode: Literal["pretrain", "prefill", "decode"] = setting(
+    mode: Literal["pretrain", "finetune", "prefill", "decode"] = setting(
         "pretrain",
-        "The step of training; or, for data.batch_size prompts of data.sequence_length tokens, prefill or a "
-        "step of decode.",
+        "The step of training, as the config is; or, for data.batch_size prompts of data.sequence_length "
+        "tokens, prefill or a step of decode.",
     )
     new_tokens: int = setting(128, "prefill and decode: room in the cache behind the prompts.", 1)
     quantization: str = setting(
-        "", "prefill and decode: int8, int4, int4:BLOCK, int4:channel or nf4 weights; empty means dense ones."
+        "",
+        "The weights in prefill and decode, and the frozen ones below adapters: int8, int4, int4:BLOCK, "
+        "int4:channel or nf4; empty means dense ones.",
     )
     tokens: str = setting("", "Tokens of the whole run, such as 20B or 6T; empty means those of the config.")
     price: float = setting(
@@ -60,16 +63,32 @@ class PlanOptions(PretrainConfig):
     json: bool = setting(False, "Print one JSON object a plan and nothing else.")
     dump_hlo: str = setting("", "A file for the text of the compiled program.")
 
-    def config(self) -> PretrainConfig:
+    def config(self) -> TrainingConfig:
         """Returns the config without the planning options, with the mesh over as many slices as they set."""
-        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(PretrainConfig)}
-        config = PretrainConfig(**own)
+        kind = FinetuneConfig if isinstance(self, FinetuneConfig) else PretrainConfig
+        config = kind(**{field.name: getattr(self, field.name) for field in dataclasses.fields(kind)})
         return replace(config, {"mesh.slice": self.slices}) if config.mesh.slice == 1 else config
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanOptions(_PlanSettings, PretrainConfig):
+    """Compile a config's program for TPUs that are not here, and print what it would need."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetunePlanOptions(_PlanSettings, FinetuneConfig):
+    """Compile a config's program for TPUs that are not here, and print what it would need."""
+
+    mode: Literal["pretrain", "finetune", "prefill", "decode"] = setting("finetune", "As for other configs.")
+
+
+AnyOptions = PlanOptions | FinetunePlanOptions
 
 
 def run(arguments: Sequence[str], prog: str) -> int:
     """Print the plan of a config; status 1 if it does not fit."""
-    (name,), options = read_command(arguments, prog, "CONFIG", PlanOptions(), load=_load, validate=_validate)
+    default: AnyOptions = PlanOptions()
+    (name,), options = read_command(arguments, prog, "CONFIG", default, load=_load, validate=_validate)
     config = options.config()
     tokens = float(config.steps * config.data.batch_size * config.data.sequence_length)
     if options.tokens:
@@ -102,14 +121,17 @@ def run(arguments: Sequence[str], prog: str) -> int:
     return 0 if found[0][1].analysis else 1
 
 
-def _load(name: str) -> PlanOptions:
-    base, _ = load(name, PretrainConfig)
-    return PlanOptions(**{field.name: getattr(base, field.name) for field in dataclasses.fields(base)})
+def _load(name: str) -> AnyOptions:
+    base, _ = load(name, TrainingConfig)
+    kind = FinetunePlanOptions if isinstance(base, FinetuneConfig) else PlanOptions
+    return kind(**{field.name: getattr(base, field.name) for field in dataclasses.fields(base)})
 
 
-def _validate(options: PlanOptions) -> None:
+def _validate(options: AnyOptions) -> None:
     validate_bounds(options)
     validate(options.config())
+    if options.mode == ("pretrain" if isinstance(options, FinetuneConfig) else "finetune"):
+        raise UserError(f"mode is {options.mode}, which is not what this config trains; leave it out.")
     if options.quantization and options.mode == "pretrain":
         raise UserError(
             f"quantization is {options.quantization}, but weights are trained dense; add --mode decode or "
@@ -131,7 +153,7 @@ def token_count(text: str) -> float:
     return float(match[1]) * 1000 ** " KMBT".index(match[2] or " ")
 
 
-def variants(config: TrainingConfig, devices: int, options: PlanOptions) -> Iterator[TrainingConfig]:
+def variants(config: TrainingConfig, devices: int, options: AnyOptions) -> Iterator[TrainingConfig]:
     """Yields the valid configs of a sweep. For each mesh and policy, those with fewest rows come first."""
     remat = options.sweep_remat or REMAT_POLICIES
     rows = sorted(options.sweep_rows)
@@ -172,7 +194,7 @@ def _sweep(
         rows = variant.data.batch_size
         if rows >= too_large.get(kind, rows + 1):
             continue  # fewer rows with the same mesh and policy did not fit
-        plan = planner.plan(variant)
+        plan = planner.plan(variant, options.mode)
         if plan.analysis is None:
             too_large[kind] = rows
         found.append((variant, plan))

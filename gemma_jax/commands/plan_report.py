@@ -84,7 +84,7 @@ def print_plan(name: str, plan: Plan, mode: str, tokens: float, price: float, ex
         console.print(_costs(plan))
         console.print()
     _print_time(console, plan, analysis, figures, mode)
-    if mode == "pretrain":
+    if mode in ("pretrain", "finetune"):
         run = budget(tokens, figures.tokens_per_second, topology.chips, price)
         cost = "" if run.cost is None else f", {run.cost:,.0f} at {price:g} per chip-hour"
         console.print(
@@ -94,7 +94,7 @@ def print_plan(name: str, plan: Plan, mode: str, tokens: float, price: float, ex
 
 
 def _print_time(console: Console, plan: Plan, analysis: Analysis, figures: Estimate, mode: str) -> None:
-    run = "a step" if mode in ("pretrain", "decode") else "a batch"
+    run = "a step" if mode in ("pretrain", "finetune", "decode") else "a batch"
     kernels = f" + {_seconds(figures.kernel_seconds)} in Pallas kernels" if analysis.kernels else ""
     console.print(
         f"[bold]{_seconds(figures.seconds)} {run}[/] = {_seconds(figures.compiled_seconds)} compiled by XLA"
@@ -106,7 +106,7 @@ def _print_time(console: Console, plan: Plan, analysis: Analysis, figures: Estim
             f"[bold]uncalibrated[/]: no clock is published for {generation}; it is taken so that the "
             "compiler's cycles for a large product give the chip's published peak"
         )
-    if analysis.uncounted_loops and mode == "pretrain":
+    if analysis.uncounted_loops and mode in ("pretrain", "finetune"):
         console.print(
             f"{analysis.uncounted_loops} loops of unknown length are counted once: the step takes longer"
         )

@@ -4,8 +4,10 @@ import dataclasses
 from collections.abc import Sequence
 
 from gemma_jax.config import (
+    FinetuneConfig,
     MeshConfig,
     PretrainConfig,
+    TrainingConfig,
     read_command,
     replace,
     validate_bounds,
@@ -13,7 +15,7 @@ from gemma_jax.config import (
 )
 from gemma_jax.config.sections import setting
 from gemma_jax.errors import UserError
-from gemma_jax.training.run_directory import TOKENIZER_FILE, check_data, forked_after, open_run
+from gemma_jax.training.run_directory import check_data, forked_after, open_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +36,9 @@ def run(arguments: Sequence[str], prog: str) -> int:
         "RUN STEP",
         ReplayOptions(),
         validate=validate_bounds,
-        load=lambda name, step: ReplayOptions(mesh=open_run(name, PretrainConfig)[1].mesh),
+        load=lambda name, step: ReplayOptions(mesh=open_run(name, TrainingConfig)[1].mesh),
     )
-    run_dir, config = open_run(name, PretrainConfig)
+    run_dir, config = open_run(name, TrainingConfig)
     config = replace(config, {"mesh": options.mesh, "run_dir": name})
     if not number.isdecimal() or not 1 <= int(number) <= config.steps:
         raise UserError(f"{name} has no step {number}; its steps are 1 to {config.steps}.")
@@ -47,21 +49,22 @@ def run(arguments: Sequence[str], prog: str) -> int:
 
     from rich.console import Console
 
+    from gemma_jax.commands import finetune, pretrain
     from gemma_jax.commands.replay_report import print_json, print_report
-    from gemma_jax.data.loader import prepare
     from gemma_jax.sharding import make_mesh
-    from gemma_jax.tokenizer import Tokenizer
-    from gemma_jax.training.objectives import pretraining
     from gemma_jax.training.replay import replay_step
 
     mesh = make_mesh(config.mesh)
     validate_on_devices(config, mesh.size)
-    tokenizer = Tokenizer.load(run_dir / TOKENIZER_FILE)
-    dataset = prepare(config.data, tokenizer, config.seed)
-    check_data(run_dir, dataset)
-    shown = replay_step(pretraining(config, mesh), dataset, int(number))
-    if options.json:
-        print_json(shown, dataset.train, tokenizer, options.rows)
+    if isinstance(config, FinetuneConfig):
+        task = finetune.choose(config, mesh)
     else:
-        print_report(shown, dataset.train, tokenizer, options.rows, Console(highlight=False))
+        assert isinstance(config, PretrainConfig)
+        task = pretrain.choose(config, mesh)
+    check_data(run_dir, task.dataset)
+    shown = replay_step(task, int(number))
+    if options.json:
+        print_json(shown, task.dataset.train, task.tokenizer, options.rows)
+    else:
+        print_report(shown, task.dataset.train, task.tokenizer, options.rows, Console(highlight=False))
     return 0

@@ -90,7 +90,7 @@ class Planner:
             figures = estimate(
                 entry.analysis, self.topology, peak, len(self.devices), program.tokens, program.model_flops
             )
-        if entry.analysis and mode == "pretrain" and mesh.shape["fsdp"] > 1:
+        if entry.analysis and mode in ("pretrain", "finetune") and mesh.shape["fsdp"] > 1:
             passes = config.optimizer.accumulation_steps
             least = fsdp_minimum(program.parameters, mesh.shape["fsdp"], passes)
             fsdp = (fsdp_traffic(entry.analysis.collectives), least)

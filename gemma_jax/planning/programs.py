@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from gemma_jax.config import TrainingConfig
+from gemma_jax.config import FinetuneConfig, TrainingConfig
 from gemma_jax.data.packing import Batch
 from gemma_jax.memory import shard_bytes
 from gemma_jax.model import ModelSpec
@@ -16,13 +16,16 @@ from gemma_jax.model.cache import KEYS_AXES
 from gemma_jax.planning.traffic import Parameter, parameters
 from gemma_jax.sampling.generate import Generator, slot_settings
 from gemma_jax.sharding import batch_sharding, partition_spec
+from gemma_jax.training.finetuning import finetuning
 from gemma_jax.training.hardware import training_flops_a_token
-from gemma_jax.training.objectives import pretraining
+from gemma_jax.training.objectives import Recipe, pretraining
 from gemma_jax.training.state import abstract_train_state
 from gemma_jax.training.step import make_train_step
 from gemma_jax.weights import Kind, kind_of
 
-Mode = Literal["pretrain", "prefill", "decode"]
+SEGMENTS = 16  # of a row of preferences, in a plan
+
+Mode = Literal["pretrain", "finetune", "prefill", "decode"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +43,9 @@ def lower(mode: Mode, config: TrainingConfig, mesh: Mesh, new_tokens: int, quant
     """Lower the program of a mode for a mesh whose devices need not exist.
 
     Args:
-      mode: `pretrain` is the training step; `prefill` writes data.batch_size prompts of data.sequence_length
-        tokens to the cache; `decode` generates one more token for each of them.
+      mode: `pretrain` and `finetune` are the training step, with all tokens in the loss; `prefill` writes
+        data.batch_size prompts of data.sequence_length tokens to the cache; `decode` generates one more token
+        for each of them.
       config: The config of the run: its model, batch and compute settings apply.
       mesh: The mesh that the program runs on.
       new_tokens: The number of tokens that the cache has room for after the prompts.
@@ -51,7 +55,11 @@ def lower(mode: Mode, config: TrainingConfig, mesh: Mesh, new_tokens: int, quant
       UserError: The mesh does not divide a parameter.
     """
     if mode == "pretrain":
-        return _pretrain(config, mesh)
+        return _training(pretraining(config, mesh))
+    if mode == "finetune":
+        assert isinstance(config, FinetuneConfig)
+        length = config.data.sequence_length
+        return _training(finetuning(config, mesh, kind_of(config.quantization), length, SEGMENTS))
     return _sampling(mode, config, mesh, new_tokens, kind_of(quantization))
 
 
@@ -60,9 +68,8 @@ def _bytes_a_device(tree: Any) -> int:
     return sum(map(shard_bytes, jax.tree.leaves(tree)))
 
 
-def _pretrain(config: TrainingConfig, mesh: Mesh) -> Program:
-    recipe = pretraining(config, mesh)
-    state = abstract_train_state(recipe)
+def _training(recipe: Recipe) -> Program:
+    config, mesh, state = recipe.config, recipe.model.mesh, abstract_train_state(recipe)
     shape = (config.data.batch_size, config.data.sequence_length)
     dtypes = ("int32", "int32", "float32", "int32", "int32")  # the dtypes of Batch's arrays, in order
     arrays = [jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh)) for dtype in dtypes]
@@ -72,13 +79,16 @@ def _pretrain(config: TrainingConfig, mesh: Mesh) -> Program:
     return Program(
         step.lower(state, batch),
         {
-            "parameters": _bytes_a_device(state.trainable),
+            "parameters": _bytes_a_device(state.params),
             "optimizer": _bytes_a_device((state.step, state.opt_state)),
             "batch": _bytes_a_device(batch),
         },
-        parameters(state.trainable, mesh),
+        parameters(state.params, mesh),
         tokens,
-        tokens * training_flops_a_token(config.model, config.data.sequence_length),
+        tokens
+        * training_flops_a_token(
+            config.model, config.data.sequence_length, frozen=bool(jax.tree.leaves(state.frozen))
+        ),
     )
 
 

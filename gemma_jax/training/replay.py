@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from gemma_jax.checkpoint.folders import STEPS_FOLDER, saved_steps
 from gemma_jax.checkpoint.record import DamagedCheckpoint, RunRecord, run_record
-from gemma_jax.checkpoint.restore import load_params
+from gemma_jax.checkpoint.restore import load_arrays
 from gemma_jax.config import TrainingConfig
 from gemma_jax.data.loader import Dataset
 from gemma_jax.data.packing import Batch
@@ -25,9 +25,10 @@ from gemma_jax.paths import user_path
 from gemma_jax.sharding import local_rows, logical_axes, parameter_name, put_batch
 from gemma_jax.training.metrics import read_metrics
 from gemma_jax.training.objectives import Recipe
+from gemma_jax.training.run import Task
 from gemma_jax.training.sinks import Entry
 from gemma_jax.training.stability import Stability
-from gemma_jax.training.step import sums_and_gradients
+from gemma_jax.training.step import context_of, sums_and_gradients
 
 
 class Replay(NamedTuple):
@@ -65,12 +66,13 @@ def mean_loss(losses: NDArray[np.float32], weights: NDArray[np.float32]) -> floa
     return float(np.average(losses[counted], weights=weights[counted])) if np.any(counted) else 0.0
 
 
-def replay_step(recipe: Recipe, dataset: Dataset, step: int) -> Replay:
+def replay_step(task: Task, step: int) -> Replay:
     """Recreates the batch of a step and computes it with the newest saved parameters from before that step.
 
     Raises:
       UserError: No such parameters are left, or the checkpoint belongs to another model.
     """
+    recipe, dataset = task.recipe, task.dataset
     config = recipe.config
     checkpoints = list(_checkpoints(config))
     history = checkpoints[0][1].history if checkpoints else {}
@@ -78,7 +80,7 @@ def replay_step(recipe: Recipe, dataset: Dataset, step: int) -> Replay:
     for folder, record in checkpoints:
         if record.step < step:
             try:
-                params = load_params(folder, record, recipe.model)
+                params = _params(task, folder, record)
                 return replay_batch(recipe, dataset, params, step, first_row, record.step)
             except DamagedCheckpoint as error:
                 print(f"{error} An older one is used here", file=sys.stderr)
@@ -87,7 +89,20 @@ def replay_step(recipe: Recipe, dataset: Dataset, step: int) -> Replay:
             f"no parameters from before step {step} are left in {config.run_dir} or {config.fork_from}; "
             "show a later step."
         )
-    return replay_batch(recipe, dataset, recipe.model.init(config.seed), step, first_row, 0)
+    initial = task.initial()
+    params = recipe.model.init(config.seed) if initial is None else initial
+    return replay_batch(recipe, dataset, params, step, first_row, 0)
+
+
+def _params(task: Task, folder: epath.Path, record: RunRecord) -> nnx.State:
+    """Loads what a run has trained, and what is frozen from where the run took it."""
+    frozen, trainable = task.recipe.split(task.recipe.model.params)
+    loaded = load_arrays(folder, {"params": trainable}, record)["params"]
+    if jax.tree.leaves(frozen):
+        initial = task.initial()
+        assert initial is not None
+        frozen = task.recipe.split(initial)[0]
+    return nnx.merge_state(frozen, loaded)
 
 
 def _checkpoints(config: TrainingConfig) -> Iterator[tuple[epath.Path, RunRecord]]:
@@ -120,7 +135,7 @@ def replay_batch(
         model = model_spec.merge(params)
         hidden = model(batch.tokens, batch.positions, batch.segment_ids)
         log_probs = token_log_probs(model, hidden, batch.targets)
-        _, sums, gradients = differentiate(params, batch)
+        _, sums, gradients = differentiate(params, batch, context_of(recipe, step - 1))
         leaves = jax.tree_util.tree_leaves_with_path(gradients, is_leaf=lambda x: isinstance(x, nnx.Variable))
         norms = {parameter_name(path): _norm(variable) for path, variable in leaves}
         return -log_probs, sums["loss"].mean, norms

@@ -79,6 +79,13 @@ def _wide(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+def context_of(recipe: Recipe, done: jax.Array | int) -> Context:
+    """Returns the context of the step after `done` steps, whose random key depends on it and on the seed."""
+    if not recipe.random:
+        return NO_CONTEXT
+    return Context(jax.random.fold_in(jax.random.key(recipe.config.seed), done))
+
+
 def make_train_step(recipe: Recipe) -> TrainStep:
     """Returns the compiled step: state and batch on the mesh -> new state and metrics.
 
@@ -89,9 +96,7 @@ def make_train_step(recipe: Recipe) -> TrainStep:
     differentiate = sums_and_gradients(recipe)
 
     def train_step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        context = NO_CONTEXT
-        if recipe.random:
-            context = Context(jax.random.fold_in(jax.random.key(config.seed), state.step))
+        context = context_of(recipe, state.step)
         first, sums, gradients = differentiate(state.params, batch, context)
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(first.mean) & jnp.isfinite(norm)
