@@ -177,7 +177,7 @@ def variants(config: TrainingConfig, devices: int, options: AnyOptions) -> Itera
 
 
 def _sweep(
-    planner: "Planner", config: TrainingConfig, options: PlanOptions
+    planner: "Planner", config: TrainingConfig, options: AnyOptions
 ) -> "list[tuple[TrainingConfig, Plan]]":
     from gemma_jax.commands.plan_report import summary
 

@@ -6,7 +6,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from gemma_jax.config.experiments import ChatConfig, SampleConfig, TrainingConfig, VerifyConfig
+from gemma_jax.config.experiments import (
+    ChatConfig,
+    FinetuneConfig,
+    SampleConfig,
+    TrainingConfig,
+    VerifyConfig,
+)
 from gemma_jax.config.sections import (
     TOO_LARGE,
     ComputeConfig,
@@ -131,6 +137,23 @@ def validate(config: TrainingConfig) -> None:
     validate_mesh(config.mesh)
     if config.mesh.cpu_devices:
         validate_on_devices(config, config.mesh.cpu_devices)
+    if isinstance(config, FinetuneConfig):
+        _validate_finetune(config)
+
+
+def _validate_finetune(config: FinetuneConfig) -> None:
+    _require(
+        not config.quantization or config.lora.rank > 0,
+        f"quantization is {config.quantization}, but quantised weights cannot be trained; set lora.rank to "
+        "train adapters over them.",
+    )
+    _require(len(config.lora.targets) > 0, "lora.targets is empty; name patterns such as q v, or * for all.")
+    pairs, form = config.objective == "dpo", config.data.format
+    _require(
+        form == "auto" or (form == "preference") == pairs,
+        f"data.format is {form}, but objective {config.objective} learns from "
+        f"{'preference pairs' if pairs else 'other examples'}; change one of them.",
+    )
 
 
 def sampling_config(config: SamplingConfig, settings: Mapping[str, Any]) -> SamplingConfig:
