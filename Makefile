@@ -27,18 +27,18 @@ test: lint $(COMPILER)
 test-slow: .venv/slow-installed $(COMPILER)
 	$(BIN)/python -m pytest -m slow || [ $$? -eq 5 ]
 
-# In an environment of its own: nothing else needs transformers and torch.
+# In an environment of its own: nothing else needs transformers, torch, PEFT and TRL.
 parity: .venv-parity/installed
 	GEMMA_JAX_PARITY=1 .venv-parity/bin/python -m pytest tests/test_parity.py tests/commands/test_verify.py \
 	  tests/pretrained/test_transformers.py tests/pretrained/test_gguf.py tests/pretrained/test_bitsandbytes.py \
-	  tests/weights/test_quantized.py
+	  tests/pretrained/test_peft.py tests/weights/test_quantized.py
 
 .venv-parity/installed: $(INSTALLED) constraints/parity.txt
 	@test -x .venv-parity/bin/python || $(BIN)/python -m venv .venv-parity
-	@echo "Installing gemma_jax, transformers and torch into .venv-parity (once)"
+	@echo "Installing gemma_jax, transformers, torch and PEFT into .venv-parity (once)"
 	@$(BIN)/python -m pip --disable-pip-version-check freeze --exclude-editable >.venv-parity/constraints.txt
 	@.venv-parity/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[test]" \
-	  bitsandbytes torch transformers xllamacpp --constraint .venv-parity/constraints.txt --constraint constraints/parity.txt
+	  bitsandbytes peft torch transformers trl xllamacpp --constraint .venv-parity/constraints.txt --constraint constraints/parity.txt
 	@touch $@
 
 # The shipped configs compiled at full size for their TPUs, into docs/plans.md: an hour on two cores.

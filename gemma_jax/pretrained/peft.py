@@ -42,8 +42,8 @@ _WITHOUT_EFFECT = (
     "lora_ga_config megatron_core peft_version qalora_group_size revision runtime_config"
 )
 # Allowed values of other keys that are not read. Of those not listed here only null and false are allowed,
-# the defaults of nearly all keys. The initialisations pissa, olora, corda, loftq and lora_ga are not allowed,
-# because they change the base weights too.
+# the defaults of nearly all keys. The methods of initialisation pissa, olora, corda, loftq and lora_ga are
+# not allowed, because they change the base weights too.
 _ALLOWED: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "task_type": (None, "CAUSAL_LM"),
@@ -98,6 +98,10 @@ def _is_names(value: Any) -> bool:
     return isinstance(value, list) and len(value) <= MOST_NAMES and all(isinstance(n, str) for n in value)
 
 
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) <= 1e6
 
@@ -113,21 +117,17 @@ class _Config:
         self._path, self._data, self._modules = path, read_object(path), _modules(config)
         self._targets = self._names("target_modules", ["q_proj", "v_proj"])
         self._excluded = self._names("exclude_modules", [])
-        layers, of_layers = self._data.get("layers_to_transform"), self._names("layers_pattern", [])
-        self._layers = self._value(
+        layers = self._value(
             "layers_to_transform",
             [],
-            lambda v: all(type(n) is int for n in (v if isinstance(v, list) else [v])),
-            "a layer or a list of layers",
+            lambda v: isinstance(self._targets, list) and all(type(n) is int for n in _listed(v)),
+            "a layer or a list of layers, beside target_modules that are a list",
         )
-        self._layers = self._layers if isinstance(self._layers, list) else [self._layers]
-        of_layers = [of_layers] if isinstance(of_layers, str) else of_layers
-        if isinstance(self._targets, str) and self._layers or of_layers and not self._layers:
-            raise UserError(
-                f"{path} has layers_to_transform {shown(layers)} and layers_pattern {shown(of_layers)}, but "
-                "the first needs a list of target_modules, and the second needs the first."
-            )
-        self._of_layers = [rf"(?:^|.*?\.){text}\.\d+\..*" for text in of_layers]
+        self._layers = _listed(layers)
+        # The place of the layers; without layers_to_transform it has no effect.
+        self._of_layers = [
+            rf"(?:^|.*?\.){text}\.\d+\..*" for text in _listed(self._names("layers_pattern", []))
+        ]
         rank, number = f"a whole number from 1 to {MOST_RANK}", "a number of at most a million"
         self._rank = self._value("r", 8, _is_rank, rank)
         self._alpha = self._value("lora_alpha", 8, _is_number, number)
@@ -191,9 +191,10 @@ class _Config:
             return name in self._matched[names]
         return any(name == text or name.endswith(f".{text}") for text in names)
 
-    def _is_target(self, name: str, layer: int | None) -> bool:
+    def _is_target(self, name: str) -> bool:
         if self._in(self._excluded, name):
             return False
+        layer = self._modules.get(name, ("", None))[1]
         if isinstance(self._targets, str) and self._targets.lower() == "all-linear":
             return layer is not None
         if self._layers and name not in self._targets:  # a whole name is a target in any layer
@@ -210,18 +211,15 @@ class _Config:
         Raises:
           UserError: it targets the embedding, or nothing.
         """
-        for name in (_EMBEDDING, _HEAD):
-            if self._is_target(name, None):
-                raise UserError(
-                    f"{self._path} targets {name}, which can have no adapter here; give an adapter of the "
-                    "attention and the feed-forward, or with trainable_token_indices."
-                )
         found = {}
-        for name, (_, layer) in self._modules.items():
-            if self._is_target(name, layer):
-                rank = self._of(self._ranks, name, self._rank)
-                alpha = self._of(self._alphas, name, self._alpha)
-                found[name] = (rank, alpha / (math.sqrt(rank) if self._root else rank))
+        for name in filter(self._is_target, [*self._modules, _EMBEDDING, _HEAD]):
+            if name not in self._modules:
+                raise UserError(
+                    f"{self._path} has target_modules {shown(self._targets)}, but {name} can have no adapter "
+                    "here; give one of the attention and the feed-forward, or with trainable_token_indices."
+                )
+            rank, alpha = self._of(self._ranks, name, self._rank), self._of(self._alphas, name, self._alpha)
+            found[name] = (rank, alpha / (math.sqrt(rank) if self._root else rank))
         if not found and not self.tokens:
             raise UserError(
                 f"{self._path} has target_modules {shown(self._targets)}, which match no module of this "
