@@ -14,6 +14,7 @@ from gemma_jax.streams import OutputLost, guard_streams
 COMMANDS = {
     "pretrain": ("train a model from random weights", "CONFIG [--FIELD VALUE ...]"),
     "finetune": ("train a model further", "CONFIG --init_from CHECKPOINT [--FIELD VALUE ...]"),
+    "data-preview": ("the first examples to fine-tune on", "CONFIG [--examples N] [--FIELD VALUE ...]"),
     "sample": ("continue prompts", "CHECKPOINT --prompt TEXT [--FIELD VALUE ...]"),
     "chat": ("talk with an instruction-tuned model", "CHECKPOINT [--FIELD VALUE ...]"),
     "convert": ("weights into another form", "SOURCE DESTINATION --format huggingface|flax|run"),
@@ -57,7 +58,7 @@ def _usage(prog: str, commands: Sequence[str]) -> str:
     lines = [f"usage: {prog} COMMAND ... (`{prog} COMMAND --help` lists its options) or {prog} --version\n"]
     for name in commands:
         meaning, usage = COMMANDS[name]
-        lines.append(f"  {name:10} {meaning}: {prog} {name} {usage}")
+        lines.append(f"  {name:12} {meaning}: {prog} {name} {usage}")
     return "\n".join(lines)
 
 
@@ -90,7 +91,8 @@ def run_command(name: str, arguments: Sequence[str], prog: str) -> int:
     for variable in ("JAX_NUMPY_DTYPE_PROMOTION", "JAX_NUMPY_RANK_PROMOTION"):
         os.environ.pop(variable, None)
     # A command imports what it needs only after it has read its config, so mistakes are reported at once.
-    return _status(lambda: importlib.import_module(f"gemma_jax.commands.{name}").run(arguments, prog))
+    module = f"gemma_jax.commands.{name.replace('-', '_')}"
+    return _status(lambda: importlib.import_module(module).run(arguments, prog))
 
 
 def _status(work: Callable[[], int | None]) -> int:

@@ -26,7 +26,7 @@ def test_usage_names_the_program_and_its_commands(
     assert first.startswith(f"usage: {prog} COMMAND")
     for name, line in zip(names or cli.COMMANDS, lines, strict=True):
         assert line.split()[0] == name and f": {prog} {name} " in line
-        assert callable(importlib.import_module(f"gemma_jax.commands.{name}").run)
+        assert callable(importlib.import_module(f"gemma_jax.commands.{name.replace('-', '_')}").run)
 
 
 def test_version_names_the_devices(capsys: pytest.CaptureFixture[str]) -> None:

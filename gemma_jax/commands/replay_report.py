@@ -5,7 +5,7 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -191,13 +191,17 @@ class _Span(NamedTuple):
 
 
 def _spans(segment: _Segment, tokenizer: Tokenizer) -> Iterator[_Span]:
-    ids = segment.token_ids.tolist()
+    for where, text in token_texts(segment.token_ids.tolist(), tokenizer):
+        yield _Span(text, float(np.max(segment.losses[where])), float(np.max(segment.weights[where])))
+
+
+def token_texts(ids: Sequence[int], tokenizer: Tokenizer) -> Iterator[tuple[list[int], str]]:
+    """Yields the text of each token, or of several consecutive byte tokens together, with their indices."""
     values = [tokenizer.byte(token) for token in ids]
     for _, group in itertools.groupby(range(len(ids)), lambda i: i if values[i] is None else -1):
         where = list(group)
         joined = bytes(value for i in where if (value := values[i]) is not None)
-        text = joined.decode(errors="replace") or tokenizer.piece(ids[where[0]]).replace("\u2581", " ")
-        yield _Span(text, float(np.max(segment.losses[where])), float(np.max(segment.weights[where])))
+        yield where, joined.decode(errors="replace") or tokenizer.piece(ids[where[0]]).replace("\u2581", " ")
 
 
 def _marked_text(segment: _Segment, tokenizer: Tokenizer, marked_from: float) -> Text:
@@ -208,7 +212,7 @@ def _marked_text(segment: _Segment, tokenizer: Tokenizer, marked_from: float) ->
         if (span.weight > 0) != weighted:
             text.append("⟨" if weighted else "⟩")
             weighted = not weighted
-        shown = _printable(span.text)
+        shown = printable(span.text)
         high = span.loss >= marked_from if np.isfinite(span.loss) else not spoilt
         if weighted and high:
             within = shown.replace("\n", "⏎")
@@ -219,7 +223,7 @@ def _marked_text(segment: _Segment, tokenizer: Tokenizer, marked_from: float) ->
     return text if weighted else text.append("⟩")
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Escapes characters that would control the terminal, because the data may contain anything."""
     return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
 
