@@ -18,7 +18,7 @@ from gemma_jax.errors import UserError
 from gemma_jax.model import ModelSpec
 from gemma_jax.pretrained.adapters import Adapter, Pair, stacked
 from gemma_jax.sharding import Arrays, named_arrays, with_arrays
-from gemma_jax.weights import EMBEDDING, NO_CONTEXT, TRAINED, Adapters, Dense, parameter_table
+from gemma_jax.weights import EMBEDDING, NO_CONTEXT, Adapters, Dense, is_trained, parameter_table
 
 
 def base_spec(spec: ModelSpec) -> ModelSpec:
@@ -129,7 +129,7 @@ def begin_adapters(spec: ModelSpec, base: nnx.State, seed: int, start: Adapter |
     """
     kind = spec.kind
     assert isinstance(kind, Adapters)
-    names = [name for name in named_arrays(spec.params) if name.rpartition(".")[2] in TRAINED]
+    names = [name for name in named_arrays(spec.params) if is_trained(name)]
     if start is None:
         create = jax.jit(functools.partial(spec.create, names=names))
         arrays = {name: np.asarray(x) for name, x in create(jax.random.key(seed)).items()}

@@ -19,7 +19,7 @@ from gemma_jax.model.scoring import Scores, scores_of
 from gemma_jax.training.loss import LossSettings, next_token_loss
 from gemma_jax.training.objectives import Objective, Recipe, Sums, WeightedSum
 from gemma_jax.training.optimizer import make_optimizer
-from gemma_jax.weights import TRAINED, Adapters, Context, Kind, parameter_table
+from gemma_jax.weights import Adapters, Context, Kind, is_trained, parameter_table
 
 
 def adapters_over(config: FinetuneConfig, base: Kind) -> Kind:
@@ -79,9 +79,7 @@ def finetuning(config: FinetuneConfig, mesh: Mesh, base: Kind, positions: int, s
         ModelSpec(config.model, config.compute, mesh, kind),
         objective,
         make_optimizer(config.optimizer, config.steps),
-        (lambda name: name.rpartition(".")[2] in TRAINED)
-        if isinstance(kind, Adapters)
-        else (lambda name: True),
+        is_trained if isinstance(kind, Adapters) else lambda name: True,
         random=config.lora.dropout > 0,
     )
 

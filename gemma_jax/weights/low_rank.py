@@ -18,7 +18,11 @@ from gemma_jax.weights.table import EMBEDDING, Parameter
 from gemma_jax.weights.weight import NO_CONTEXT, Context, Dense, Kind, Weight
 
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
-TRAINED = ("a", "b", "rows")  # the arrays of an adapter, by the last part of their names
+
+
+def is_trained(name: str) -> bool:
+    """Whether an array of a model, by its dotted name, is one of an adapter that is trained."""
+    return name.rpartition(".")[2] in ("a", "b", "rows") and ".base." not in name
 
 
 class _Adapted(Weight):

@@ -23,6 +23,8 @@ Arrays = dict[str, np.ndarray]
 class Runs:
     """Starts runs of one config, each in its own run directory."""
 
+    command = "pretrain"
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         write_corpus(folder / "corpus")
@@ -40,7 +42,15 @@ class Runs:
     def start(self, run: str, *arguments: str, cache: str = "programs") -> subprocess.Popen[str]:
         config = str(self.folder / "config.json")
         return subprocess.Popen(
-            [sys.executable, "train.py", "pretrain", config, "--run_dir", str(self.folder / run), *arguments],
+            [
+                sys.executable,
+                "train.py",
+                self.command,
+                config,
+                "--run_dir",
+                str(self.folder / run),
+                *arguments,
+            ],
             cwd=REPOSITORY,
             env=self.environment(cache),
             stdout=subprocess.PIPE,

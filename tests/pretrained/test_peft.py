@@ -102,7 +102,7 @@ def adapted(folder: Path, adapter: Adapter) -> tuple[ModelSpec, Any]:
     """The model in `folder`, with the adapter beside its weights."""
     found = open_checkpoint(folder)
     rank, projections, rows, arrays = stacked([adapter], found.config)
-    kind = Adapters(rank, rank, targets=projections)
+    kind = Adapters(rank, targets=projections)
     spec = ModelSpec(found.config, ComputeConfig(), cpu_mesh(1), kind)
     named = named_arrays(found.params(spec))
     for row in rows:
