@@ -31,7 +31,7 @@ def test_trained_tokens_are_marked(config: str, capsys: pytest.CaptureFixture[st
     answer = "<start_of_turn>model\n⟦beta日<end_of_turn>\n⟧"
     assert shown.count(answer) == 2 == shown.count("⟦")
     for tokens, trained in re.findall(r"line \d: (\d+) tokens, (\d+) trained", shown):
-        assert 5 < int(trained) < int(tokens) - 8
+        assert 0 < int(trained) < int(tokens) - 8
 
 
 def test_pairs_on_a_terminal_are_coloured(

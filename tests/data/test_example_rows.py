@@ -112,7 +112,7 @@ def test_prompts_of_a_pair_are_cut_identically(tmp_path: Path, tokenizer: Tokeni
 def test_rows_keep_to_the_trained_positions(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, train_on: str
 ) -> None:
-    monkeypatch.setattr(source_module, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(source_module, "SHARD_BYTES", 80_000)
     spec = write_lines(tmp_path, dialogues(400, most_turns=4))
     options: dict[str, Any] = {"sequence_length": 512, "held_out": 0.1, "train_on": train_on}
     data = prepared(spec, tokenizer, tmp_path / "c", **options)
