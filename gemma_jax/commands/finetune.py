@@ -55,8 +55,9 @@ def choose(config: FinetuneConfig, mesh: "Mesh") -> "Task":
     from gemma_jax.pretrained.adapted import base_identity, base_spec, begin_adapters, is_same_base
     from gemma_jax.pretrained.checkpoint import open_checkpoint
     from gemma_jax.training.corpus import evaluator_of, prepare_corpus
-    from gemma_jax.training.finetuning import finetuning, held_out_answers, preferences
+    from gemma_jax.training.finetuning import add_reference, finetuning, held_out_answers, preferences
     from gemma_jax.training.loop import EMPTY_RECORD
+    from gemma_jax.training.metrics import say
     from gemma_jax.training.run import Task, choose_tokenizer
     from gemma_jax.training.state import abstract_train_state
     from gemma_jax.weights import Adapters
@@ -88,6 +89,9 @@ def choose(config: FinetuneConfig, mesh: "Mesh") -> "Task":
         name = start.base if start else config.init_from
         return {"name": name, "identity": identity, "scale": kind.scale, "rows": list(kind.rows)}
 
+    if config.objective == "dpo" and not isinstance(kind, Adapters):
+        say("computing the log-probabilities of all answers before training")
+        add_reference(recipe, found.params(spec), dataset)
     ends = found.end_tokens()
     first = dataset.train.batch(0, 1)
     if tokenizer.end_of_turn_id in first.targets[first.loss_weights > 0]:

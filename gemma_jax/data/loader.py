@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gemma_jax.config.sections import DataConfig, ExampleDataConfig
 from gemma_jax.data import packing
@@ -225,6 +226,8 @@ class Rows:
         self._bos_id = bos_id
         self._pad_id = pad_id
         self.firsts = [0, *itertools.accumulate(map(len, sources))][:-1]
+        self.reference: NDArray[np.float32] | None = None
+        """[rows, S]: `Batch.reference` of every row, where preferences need it."""
 
     def __len__(self) -> int:
         return sum(map(len, self.sources))
@@ -236,6 +239,8 @@ class Rows:
             if row is not None:
                 source = bisect.bisect_right(self.firsts, row) - 1
                 self.sources[source].read_into(batch, slot, row - self.firsts[source], self._bos_id)
+        if self.reference is not None:
+            batch = batch._replace(reference=self.reference[[row or 0 for row in rows]])
         return batch
 
     def origin(self, row: int) -> list[Origin]:

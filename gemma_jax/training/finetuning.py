@@ -9,17 +9,22 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from gemma_jax.config import FinetuneConfig
+from gemma_jax.data.loader import Dataset, HeldOut
 from gemma_jax.data.packing import Batch
 from gemma_jax.errors import UserError
 from gemma_jax.model import ModelSpec, Transformer
 from gemma_jax.model.scoring import Scores, scores_of
+from gemma_jax.sharding import local_rows, put_batch
 from gemma_jax.training.loss import LossSettings, next_token_loss
 from gemma_jax.training.objectives import Objective, Recipe, Sums, WeightedSum
 from gemma_jax.training.optimizer import make_optimizer
-from gemma_jax.weights import Adapters, Context, Kind, is_trained, parameter_table
+from gemma_jax.weights import NO_CONTEXT, Adapters, Context, Kind, is_trained, parameter_table
 
 
 def adapters_over(config: FinetuneConfig, base: Kind) -> Kind:
@@ -149,6 +154,22 @@ def answer_log_probs(
     scores, trained = _scores(model, batch, context, positions)
     of_segment = jax.nn.one_hot(trained.segment_ids - 1, segments) * (trained.loss_weights > 0)[..., None]
     return jnp.einsum("bt,bts->bs", scores.log_probs, of_segment)
+
+
+def add_reference(recipe: Recipe, params: nnx.State, dataset: Dataset) -> None:
+    """Computes `Batch.reference` of every row of a dataset, with the parameters that training begins with."""
+    model, size = recipe.model, recipe.config.data.batch_size
+    positions, segments = dataset.trained_positions, dataset.most_segments
+
+    def of_batch(params: nnx.State, batch: Batch) -> jax.Array:
+        return answer_log_probs(model.merge(params), batch, NO_CONTEXT, positions, segments)
+
+    measure = jax.jit(of_batch, out_shardings=NamedSharding(model.mesh, P()))  # every process reads all of it
+    for rows in dataset.rows:
+        batches = HeldOut(rows).batches(size, None, local_rows(size, model.mesh))
+        found = [np.asarray(measure(params, put_batch(batch, size, model.mesh))) for batch in batches]
+        if found:
+            rows.reference = np.concatenate(found)[: len(rows)]
 
 
 def preferences(config: FinetuneConfig, positions: int, segments: int, prefix: str = "") -> Objective:

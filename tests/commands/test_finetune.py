@@ -174,6 +174,17 @@ def test_preferences_begin_at_their_reference(tuned: Path, tiny_run: Path, tmp_p
     assert Gemma.from_pretrained(tmp_path / "run").logits(IDS).shape == (4, 12, 430)
 
 
+def test_preferences_with_all_weights(tiny_run: Path, tmp_path: Path) -> None:
+    """Every batch carries the log-probabilities of the model that training began with."""
+    config = config_file(tmp_path, tiny_run, objective="dpo")
+    full = ["--lora.rank", "0", "--lora.embedding_rows", "--optimizer.learning_rate", "3e-3"]
+    assert main(["finetune", config, *full, "--steps", "4"]) == 0
+    assert main(["finetune", config, *full, "--steps", "12"]) == 0
+    log = [entry for entry in read_metrics(tmp_path / "run") if "loss" in entry]
+    assert log[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
+    assert log[-1]["rewards/margins"] > log[3]["rewards/margins"] > 0
+
+
 class FinetuneRuns(Runs):
     command = "finetune"
 

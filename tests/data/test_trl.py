@@ -1,4 +1,4 @@
-"""Tokens and masks of real dialogues against transformers and the training template of TRL (`make parity`)."""
+"""Tokens and masks of real dialogues against transformers and TRL's training template (`make parity`)."""
 
 import importlib.util
 import json
