@@ -1,10 +1,14 @@
 """Measures training speed of the 110M shape in float32, and that of transformers if it is installed.
 
+With --lora RANK, adapters on all linear layers are trained, there by PEFT, and the second half of each row is
+in the loss.
+
 Both programs run alternately in one process, so that noise of the machine affects both alike; quote the
 ratio. Prints one JSON line for each program, then one with the ratio. With --only, the line also has the
 program's peak memory.
 
     python benchmarks/train_step.py [--threads 2] [--rounds 5] [--batch 4] [--length 512] [--only NAME]
+        [--lora RANK]
 """
 
 import argparse
@@ -21,27 +25,39 @@ import numpy as np
 PRESET = "gemma_110m"
 
 
-def ours(batch: int, length: int) -> Callable[[], float]:
+def ours(batch: int, length: int, lora: int) -> Callable[[], float]:
     """Returns a function that trains one step with gemma_jax and returns its loss."""
-    from gemma_jax.config import PRESETS, ComputeConfig, DataConfig, MeshConfig, PretrainConfig
+    from gemma_jax.config import (
+        PRESETS,
+        ComputeConfig,
+        ExampleDataConfig,
+        FinetuneConfig,
+        LoraConfig,
+        MeshConfig,
+    )
     from gemma_jax.data.packing import Batch
     from gemma_jax.sharding import make_mesh, put_batch
+    from gemma_jax.training.finetuning import finetuning
     from gemma_jax.training.objectives import pretraining
     from gemma_jax.training.state import create_train_state
     from gemma_jax.training.step import make_train_step
+    from gemma_jax.weights import Dense
 
-    config = PretrainConfig(
+    config = FinetuneConfig(
         model=PRESETS[PRESET],
-        data=DataConfig(sequence_length=length, batch_size=batch),
+        data=ExampleDataConfig(sequence_length=length, batch_size=batch),
+        lora=LoraConfig(rank=lora, alpha=16),
         compute=ComputeConfig(dtype="float32", loss_block=128, remat="products"),
     )
     mesh = make_mesh(MeshConfig(cpu_devices=1))
-    state = create_train_state(pretraining(config, mesh))
-    step = make_train_step(pretraining(config, mesh))
+    recipe = finetuning(config, mesh, Dense, length // 2, 1) if lora else pretraining(config, mesh)
+    state, step = create_train_state(recipe), make_train_step(recipe)
     rows = tokens(batch, length + 1)
     positions = np.broadcast_to(np.arange(length, dtype=np.int32), (batch, length)).copy()
     ones = np.ones((batch, length), np.int32)
-    rows = Batch(rows[:, :-1].copy(), rows[:, 1:].copy(), ones.astype(np.float32), positions, ones)
+    weights = ones.astype(np.float32)
+    weights[:, : length // 2 if lora else 0] = 0
+    rows = Batch(rows[:, :-1].copy(), rows[:, 1:].copy(), weights, positions, ones)
     on_mesh = put_batch(rows, batch, mesh)
 
     def run() -> float:
@@ -52,20 +68,25 @@ def ours(batch: int, length: int) -> Callable[[], float]:
     return run
 
 
-def theirs(batch: int, length: int) -> Callable[[], float]:
+def theirs(batch: int, length: int, lora: int) -> Callable[[], float]:
     """Returns the same function with transformers' GemmaForCausalLM and torch's fused AdamW."""
     import torch
 
     model = transformers_model()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True
-    )
+    if lora:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=lora, lora_alpha=16, target_modules="all-linear"))
+    trained = [x for x in model.parameters() if x.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     rows = torch.from_numpy(tokens(batch, length).astype(np.int64))
+    labels = rows.clone()
+    labels[:, : length // 2 if lora else 0] = -100
 
     def run() -> float:
-        loss = model(input_ids=rows, labels=rows).loss
+        loss = model(input_ids=rows, labels=labels).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         return float(loss)
@@ -127,7 +148,7 @@ def use_threads(count: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    for name, default in (("threads", 2), ("rounds", 5), ("batch", 4), ("length", 512)):
+    for name, default in (("threads", 2), ("rounds", 5), ("batch", 4), ("length", 512), ("lora", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--only", choices=("gemma_jax", "transformers"))
     arguments = parser.parse_args()
@@ -137,7 +158,9 @@ def main() -> None:
         makers["transformers"] = theirs
     if arguments.only:
         makers = {arguments.only: makers[arguments.only]}
-    programs = {name: make(arguments.batch, arguments.length) for name, make in makers.items()}
+    programs = {
+        name: make(arguments.batch, arguments.length, arguments.lora) for name, make in makers.items()
+    }
     seconds = in_turn(programs, arguments.rounds)
     speed = {name: arguments.batch * arguments.length / statistics.median(s) for name, s in seconds.items()}
     for name, value in speed.items():
