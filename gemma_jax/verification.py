@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 
 from gemma_jax.config import TransformerConfig
@@ -76,17 +77,8 @@ def statistics(weights: Weights, config: TransformerConfig) -> Iterator[Statisti
             if good.size:
                 smallest, largest = min(smallest, float(good.min())), max(largest, float(good.max()))
         count = max(finite, 1)
-        yield Statistics(
-            parameter,
-            layer,
-            str(array.dtype),
-            array.size,
-            array.size - finite,
-            total / count,
-            math.sqrt(squares / count),
-            smallest,
-            largest,
-        )
+        mean, rms, bad = total / count, math.sqrt(squares / count), array.size - finite
+        yield Statistics(parameter, layer, str(array.dtype), array.size, bad, mean, rms, smallest, largest)
 
 
 def differences(a: Weights, b: Weights, config: TransformerConfig) -> Iterator[Difference]:
@@ -134,44 +126,33 @@ def compare_logits(
     """
     config, rows = one[0].config, one[0].mesh.size
 
-    def logits(spec: ModelSpec, params: nnx.State, tokens: jax.Array, segments: jax.Array) -> jax.Array:
-        model = spec.merge(params)
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        return model.logits(model(tokens, positions, segments))[..., : config.vocab_size]
-
     @jax.jit
-    def measure(ours: nnx.State, theirs: nnx.State, tokens: jax.Array, segments: jax.Array) -> dict[str, Any]:
-        inputs, targets, live = tokens[:, :-1], tokens[:, 1:], segments[:, 1:] == 1
-        found = [
-            logits(spec, params, inputs, segments[:, :-1])
-            for spec, params in ((one[0], ours), (other[0], theirs))
-        ]
-        losses = [
-            jax.nn.logsumexp(x, -1) - jnp.take_along_axis(x, targets[..., None], -1)[..., 0] for x in found
-        ]
-        gap = jnp.where(live[..., None], jnp.abs(found[0] - found[1]), 0)
-        return {
-            "losses": [jnp.sum(jnp.where(live, loss, 0)) for loss in losses],
-            "same": jnp.sum(live & (found[0].argmax(-1) == found[1].argmax(-1))),
-            "largest": gap.max(),
-            "squares": jnp.sum(jnp.mean(gap**2, -1)),
-        }
+    def measure(states: Any, tokens: jax.Array, segments: jax.Array) -> tuple[list[jax.Array], jax.Array]:
+        targets, live = tokens[:, 1:], segments[:, 1:] == 1
+        positions = jnp.broadcast_to(jnp.arange(targets.shape[1]), targets.shape)
+        logits = []
+        for spec, params in zip((one[0], other[0]), states, strict=True):
+            model = spec.merge(params)
+            hidden = model(tokens[:, :-1], positions, segments[:, :-1])
+            logits.append(model.logits(hidden)[..., : config.vocab_size])
+        losses = [optax.softmax_cross_entropy_with_integer_labels(x, targets) for x in logits]
+        same = logits[0].argmax(-1) == logits[1].argmax(-1)
+        gap = jnp.abs(logits[0] - logits[1])
+        sums = [jnp.sum(x, where=live) for x in (*losses, same, jnp.mean(gap**2, -1))]
+        return sums, jnp.max(gap.max(-1), where=live, initial=0)
 
     size = min(WINDOW, config.context_length, len(ids))
     first, rest = ids[0], ids[1:]
     windows = [[first, *rest[start : start + size - 1]] for start in range(0, len(rest), size - 1)]
-    totals = np.zeros(5)
+    totals, largest = np.zeros(4), 0.0
     for start in range(0, len(windows), rows):
         tokens, segments = np.zeros((2, rows, size), np.int32)
         for row, window in enumerate(windows[start : start + rows]):
             tokens[row, : len(window)], segments[row, : len(window)] = window, 1
-        found = jax.device_get(measure(one[1], other[1], tokens, segments))
-        totals[:4] += [*found["losses"], found["same"], found["squares"]]
-        totals[4] = max(totals[4], found["largest"])
-    ours, theirs, same, squares = totals[:4] / len(rest)
-    return LogitComparison(
-        len(rest), math.exp(ours), math.exp(theirs), float(same), float(totals[4]), math.sqrt(squares)
-    )
+        sums, most = jax.device_get(measure((one[1], other[1]), tokens, segments))
+        totals, largest = totals + sums, max(largest, float(most))
+    ours, theirs, same, squares = (totals / len(rest)).tolist()
+    return LogitComparison(len(rest), math.exp(ours), math.exp(theirs), same, largest, math.sqrt(squares))
 
 
 def layer_outputs(

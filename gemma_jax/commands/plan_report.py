@@ -1,6 +1,7 @@
 """Reports a plan as a page for people, or as a JSON record for programs."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -95,21 +96,17 @@ def print_plan(name: str, plan: Plan, mode: str, tokens: float, price: float, ex
 
 def _print_time(console: Console, plan: Plan, analysis: Analysis, figures: Estimate, mode: str) -> None:
     run = "a step" if mode in ("pretrain", "finetune", "decode") else "a batch"
+    whole, compiled = _seconds(figures.seconds), _seconds(figures.compiled_seconds)
     kernels = f" + {_seconds(figures.kernel_seconds)} in Pallas kernels" if analysis.kernels else ""
-    console.print(
-        f"[bold]{_seconds(figures.seconds)} {run}[/] = {_seconds(figures.compiled_seconds)} compiled by XLA"
-        f"{kernels}"
-    )
+    console.print(f"[bold]{whole} {run}[/] = {compiled} compiled by XLA{kernels}")
     if not figures.calibrated:
         generation = plan.topology.generation.name
         console.print(
             f"[bold]uncalibrated[/]: no clock is published for {generation}; it is taken so that the "
             "compiler's cycles for a large product give the chip's published peak"
         )
-    if analysis.uncounted_loops and mode in ("pretrain", "finetune"):
-        console.print(
-            f"{analysis.uncounted_loops} loops of unknown length are counted once: the step takes longer"
-        )
+    if mode in ("pretrain", "finetune") and (loops := analysis.uncounted_loops):
+        console.print(f"{loops} loops of unknown length are counted once: the step takes longer")
     if figures.unknown_kernels:
         console.print(f"{figures.unknown_kernels} Pallas kernels state no work and are left out")
     for network, seconds in figures.link_seconds.items():
@@ -130,13 +127,8 @@ def _collectives(plan: Plan, explain: bool) -> Table:
         key: tuple[str, ...] = (collective.kind, collective.axis)
         if explain:
             why = origin(collective, plan.program.parameters)
-            key += (
-                " ".join(collective.arrays),
-                " | ".join(why.parameters) or "activations",
-                ", ".join(why.logical_axes),
-                why.work,
-                why.source,
-            )
+            names, axes = " | ".join(why.parameters) or "activations", ", ".join(why.logical_axes)
+            key += (" ".join(collective.arrays), names, axes, why.work, why.source)
         sums = rows.setdefault(key, [0, 0])
         sums[0] += collective.count
         sums[1] += collective.bytes
@@ -150,11 +142,11 @@ def _costs(plan: Plan) -> Table:
     assert plan.analysis and plan.estimate
     shown = table(["time", "share", "in", "operation", "asked for by"], right=("time", "share"))
     total = plan.analysis.cycles
-    sums: dict[tuple[str, str, str], int] = {}
+    sums: Counter[tuple[str, str, str]] = Counter()
     for cost in plan.analysis.costs:
         key = (work_of(cost.op_name), cost.op_name.rsplit("/", 1)[-1], places_of(cost.source))
-        sums[key] = sums.get(key, 0) + cost.cycles
-    for key, cycles in sorted(sums.items(), key=lambda item: -item[1]):
+        sums[key] += cost.cycles
+    for key, cycles in sums.most_common():
         if cycles >= 0.01 * total:
             seconds = plan.estimate.compiled_seconds * cycles / total
             shown.add_row(_seconds(seconds), f"{cycles / total:.1%}", *key)
@@ -175,14 +167,10 @@ def print_sweep(name: str, found: Sequence[tuple[TrainingConfig, Plan]], tokens:
             continue
         estimate = plan.estimate
         run = budget(tokens, estimate.tokens_per_second, plan.topology.chips, price)
-        shown.add_row(
-            *settings,
-            _gib_a_chip(plan, sum(plan.analysis.memory.values())),
-            f"{estimate.seconds:.3f}" + ("" if estimate.calibrated else " uncalibrated"),
-            f"{estimate.tokens_per_second / plan.topology.chips:,.0f}",
-            f"{estimate.utilisation or 0:.1%}",
-            f"{run.days:,.1f}",
-        )
+        memory = _gib_a_chip(plan, sum(plan.analysis.memory.values()))
+        step = f"{estimate.seconds:.3f}" + ("" if estimate.calibrated else " uncalibrated")
+        speed = f"{estimate.tokens_per_second / plan.topology.chips:,.0f}"
+        shown.add_row(*settings, memory, step, speed, f"{estimate.utilisation or 0:.1%}", f"{run.days:,.1f}")
     console.print(shown)
 
 

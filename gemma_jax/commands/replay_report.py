@@ -68,19 +68,14 @@ def print_report(replay: Replay, loader: Loader, tokenizer: Tokenizer, limit: in
         f"{int(np.sum(weights)):,} weighted tokens",
         "bold",
     )
-    say(
-        f"loss {replay.loss:.4f} nats a token, gradient norm {replay.gradient_norm:.4f}, "
-        f"{parameters_used(replay)}"
-    )
+    loss, norm = replay.loss, replay.gradient_norm
+    say(f"loss {loss:.4f} nats a token, gradient norm {norm:.4f}, {parameters_used(replay)}")
     if replay.logged:
-        say(
-            f"the run logged loss {replay.logged['loss']:.4f}, "
-            f"gradient norm {replay.logged.get('grad_norm', math.nan):.4f}"
-        )
-    norms = {name: [f"{x:.3g}" for x in np.atleast_1d(norm)] for name, norm in replay.gradient_norms.items()}
+        norm = replay.logged.get("grad_norm", math.nan)
+        say(f"the run logged loss {replay.logged['loss']:.4f}, gradient norm {norm:.4f}")
     say("\ngradient norms, of each layer where there are several:")
-    for name, shown in norms.items():
-        say(f"  {name} {' '.join(shown)}")
+    for name, norms in replay.gradient_norms.items():
+        say(f"  {name} {' '.join(f'{norm:.3g}' for norm in np.atleast_1d(norms))}")
     say(f"\n{len(rows)} of {B} rows, highest loss first. ⟨In brackets⟩: tokens without weight.")
     if len(finite):
         say(f"⟦Marked 1.2⟧: the twentieth of the tokens that lose most, {marked_from:.2f} nats or more.")
@@ -90,12 +85,9 @@ def print_report(replay: Replay, loader: Loader, tokenizer: Tokenizer, limit: in
         where = f"row {replay.first_row + row:,} (number {row} of the batch)"
         say(f"\n{where}: loss {replay.row_loss(row):.3f}", "bold")
         for segment in _segments(replay, loader, row):
-            say(
-                f"  segment {segment.number}: loss {segment.loss:.3f}, highest {np.max(segment.losses):.2f}; "
-                f"tokens {segment.origin.start:,} to {segment.origin.stop:,} of {segment.origin.place} "
-                f"({segment.origin.source})",
-                "cyan",
-            )
+            number, origin, highest = segment.number, segment.origin, np.max(segment.losses)
+            tokens = f"tokens {origin.start:,} to {origin.stop:,} of {origin.place} ({origin.source})"
+            say(f"  segment {number}: loss {segment.loss:.3f}, highest {highest:.2f}; {tokens}", "cyan")
             if problem := segment.not_finite:
                 say(f"  {problem} of {len(segment.losses)} losses are not finite", "bold red")
             for line in _marked_text(segment, tokenizer, marked_from).split("\n", allow_blank=True):

@@ -11,6 +11,7 @@ from gemma_jax.errors import UserError
 from gemma_jax.paths import LARGE_FILE, read_text
 
 if TYPE_CHECKING:
+    from gemma_jax.model import ModelSpec
     from gemma_jax.pretrained.checkpoint import Checkpoint
     from gemma_jax.pretrained.layout import Weights
     from gemma_jax.verification import Statistics
@@ -65,22 +66,21 @@ def run(arguments: Sequence[str], prog: str) -> int:
             raise  # there is no checkpoint to judge
         report.faults.append(str(error))
         return report.verdict(checked)
-    other = open_checkpoint(config.against) if config.against else None
+    other = open_checkpoint(config.against) if config.against else found if config.quantization else None
     found.kind(config.quantization)  # refuses what is quantised already
     text = read_text(os.path.expanduser(config.text), LARGE_FILE) if config.text else config.prompt
-    if config.quantization:
-        other = other or found
     _show_shape(report, name, found)
     # Any error in the files on disk is a fault of the checkpoint, not a mistake of the user.
     try:
         weights = _weights(found, config)
         _show_statistics(report, weights, found.config)
-        if other is not None and (config.quantization or found.quantization):
-            _show_quantised(report, found, other, config, text)
-            checked.append("outputs beside the original")
-        elif other is not None:
-            _show_differences(report, found, other, config)
-            checked.append(f"equality with {config.against}")
+        if other is not None and _same_shape(report, found, other):
+            if config.quantization or found.quantization:
+                _show_quantised(report, found, other, config, text)
+                checked.append("outputs beside the original")
+            else:
+                _show_differences(report, found, other, config)
+                checked.append(f"equality with {config.against}")
         if not report.faults and _compared(report, found, config):
             checked.append("outputs of transformers")
     except UserError as error:
@@ -92,13 +92,26 @@ def _weights(found: "Checkpoint", config: VerifyConfig) -> "Weights":
     """Returns the weights as they are on disk. The weights of a run are loaded onto the mesh."""
     if found.weights is not None:
         return found.weights
-    from gemma_jax.model import ModelSpec
     from gemma_jax.pretrained.export import PlacedWeights
+
+    spec = _spec(found, config, found.dtype)
+    return PlacedWeights(found.params(spec), spec)
+
+
+def _spec(found: "Checkpoint", config: VerifyConfig, dtype: str, quantization: str = "") -> "ModelSpec":
+    from gemma_jax.model import ModelSpec
     from gemma_jax.sharding import make_mesh
 
-    compute = replace(config.compute, {"param_dtype": found.dtype})
-    spec = ModelSpec(found.config, compute, make_mesh(config.mesh), found.kind())
-    return PlacedWeights(found.params(spec), spec)
+    compute = replace(config.compute, {"param_dtype": dtype})
+    return ModelSpec(found.config, compute, make_mesh(config.mesh), found.kind(quantization))
+
+
+def _same_shape(report: Report, found: "Checkpoint", other: "Checkpoint") -> bool:
+    ours, theirs = (dataclasses.asdict(replace(c.config, {"vocab_multiple": 1})) for c in (found, other))
+    unlike = [f"{field} {ours[field]} and {theirs[field]}" for field in ours if ours[field] != theirs[field]]
+    if unlike:
+        report.faults.append(f"{other.name} is of another shape: {', '.join(unlike)}")
+    return not unlike
 
 
 def _show_shape(report: Report, name: str, found: "Checkpoint") -> None:
@@ -114,15 +127,13 @@ def _show_shape(report: Report, name: str, found: "Checkpoint") -> None:
     if tokenizer is None:
         report.line("tokenizer", "none beside it; calls with text will not work, those with token ids will")
     else:
-        report.line("tokenizer", f"{tokenizer.vocab_size:,} pieces")
-        rows = found.config.vocab_size
-        if tokenizer.vocab_size < rows:
-            count = rows - tokenizer.vocab_size
-            report.line("", f"{count:,} ids of the model have no text, as where fine-tuning has added rows")
-        elif tokenizer.vocab_size > rows:
-            report.faults.append(
-                f"the tokenizer has {tokenizer.vocab_size:,} pieces, the model a vocabulary of {rows:,}"
-            )
+        pieces, rows = tokenizer.vocab_size, found.config.vocab_size
+        report.line("tokenizer", f"{pieces:,} pieces")
+        if pieces < rows:
+            added = rows - pieces
+            report.line("", f"{added:,} ids of the model have no text, as where fine-tuning has added rows")
+        elif pieces > rows:
+            report.faults.append(f"the tokenizer has {pieces:,} pieces, the model a vocabulary of {rows:,}")
     kind = "instruction-tuned" if END_OF_TURN in ends else "not known to be instruction-tuned"
     report.line("answers end", f"at {', '.join(map(str, ends))}: {kind}")
 
@@ -134,8 +145,7 @@ def _named_shape(config: TransformerConfig) -> str:
     def unlike(preset: TransformerConfig) -> list[str]:
         return [field for field in fields if getattr(config, field) != getattr(preset, field)]
 
-    nearest = min(PRESETS, key=lambda name: len(unlike(PRESETS[name])))
-    differing = unlike(PRESETS[nearest])
+    nearest, differing = min(((name, unlike(PRESETS[name])) for name in PRESETS), key=lambda x: len(x[1]))
     if not differing:
         return nearest
     if len(differing) > 3:
@@ -148,42 +158,35 @@ def _show_statistics(report: Report, weights: "Weights", config: TransformerConf
     from gemma_jax.verification import statistics
     from gemma_jax.weights import EMBEDDING, FINAL_NORM
 
-    layers: dict[int | None, dict[str, Statistics]] = {}
-    arrays, size, dtypes = 0, 0, set()
+    found: dict[tuple[str, int | None], Statistics] = {}
     for one in statistics(weights, config):
-        layers.setdefault(one.layer, {})[one.parameter.removeprefix("blocks.")] = one
-        arrays, size = arrays + 1, size + one.size
-        dtypes.add(one.dtype)
+        found[one.parameter.removeprefix("blocks."), one.layer] = one
         where = weights.where(one.parameter, one.layer)
         if one.not_finite:
             report.faults.append(f"{where} has {one.not_finite:,} numbers that are not finite")
         elif one.smallest == one.largest and one.size > 1 and not one.parameter.endswith("norm"):
             report.faults.append(f"{where} holds nothing but {one.largest:g}")
-    a_layer, count = len(layers[0]), config.num_layers
+    in_layer, count = [name for name, layer in found if layer == 0], config.num_layers
+    size, dtypes = sum(one.size for one in found.values()), sorted({one.dtype for one in found.values()})
     report.line(
         "weights",
-        f"{arrays} arrays ({a_layer} in each of {count} layers, {arrays - a_layer * count} besides), "
-        f"{size:,} numbers, {', '.join(sorted(dtypes))}",
+        f"{len(found)} arrays ({len(in_layer)} in each of {count} layers, "
+        f"{len(found) - len(in_layer) * count} besides), {size:,} numbers, {', '.join(dtypes)}",
     )
 
     def norm(one: "Statistics") -> str:
         return f"{1 + one.mean:.2f} ({1 + one.smallest:.2f} to {1 + one.largest:.2f})"
 
-    matrices = [f"attention.{name}" for name in ("q", "k", "v", "o")]
-    matrices += [f"feed_forward.{name}" for name in ("gate", "up", "down")]
+    norms = ("attention_norm", "feed_forward_norm")
+    matrices = [name for name in in_layer if name not in norms]
     rows = []
-    for layer in range(config.num_layers):
-        of_layer = layers[layer]
-        rms = [f"{of_layer[matrix].rms:.4f}" for matrix in matrices]
-        bad = sum(one.not_finite for one in of_layer.values())
-        scales = [norm(of_layer[name]) for name in ("attention_norm", "feed_forward_norm")]
-        rows.append([str(layer), f"{bad:,}", *scales, *rms])
-    report.table(
-        ["layer", "not finite", "1 + scale before attention", "before feed-forward"]
-        + [f"rms {matrix.split('.')[1]}" for matrix in matrices],
-        rows,
-    )
-    embedding, last = layers[None][EMBEDDING], layers[None][FINAL_NORM]
+    for layer in range(count):
+        bad = sum(found[name, layer].not_finite for name in in_layer)
+        rms = [f"{found[name, layer].rms:.4f}" for name in matrices]
+        rows.append([str(layer), f"{bad:,}", *(norm(found[name, layer]) for name in norms), *rms])
+    titles = ["layer", "not finite", "1 + scale before attention", "before feed-forward"]
+    report.table(titles + [f"rms {name.split('.')[1]}" for name in matrices], rows)
+    embedding, last = found[EMBEDDING, None], found[FINAL_NORM, None]
     report.line("embedding", f"rms {embedding.rms:.4f}, {embedding.not_finite:,} not finite")
     report.line("final norm", f"1 + scale {norm(last)}, {last.not_finite:,} not finite")
 
@@ -194,31 +197,29 @@ def _compared(report: Report, found: "Checkpoint", config: VerifyConfig) -> bool
 
     import numpy as np
 
-    from gemma_jax.model import ModelSpec, compute_dtype
+    from gemma_jax.model import compute_dtype
     from gemma_jax.pretrained.huggingface import HuggingFaceDirectory
     from gemma_jax.sharding import make_mesh
     from gemma_jax.verification import layer_outputs, transformers_outputs
 
-    if found.quantization:
-        report.line("transformers", "not compared: the weights are quantised")
-        return False
-    if not isinstance(found.weights, HuggingFaceDirectory):
-        report.line(
-            "transformers", "not compared: it reads Hugging Face directories; `gemma convert` makes one"
-        )
-        return False
-    if not all(importlib.util.find_spec(package) for package in ("transformers", "torch")):
-        report.line("transformers", "not compared: pip install transformers torch")
-        return False
+    missing = not all(importlib.util.find_spec(package) for package in ("transformers", "torch"))
+    is_read = isinstance(found.weights, HuggingFaceDirectory)
+    for applies, reason in (
+        (found.quantization, "the weights are quantised"),
+        (not is_read, "it reads Hugging Face directories; `gemma convert` makes one"),
+        (missing, "pip install transformers torch"),
+    ):
+        if applies:
+            report.line("transformers", f"not compared: {reason}")
+            return False
     mesh = make_mesh(config.mesh)
     dtype = str(compute_dtype(config.compute, mesh))
     tokenizer = found.tokenizer()
     ids = [tokenizer.bos_id, *tokenizer.encode_typed(config.prompt)] if tokenizer else [2, *range(4, 32)]
     ids = [token for token in ids if token < found.config.vocab_size]
     tokens = np.tile(np.array(ids, np.int32), (mesh.size, 1))  # one row per device
-    compute = replace(config.compute, {"param_dtype": dtype})
     # Only one of the two models is in memory at once.
-    spec = ModelSpec(found.config, compute, mesh)
+    spec = _spec(found, config, dtype)
     ours = layer_outputs(spec, found.params(spec), tokens)
     theirs = transformers_outputs(Path(found.folder), dtype, tokens)
     layers = (f"layer_{layer}" for layer in range(found.config.num_layers))
@@ -246,13 +247,8 @@ def _show_quantised(
     import jax
 
     from gemma_jax.memory import stored_bytes
-    from gemma_jax.model import ModelSpec
-    from gemma_jax.sharding import make_mesh
     from gemma_jax.verification import compare_logits
 
-    if replace(found.config, {"vocab_multiple": 1}) != replace(other.config, {"vocab_multiple": 1}):
-        report.faults.append(f"{other.name} is a model of another shape")
-        return
     tokenizer = found.tokenizer() or other.tokenizer()
     if tokenizer is None:
         raise UserError(f"{found.name} and {other.name} have no tokenizer, so their outputs have no text.")
@@ -260,20 +256,17 @@ def _show_quantised(
     if len(ids) < 2:
         raise UserError(f"{config.text} has no text; give another file as --text.")
     models = []
-    mesh = make_mesh(config.mesh)
-    for checkpoint, kind in ((found, found.kind(config.quantization)), (other, other.kind())):
+    for checkpoint, quantization in ((found, config.quantization), (other, "")):
         dtype = "float32" if checkpoint.dtype == "float16" else checkpoint.dtype
-        spec = ModelSpec(checkpoint.config, replace(config.compute, {"param_dtype": dtype}), mesh, kind)
+        spec = _spec(checkpoint, config, dtype, quantization)
         models.append((spec, checkpoint.params(spec)))
     compared = compare_logits(models[0], models[1], ids)
     sizes = [sum(stored_bytes(x.shape, x.dtype) for x in jax.tree.leaves(params)) for _, params in models]
-    report.table(
-        ["weights", "bytes", f"perplexity of {compared.tokens:,} tokens"],
-        [
-            [config.quantization or found.quantization, f"{sizes[0]:,}", f"{compared.perplexity:.4f}"],
-            ["original", f"{sizes[1]:,}", f"{compared.other_perplexity:.4f}"],
-        ],
-    )
+    rows = [
+        [config.quantization or found.quantization, f"{sizes[0]:,}", f"{compared.perplexity:.4f}"],
+        ["original", f"{sizes[1]:,}", f"{compared.other_perplexity:.4f}"],
+    ]
+    report.table(["weights", "bytes", f"perplexity of {compared.tokens:,} tokens"], rows)
     report.line("likeliest", f"the same token at {compared.agreement:.2%} of the positions")
     report.line("logit error", f"{compared.largest:.4f} at most, {compared.rms:.4f} root mean square")
 
@@ -281,19 +274,13 @@ def _show_quantised(
 def _show_differences(report: Report, found: "Checkpoint", other: "Checkpoint", config: VerifyConfig) -> None:
     from gemma_jax.verification import differences
 
-    ours, theirs = (dataclasses.asdict(replace(c.config, {"vocab_multiple": 1})) for c in (found, other))
-    unlike = [field for field in ours if ours[field] != theirs[field]]
-    if unlike:
-        told = ", ".join(f"{field} {ours[field]} and {theirs[field]}" for field in unlike)
-        report.faults.append(f"{config.against} is of another shape: {told}")
-        return
     weights = [_weights(checkpoint, config) for checkpoint in (found, other)]
     all_of_them = list(differences(weights[0], weights[1], found.config))
     differing = [one for one in all_of_them if not one.equal]
     rounded = sum(one.rounded for one in all_of_them)
     how = f"{rounded} of them only once the wider is rounded to the other" if rounded else "bit for bit"
-    equal = len(all_of_them) - len(differing)
-    report.line("against", f"{config.against}: {equal} of {len(all_of_them)} arrays are equal, {how}")
+    unlike, count = len(differing), len(all_of_them)
+    report.line("against", f"{config.against}: {count - unlike} of {count} arrays are equal, {how}")
     if not differing:
         return
     rows: list[list[Any]] = [
@@ -301,6 +288,4 @@ def _show_differences(report: Report, found: "Checkpoint", other: "Checkpoint", 
         for d in sorted(differing, key=lambda d: -d.relative)[:SHOWN]
     ]
     report.table(["the most different arrays", "largest difference", "relative"], rows)
-    report.faults.append(
-        f"{len(differing)} of {len(all_of_them)} arrays differ from those of {config.against}"
-    )
+    report.faults.append(f"{unlike} of {count} arrays differ from those of {config.against}")

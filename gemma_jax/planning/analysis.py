@@ -81,7 +81,7 @@ def _costs(module: Module, executed: Sequence[Execution]) -> tuple[Cost, ...]:
         if e.instruction.cycles:
             place = (e.instruction.metadata("op_name"), module.source(e.instruction))
             cycles[place] += e.instruction.cycles * e.count
-    return tuple(Cost(name, source, total) for (name, source), total in cycles.most_common())
+    return tuple(Cost(*place, total) for place, total in cycles.most_common())
 
 
 def _kernel(executed: Execution, fused_backward: bool) -> Kernel:

@@ -63,21 +63,12 @@ def collectives(module: Module, mesh_shape: Mapping[str, int]) -> list[Collectiv
             if size < 2:
                 continue
             arrays = _whole_arrays(instruction, kind, size)
-            share = {"all-reduce": 2 * (size - 1) / size, "collective-permute": 1.0}.get(
-                kind, (size - 1) / size
-            )
+            rest = (size - 1) / size
+            share = {"all-reduce": 2 * rest, "collective-permute": 1.0}.get(kind, rest)
+            received = share * sum(array.bytes for array in arrays) * executed.count
             of = instruction if instruction.metadata("op_name") else executed.instruction
-            found.append(
-                Collective(
-                    kind,
-                    axis,
-                    tuple(map(str, arrays)),
-                    executed.count,
-                    share * sum(array.bytes for array in arrays) * executed.count,
-                    module.source(of),
-                    of.metadata("op_name"),
-                )
-            )
+            about = (executed.count, received, module.source(of), of.metadata("op_name"))
+            found.append(Collective(kind, axis, tuple(map(str, arrays)), *about))
     return found
 
 
@@ -153,6 +144,5 @@ def _iota(text: str) -> np.ndarray:
 def _axis(groups: list[list[int]], mesh_shape: Mapping[str, int]) -> str:
     """Returns the mesh axes along which the members of a group differ."""
     places = np.unravel_index(np.array(groups), tuple(mesh_shape.values()))
-    return " x ".join(
-        name for name, along in zip(mesh_shape, places, strict=True) if (along != along[:, :1]).any()
-    )
+    by_axis = zip(mesh_shape, places, strict=True)
+    return " x ".join(name for name, along in by_axis if (along != along[:, :1]).any())

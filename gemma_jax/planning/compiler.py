@@ -67,9 +67,8 @@ def devices_of(topology: Topology) -> "list[jax.Device]":
     from jax.experimental import topologies
 
     layout = topology.layout + (1,) * (3 - len(topology.layout))
-    host = (2, 2, 1)
     options: dict[str, object] = {}
-    if any(size % along for size, along in zip(layout, host, strict=True)):
+    if layout[0] % 2 or layout[1] % 2:
         options["chips_per_host_bounds"] = list(layout)  # the slice is smaller than a host of four chips
     if topology.generation.name == "v4":
         # As in real jobs, both TensorCores of a chip are one device; jax can build v4 meshes only this way.

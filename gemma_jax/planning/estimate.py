@@ -72,15 +72,10 @@ def estimate(
         for name, speed in speeds.items()
         if speed and traffic[name]
     }
-    return Estimate(
-        generation.clock_is_published,
-        compiled_seconds,
-        kernel_seconds,
-        sum(not kernel.flops for kernel in analysis.kernels),
-        model_flops / (seconds * peak_flops) if model_flops is not None and seconds else None,
-        tokens / seconds if seconds else math.inf,
-        link_seconds,
-    )
+    calibrated, unknown = generation.clock_is_published, sum(not kernel.flops for kernel in analysis.kernels)
+    utilisation = model_flops / (seconds * peak_flops) if model_flops is not None and seconds else None
+    speed = tokens / seconds if seconds else math.inf
+    return Estimate(calibrated, compiled_seconds, kernel_seconds, unknown, utilisation, speed, link_seconds)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,8 +17,9 @@ ITEM_BYTES = {
     "u64": 8, "f16": 2, "bf16": 2, "f32": 4, "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1, "c64": 8, "c128": 16,
 }  # fmt: skip
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+# Strings in attributes may contain line breaks, so an instruction can have several lines.
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ", re.M)
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \([^\n]*\{\n(.*?)^\}$", re.M | re.S)
 _OPCODE = re.compile(r"([\w\-]+)\(")
 
 
@@ -110,30 +111,12 @@ def parse(text: str) -> Module:
     """
     computations: dict[str, Computation] = {}
     entry = ""
-    current: dict[str, Instruction] = {}
-    lines: list[str] = []  # lines of one instruction: strings in attributes may contain line breaks
-
-    def end() -> None:
-        if lines:
-            text = "\n".join(lines)
-            start = _INSTRUCTION.match(text)
-            assert start
-            current[start[1]] = _instruction(text[start.end() :], start[1])
-            lines.clear()
-
-    for line in text.splitlines():
-        if header := _COMPUTATION.match(line):
-            current = {}
-            computations[header[2]] = Computation(header[2], current)
-            if header[1]:
-                entry = header[2]
-        elif line == "}":
-            end()
-        elif _INSTRUCTION.match(line):
-            end()
-            lines.append(line)
-        elif lines:
-            lines.append(line)
+    for is_entry, name, body in _COMPUTATION.findall(text):
+        parts = _INSTRUCTION.split(body)[1:]  # names and what follows them, in turn
+        told = zip(parts[::2], parts[1::2], strict=True)
+        instructions = {one: _instruction(rest.rstrip("\n"), one) for one, rest in told}
+        computations[name] = Computation(name, instructions)
+        entry = name if is_entry else entry
     if not entry:
         raise ValueError("the text of the program has no ENTRY computation")
     return Module(computations, entry, _frames(text))
@@ -141,19 +124,16 @@ def parse(text: str) -> Module:
 
 def _frames(text: str) -> dict[int, tuple[str, ...]]:
     """Parses the tables of files, locations and frames before a program into call stacks by frame id."""
-    files = {int(m[1]): m[2] for m in re.finditer(r'^(\d+) "([^"]*)"$', _table(text, "FileNames"), re.M)}
-    places = {
-        int(m[1]): f"{files[int(m[2])]}:{m[3]}"
-        for m in re.finditer(
-            r"^(\d+) \{file_name_id=(\d+) .*?\bline=(\d+)", _table(text, "FileLocations"), re.M
-        )
-    }
-    parents = {
-        int(m[1]): (int(m[2]), int(m[3] or 0))
-        for m in re.finditer(
-            r"^(\d+) \{file_location_id=(\d+)(?: parent_frame_id=(\d+))?", _table(text, "StackFrames"), re.M
-        )
-    }
+
+    def table(title: str, row: str) -> Iterator[re.Match[str]]:
+        found = re.search(rf"^{title}\n(.*?)(?:\n\n|\Z)", text, re.M | re.S)
+        return re.finditer(rf"^(\d+) {row}", found[1] if found else "", re.M)
+
+    files = {int(m[1]): m[2] for m in table("FileNames", r'"([^"]*)"$')}
+    locations = table("FileLocations", r"\{file_name_id=(\d+) .*?\bline=(\d+)")
+    places = {int(m[1]): f"{files[int(m[2])]}:{m[3]}" for m in locations}
+    callers = table("StackFrames", r"\{file_location_id=(\d+)(?: parent_frame_id=(\d+))?")
+    parents = {int(m[1]): (int(m[2]), int(m[3] or 0)) for m in callers}
     # The first frame has no caller. If it names itself as caller, all caller ids are printed one too high.
     shift = 1 if parents.get(1, (0, 0))[1] == 1 else 0
     frames: dict[int, tuple[str, ...]] = {}
@@ -166,11 +146,6 @@ def _frames(text: str) -> dict[int, tuple[str, ...]]:
             at = parent - shift
         frames[frame] = tuple(stack)
     return frames
-
-
-def _table(text: str, title: str) -> str:
-    found = re.search(rf"^{title}\n(.*?)(?:\n\n|\Z)", text, re.M | re.S)
-    return found[1] if found else ""
 
 
 def _instruction(rest: str, name: str) -> Instruction:
@@ -264,24 +239,19 @@ def executions(module: Module, name: str = "", count: int = 1, counted: bool = T
             trips = trip_count(module, computation, instruction)
             yield Execution(instruction, computation, count, trips is not None)
             (body,) = instruction.called("body")
-            known = counted and trips is not None
-            yield from executions(module, body, count * (1 if trips is None else trips), known)
+            rounds, known = (1, False) if trips is None else (trips, counted)
+            yield from executions(module, body, count * rounds, known)
             continue
         yield Execution(instruction, computation, count, counted)
-        if instruction.opcode == "call":
-            yield from executions(module, instruction.called("to_apply")[0], count, counted)
-        elif instruction.opcode == "async-start":
-            yield from executions(module, instruction.called("calls")[0], count, counted)
+        if attribute := {"call": "to_apply", "async-start": "calls"}.get(instruction.opcode):
+            yield from executions(module, instruction.called(attribute)[0], count, counted)
         elif instruction.opcode == "conditional":
-            branches = instruction.called("branch_computations") or [
-                *instruction.called("true_computation"),
-                *instruction.called("false_computation"),
-            ]
-            heaviest = max(
+            attributes = ("branch_computations", "true_computation", "false_computation")
+            branches = [branch for attribute in attributes for branch in instruction.called(attribute)]
+            yield from max(
                 (list(executions(module, branch, count, counted)) for branch in branches),
                 key=lambda executed: sum(e.instruction.cycles * e.count for e in executed),
             )
-            yield from heaviest
 
 
 def descend(module: Module, instruction: Instruction, attribute: str = "calls") -> Iterator[Instruction]:

@@ -75,21 +75,12 @@ def _training(recipe: Recipe) -> Program:
     arrays = [jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh)) for dtype in dtypes]
     batch = Batch(*arrays)  # type: ignore[arg-type]  # shapes instead of values
     step = cast(jax.stages.Wrapped, make_train_step(recipe))
-    tokens = math.prod(shape)
-    return Program(
-        step.lower(state, batch),
-        {
-            "parameters": _bytes_a_device(state.params),
-            "optimizer": _bytes_a_device((state.step, state.opt_state)),
-            "batch": _bytes_a_device(batch),
-        },
-        parameters(state.params, mesh),
-        tokens,
-        tokens
-        * training_flops_a_token(
-            config.model, config.data.sequence_length, frozen=bool(jax.tree.leaves(state.frozen))
-        ),
-    )
+    parts = {"parameters": state.params, "optimizer": (state.step, state.opt_state), "batch": batch}
+    held = {name: _bytes_a_device(part) for name, part in parts.items()}
+    frozen = bool(jax.tree.leaves(state.frozen))
+    flops = training_flops_a_token(config.model, config.data.sequence_length, frozen=frozen)
+    known = parameters(state.params, mesh)
+    return Program(step.lower(state, batch), held, known, math.prod(shape), math.prod(shape) * flops)
 
 
 def _sampling(mode: Mode, config: TrainingConfig, mesh: Mesh, new_tokens: int, kind: Kind) -> Program:
@@ -99,15 +90,12 @@ def _sampling(mode: Mode, config: TrainingConfig, mesh: Mesh, new_tokens: int, k
     rows, length = config.data.batch_size, config.data.sequence_length
     by_row = batch_sharding(mesh)
 
-    def integers(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=by_row)
+    def placed(x: Any, where: Any = by_row) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
-    settings = jax.tree.map(
-        lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=by_row),
-        slot_settings([], rows, 1, config.model.context_length),
-    )
-    batch = (integers(rows, length), integers(rows), settings)
-    prompts = (batch[0], 0, *batch[1:])
+    tokens, lengths = (placed(jax.ShapeDtypeStruct(s, jnp.int32)) for s in ((rows, length), (rows,)))
+    settings = jax.tree.map(placed, slot_settings([], rows, 1, config.model.context_length))
+    batch, prompts = (tokens, lengths, settings), (tokens, 0, lengths, settings)
     size = min(length + new_tokens, config.model.context_length)
     held = {"parameters": _bytes_a_device(params)}
     known = parameters(params, mesh)
@@ -119,7 +107,7 @@ def _sampling(mode: Mode, config: TrainingConfig, mesh: Mesh, new_tokens: int, k
     where = jax.tree.map(lambda _: by_row, state)
     cache = NamedSharding(mesh, partition_spec(KEYS_AXES, state.cache.keys.shape, mesh, "cache"))
     where = where._replace(cache=dataclasses.replace(where.cache, keys=cache, values=cache))
-    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, where)
+    state = jax.tree.map(placed, state, where)
     steps = jax.ShapeDtypeStruct((), jnp.int32)
     lowered = generator.decode.lower(params, state, steps)
     return Program(lowered, held | {"cache": _bytes_a_device(state)}, known, rows, None)

@@ -14,8 +14,7 @@ class Generation:
 
     name: str  # the name that libtpu uses
     dimensions: int  # number of dimensions of the torus of chips
-    cores_a_chip: int  # TensorCores
-    named_by_cores: bool  # v5p-128 has 128 TensorCores, so 64 chips; v5e-256 has 256 chips
+    cores_a_chip: int  # TensorCores, which names count: v5p-128 has 64 chips, v5e-256 has 256
     hbm_gib: int
     most_chips: int  # in one slice
     clock: float  # cycles per second of a TensorCore
@@ -33,11 +32,11 @@ class Generation:
 # For the other generations this method results in clocks that are 2% too high (benchmarks/LOG.md).
 _FLOPS_A_CYCLE = 4 * 128 * 128 * 2  # per TensorCore
 GENERATIONS = {
-    "v4": Generation("v4", 3, 2, True, 32, 4096, 275e12 / (2 * _FLOPS_A_CYCLE), True, None, None),
-    "v5e": Generation("v5e", 2, 1, False, 16, 256, 197e12 / _FLOPS_A_CYCLE, True, 200e9, 6.4e12 / 8 / 256),
-    "v5p": Generation("v5p", 3, 2, True, 95, 8960, 459e12 / (2 * _FLOPS_A_CYCLE), True, 600e9, 50e9 / 8),
-    "v6e": Generation("v6e", 2, 1, False, 32, 256, 2.222e9, False, 400e9, 100e9 / 8),
-    "tpu7x": Generation("tpu7x", 3, 2, True, 192, 9216, 2.476e9, False, 600e9, 100e9 / 8),
+    "v4": Generation("v4", 3, 2, 32, 4096, 275e12 / (2 * _FLOPS_A_CYCLE), True, None, None),
+    "v5e": Generation("v5e", 2, 1, 16, 256, 197e12 / _FLOPS_A_CYCLE, True, 200e9, 6.4e12 / 8 / 256),
+    "v5p": Generation("v5p", 3, 2, 95, 8960, 459e12 / (2 * _FLOPS_A_CYCLE), True, 600e9, 50e9 / 8),
+    "v6e": Generation("v6e", 2, 1, 32, 256, 2.222e9, False, 400e9, 100e9 / 8),
+    "tpu7x": Generation("tpu7x", 3, 2, 192, 9216, 2.476e9, False, 600e9, 100e9 / 8),
 }
 MOST_SLICES = 256
 OTHER_NAMES = {"v5litepod": "v5e", "v7x": "tpu7x"}
@@ -62,8 +61,7 @@ class Topology:
         return f"{self.generation.name}:{'x'.join(map(str, self.layout))}"
 
     def __str__(self) -> str:
-        cores = self.generation.cores_a_chip if self.generation.named_by_cores else 1
-        name = f"{self.generation.name}-{self.chips // self.slices * cores}"
+        name = f"{self.generation.name}-{math.prod(self.layout) * self.generation.cores_a_chip}"
         return f"{self.slices} x {name}" if self.slices > 1 else name
 
 
@@ -88,32 +86,28 @@ def parse_topology(name: str, slices: int = 1) -> Topology:
     if not 1 <= slices <= MOST_SLICES:
         raise UserError(f"slices is {slices}, but must be from 1 to {MOST_SLICES}.")
     numbers = [int(number) for number in match[2].split("x")]
-    per_chip = generation.cores_a_chip if generation.named_by_cores and len(numbers) == 1 else 1
-    dimensions = generation.dimensions if len(numbers) == 1 else len(numbers)
-    if dimensions != generation.dimensions or not 0 < math.prod(numbers) <= generation.most_chips * per_chip:
+    by_number = len(numbers) == 1
+    most = generation.most_chips * (generation.cores_a_chip if by_number else 1)
+    if len(numbers) not in (1, generation.dimensions) or not 0 < math.prod(numbers) <= most:
         raise UserError(
             f"topology {name!r} does not exist: a slice of {generation.name} has {generation.dimensions} "
             f"dimensions and at most {generation.most_chips} chips."
         )
-    layout = tuple(numbers) if len(numbers) > 1 else _layout(generation, numbers[0], name)
+    layout = _layout(generation, numbers[0], name) if by_number else tuple(numbers)
     return Topology(generation, layout, slices)
 
 
 def _layout(generation: Generation, number: int, name: str) -> tuple[int, ...]:
     """Returns the most cube-like layout of a slice that is named by a number."""
-    per_chip = generation.cores_a_chip if generation.named_by_cores else 1
-    chips, rest = divmod(number, per_chip)
+    chips, rest = divmod(number, generation.cores_a_chip)
     if rest:
         raise UserError(
             f"topology {name!r} does not exist: {generation.name} is named by its TensorCores, "
-            f"{per_chip} a chip."
+            f"{generation.cores_a_chip} a chip."
         )
     divisors = [d for d in range(1, chips + 1) if chips % d == 0]
-    layouts = [
-        layout
-        for layout in itertools.combinations_with_replacement(divisors, generation.dimensions)
-        if math.prod(layout) == chips
-    ]
+    boxes = itertools.combinations_with_replacement(divisors, generation.dimensions)
+    layouts = [layout for layout in boxes if math.prod(layout) == chips]
     if generation.dimensions == 3 and chips == 4:
         layouts = [(2, 2, 1)]  # one host
     elif generation.dimensions == 3 and chips >= 64:  # built from cubes of 4 x 4 x 4 chips

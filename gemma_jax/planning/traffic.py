@@ -96,18 +96,11 @@ def origin(collective: Collective, params: Sequence[Parameter]) -> Origin:
         matches = [p for p in scoped if any(_has_elements_of(shape, p, in_parts) for shape in shapes)]
     else:
         matches = [p for p in params if any(_has_sides_of(shape, p) for shape in shapes)]
-    split = {
-        axis
-        for axis, mesh_axes in RULES.items()
-        if set(mesh_axes) & set(collective.axis.split(" x "))
-        if any(axis in parameter.axes for parameter in matches)
-    }
-    return Origin(
-        tuple(p.name for p in matches),
-        tuple(sorted(split)),
-        work_of(collective.op_name),
-        places_of(collective.source),
-    )
+    mesh_axes = set(collective.axis.split(" x "))
+    held = {axis for parameter in matches for axis in parameter.axes}
+    split = sorted(axis for axis in held if mesh_axes.intersection(RULES.get(axis, ())))
+    names, source = tuple(p.name for p in matches), places_of(collective.source)
+    return Origin(names, tuple(split), work_of(collective.op_name), source)
 
 
 def work_of(op_name: str) -> str:
@@ -132,10 +125,8 @@ def _shape(array: str) -> tuple[int, ...]:
 
 def _has_sides_of(shape: tuple[int, ...], parameter: Parameter) -> bool:
     """Whether an array has the shape of a parameter, in one layer or all, with its axes in any order."""
-    sides = sorted(n for n in shape if n > 1)
-    return any(
-        sides == sorted(n for n in (layers, *parameter.shape) if n > 1) for layers in (1, parameter.layers)
-    )
+    sides, wanted = (sorted(n for n in sizes if n > 1) for sizes in (shape, parameter.shape))
+    return sides in (wanted, sorted([*wanted, parameter.layers]))
 
 
 def _has_elements_of(shape: tuple[int, ...], parameter: Parameter, in_parts: bool) -> bool:

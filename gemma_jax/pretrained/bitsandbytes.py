@@ -10,7 +10,6 @@ functional.QuantState.
 Shape legend: C contracted axes, O output axes, G blocks of an output channel.
 """
 
-import functools
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -28,9 +27,9 @@ from gemma_jax.weights.nf4 import NESTED_BLOCK, NF4_BLOCK, NF4_VALUES, dynamic_m
 from gemma_jax.weights.nf4 import nf4_arrays as quantize_nf4
 
 NF4_STATE = ".quant_state.bitsandbytes__nf4"
-OTHER_STATE = ".quant_state.bitsandbytes__"
 STATE_BYTES = 256  # of the JSON that we write, padded with spaces
-NF4_PARTS = (".absmax", ".nested_absmax", ".quant_map", ".nested_quant_map", NF4_STATE)
+# The ends of the names of tensors that only belong to a quantised weight, besides its state.
+PARTS = (".absmax", ".nested_absmax", ".quant_map", ".nested_quant_map", ".SCB", ".weight_format")
 CONFIG = {  # in config.json
     "quant_method": "bitsandbytes",
     "load_in_4bit": True,
@@ -66,7 +65,7 @@ def quantization_of(data: Mapping[str, Any], path: Path) -> str:
 
 def is_part(name: str) -> bool:
     """Whether a tensor only belongs to a quantised weight."""
-    return name.endswith((*NF4_PARTS, ".SCB", ".weight_format")) or OTHER_STATE in name
+    return name.endswith(PARTS) or NF4_STATE.removesuffix("nf4") in name
 
 
 def nf4_arrays(tensors: Tensors, name: str, where: str) -> dict[str, np.ndarray]:
@@ -80,42 +79,32 @@ def nf4_arrays(tensors: Tensors, name: str, where: str) -> dict[str, np.ndarray]
     Raises:
       UserError: The tensors contradict their quant_state or each other, or are of another kind of NF4.
     """
-
-    wrong = functools.partial(_wrong, where)
-
-    def part(suffix: str, dtype: Any, count: int) -> np.ndarray:
-        found = tensors(name + suffix)
-        if found is None:
-            raise wrong(f"{suffix} is missing")
-        if found.dtype != dtype or found.size != count:
-            raise wrong(f"{suffix} is {found.dtype} of {found.size:,}, not {np.dtype(dtype)} of {count:,}")
-        return found.reshape(-1)
-
     outputs, inputs, state = nf4_state(tensors, name, where)
     blocks = inputs // NF4_BLOCK
-    pairs = part("", np.uint8, outputs * inputs // 2)
-    codes = np.empty((outputs * inputs // 2, 2), np.int8)
-    np.right_shift(pairs, 4, out=codes[:, 0], casting="unsafe")
-    np.bitwise_and(pairs, 15, out=codes[:, 1], casting="unsafe")
-    codes -= 8
+    is_nested = "nested_offset" in state
+    parts: dict[str, np.ndarray] = {}
+    for suffix, (dtype, shape) in _parts(outputs, inputs, is_nested).items():
+        found, size = tensors(name + suffix), math.prod(shape)
+        if found is None or found.dtype != dtype or found.size != size:
+            about = "missing" if found is None else f"{found.dtype} of {found.size:,}"
+            raise _wrong(where, f"{suffix or 'its tensor'} is {about}, not {np.dtype(dtype)} of {size:,}")
+        parts[suffix] = found.reshape(-1)
+    for suffix, values in ((".quant_map", NF4_VALUES), (".nested_quant_map", dynamic_map())):
+        if suffix in parts and not np.allclose(parts[suffix], values, atol=1e-6):
+            raise _wrong(where, f"{suffix} has other values than bitsandbytes'")
+    suffix = ".nested_absmax" if is_nested else ".absmax"
+    scales = parts[suffix]
+    if not np.isfinite(scales).all() or (scales < 0).any():
+        raise _wrong(where, f"{suffix} has scales that are negative or not finite")
+    codes = np.stack([parts[""] >> 4, parts[""] & 15], -1).view(np.int8) - 8
     by_channel = codes.reshape(outputs, blocks, NF4_BLOCK).transpose(2, 1, 0)
     arrays = {"codes": by_channel.astype(ml_dtypes.int4)}
-    if not np.allclose(part(".quant_map", np.float32, 16), NF4_VALUES, atol=1e-6):
-        raise wrong(".quant_map has other values than NF4")
-    if "nested_offset" not in state:
-        scales = part(".absmax", np.float32, outputs * blocks).reshape(outputs, blocks).T
-        if not np.isfinite(scales).all() or (scales < 0).any():
-            raise wrong(".absmax has scales that are negative or not finite")
-        return {**arrays, **{key: np.asarray(x) for key, x in jax.jit(nested_scales)(scales).items()}}
-    groups = -(-outputs * blocks // NESTED_BLOCK)
-    nested = part(".nested_absmax", np.float32, groups)
-    if not np.allclose(part(".nested_quant_map", np.float32, 256), dynamic_map(), atol=1e-6):
-        raise wrong(".nested_quant_map has other values than bitsandbytes' dynamic map")
-    if not np.isfinite(nested).all() or (nested < 0).any():
-        raise wrong(".nested_absmax has scales that are negative or not finite")
+    absmax = parts[".absmax"].reshape(outputs, blocks).T
+    if not is_nested:
+        return arrays | {key: np.asarray(x) for key, x in jax.jit(nested_scales)(absmax).items()}
     return arrays | {
-        "absmax": part(".absmax", np.uint8, outputs * blocks).reshape(outputs, blocks).T,
-        "nested": nested,
+        "absmax": absmax,
+        "nested": scales,
         "offset": np.asarray(state["nested_offset"], np.float32),
         "rows": np.arange(outputs, dtype=np.int32),
         "columns": np.arange(blocks, dtype=np.int32),
@@ -132,27 +121,26 @@ def nf4_state(tensors: Tensors, name: str, where: str) -> tuple[int, int, dict[s
     Raises:
       UserError: The state is missing, or is not of a kind that `nf4_arrays` reads.
     """
-    wrong = functools.partial(_wrong, where)
     raw = tensors(name + NF4_STATE)
     if raw is None or raw.dtype != np.uint8 or raw.size > 2**16:
-        raise wrong(f"{NF4_STATE} is missing, or not a short text")
+        raise _wrong(where, f"{NF4_STATE} is missing, or not a short text")
     state = parse_json(raw.tobytes().decode(errors="replace"), f"{name}{NF4_STATE}")
     if not isinstance(state, dict):
-        raise wrong(f"{NF4_STATE} is not a JSON object")
+        raise _wrong(where, f"{NF4_STATE} is not a JSON object")
     wanted = {"quant_type": "nf4", "blocksize": NF4_BLOCK}
     if "nested_offset" in state:
         wanted["nested_blocksize"] = NESTED_BLOCK
         offset = state["nested_offset"]
         if type(offset) not in (int, float) or not 0 <= offset < math.inf:
-            raise wrong(f"its quant_state has nested_offset {shown(offset)}, which is no scale")
+            raise _wrong(where, f"its quant_state has nested_offset {shown(offset)}, which is no scale")
     for key, value in wanted.items():
-        if state.get(key) != value:
-            raise wrong(f"its quant_state has {key} {shown(state.get(key))}, but {value} is supported")
+        if (found := state.get(key)) != value:
+            raise _wrong(where, f"its quant_state has {key} {shown(found)}, but {value} is supported")
     shape = state.get("shape")
     if not isinstance(shape, list) or len(shape) != 2 or any(type(n) is not int or n < 1 for n in shape):
-        raise wrong(f"its quant_state has shape {shown(shape)}, which is not that of a matrix")
+        raise _wrong(where, f"its quant_state has shape {shown(shape)}, which is not that of a matrix")
     if shape[1] % NF4_BLOCK:
-        raise wrong(f"its rows of {shape[1]} are not a multiple of the block of {NF4_BLOCK}")
+        raise _wrong(where, f"its rows of {shape[1]} are not a multiple of the block of {NF4_BLOCK}")
     return shape[0], shape[1], state
 
 
@@ -172,8 +160,7 @@ def int8_arrays(codes: np.ndarray, scales: np.ndarray, where: str) -> dict[str, 
             f"{where} is {codes.dtype} of shape {codes.shape} with SCB of {scales.dtype} and shape "
             f"{scales.shape}, not int8 with one float32 for each row; copy or quantise it again."
         )
-    unscaled = codes[scales == 0].any()
-    if unscaled or not np.isfinite(scales).all() or (scales < 0).any():
+    if codes[scales == 0].any() or not np.isfinite(scales).all() or (scales < 0).any():
         raise UserError(f"{where} has scales (SCB) that are zero, negative or not finite; copy it again.")
     return {"codes": codes.T[None], "scale": (np.where(scales == 0, 127, scales) / np.float32(127))[None]}
 
@@ -201,15 +188,22 @@ def nf4_shapes(name: str, outputs: int, inputs: int) -> dict[str, tuple[int, ...
             f"{name} has rows of {inputs}, which are not a multiple of the block of {NF4_BLOCK} of nf4; "
             "write it without quantization."
         )
+    shapes = {name + suffix: shape for suffix, (_, shape) in _parts(outputs, inputs).items()}
+    return shapes | {name + NF4_STATE: (STATE_BYTES,)}
+
+
+def _parts(outputs: int, inputs: int, nested: bool = True) -> dict[str, tuple[Any, tuple[int, ...]]]:
+    """Returns the dtype and shape of each tensor of a weight but its state, by the end of its name."""
     blocks = outputs * inputs // NF4_BLOCK
-    return {
-        name: (outputs * inputs // 2, 1),
-        f"{name}.absmax": (blocks,),
-        f"{name}.nested_absmax": (-(-blocks // NESTED_BLOCK),),
-        f"{name}.nested_quant_map": (256,),
-        f"{name}.quant_map": (16,),
-        f"{name}{NF4_STATE}": (STATE_BYTES,),
+    parts: dict[str, tuple[Any, tuple[int, ...]]] = {
+        "": (np.uint8, (outputs * inputs // 2, 1)),
+        ".absmax": (np.uint8 if nested else np.float32, (blocks,)),
+        ".quant_map": (np.float32, (16,)),
     }
+    if nested:
+        parts[".nested_absmax"] = (np.float32, (-(-blocks // NESTED_BLOCK),))
+        parts[".nested_quant_map"] = (np.float32, (256,))
+    return parts
 
 
 def nf4_tensors(matrix: np.ndarray, name: str) -> dict[str, np.ndarray]:
@@ -227,12 +221,12 @@ def nf4_tensors(matrix: np.ndarray, name: str) -> dict[str, np.ndarray]:
         "nested_dtype": "float32",
         "nested_offset": float(arrays["offset"]),
     }
-    tensors = (
-        (pairs[:, :1] << 4) | pairs[:, 1:],
-        arrays["absmax"].T.reshape(-1),
-        arrays["nested"],
-        dynamic_map(),
-        np.asarray(NF4_VALUES, np.float32),
-        np.frombuffer(json.dumps(state).ljust(STATE_BYTES).encode(), np.uint8),
-    )
-    return dict(zip(nf4_shapes(name, outputs, inputs), tensors, strict=True))
+    tensors = {
+        "": (pairs[:, :1] << 4) | pairs[:, 1:],
+        ".absmax": arrays["absmax"].T.reshape(-1),
+        ".quant_map": np.asarray(NF4_VALUES, np.float32),
+        ".nested_absmax": arrays["nested"],
+        ".nested_quant_map": dynamic_map(),
+        NF4_STATE: np.frombuffer(json.dumps(state).ljust(STATE_BYTES).encode(), np.uint8),
+    }
+    return {name + suffix: tensor for suffix, tensor in tensors.items()}

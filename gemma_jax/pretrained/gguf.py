@@ -10,22 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from gemma_jax.config import TransformerConfig, validate_model
+from gemma_jax.config import TransformerConfig
 from gemma_jax.errors import UserError
 from gemma_jax.pretrained.end_tokens import END_OF_TURN
-from gemma_jax.pretrained.gguf_file import (
-    FLOAT32,
-    FLOATS,
-    INT32,
-    ROWS,
-    STRING,
-    GGUFFile,
-    can_dequantize,
-    ggml_type,
-)
+from gemma_jax.pretrained.gguf_file import ROWS, GGUFFile, can_dequantize, ggml_type
 from gemma_jax.pretrained.huggingface import from_stored, stored_shape, to_stored
 from gemma_jax.pretrained.layout import Weights, check_tensors, in_order, parameter_shapes, widest
-from gemma_jax.pretrained.published_config import shown
+from gemma_jax.pretrained.published_config import described_model, shown
+from gemma_jax.pretrained.tensor_file import FLOATS
 from gemma_jax.tokenizer import Tokenizer
 from gemma_jax.weights import EMBEDDING, FINAL_NORM
 
@@ -51,10 +43,9 @@ _KEYS = {
     "head_dim": "attention.key_length",
     "context_length": "context_length",
 }
-_EPSILON, _ROPE_BASE = "attention.layer_norm_rms_epsilon", "rope.freq_base"
-_TOKENS, _SCORES, _TYPES = (f"tokenizer.ggml.{name}" for name in ("tokens", "scores", "token_type"))
 _TEMPLATE = "tokenizer.chat_template"
 _PADDING = "[PAD{}]"  # the text of a token for a row of the embedding that the tokenizer does not have
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # types of tokens, as in SentencePiece's ModelProto
 # The types that we write: the type of the embedding, and the number of the whole file in general.file_type.
 WRITTEN = {"bf16": ("BF16", 32), "q8_0": ("Q8_0", 7), "q4_0": ("Q8_0", 2)}
 _LARGEST = {"BF16": 3.38e38, "Q8_0": 127 * 65504.0, "Q4_0": 8 * 65504.0}  # the scale of a block is a float16
@@ -80,12 +71,10 @@ class GGUFWeights:
           UserError: A check fails; the message names the file and the key or tensor.
         """
         self.file = GGUFFile(path)
-        self._check_kind()
         self.config = self._read_config()
         self._shapes = parameter_shapes(self.config)
         self._check_tensors()
-        types = {stored.type for stored in self.file.tensors.values()}
-        self.dtype = widest(str(FLOATS.get(kind, FLOATS["F32"])) for kind in types)
+        self.dtype = widest({str(stored.dtype) for stored in self.file.tensors.values()})
 
     @property
     def quantized(self) -> str:
@@ -100,24 +89,11 @@ class GGUFWeights:
         numbers = sum(math.prod(stored.shape) for stored in linear)
         return "int4" if 8 * sum(stored.size for stored in linear) <= 5 * numbers else "int8:32"
 
-    def _check_kind(self) -> None:
-        gemma = "only 'gemma' (Gemma 1, 1.1 and CodeGemma) is supported; give a file of one of these"
-        whole = "only a whole model is read; give the file of one"
-        parts = "all parts are needed; join them with `llama-gguf-split --merge` and give the result"
-        for key, allowed, remedy in (
-            ("general.architecture", ("gemma",), gemma),
-            ("general.type", (None, "model"), whole),
-            ("split.count", (None, 0, 1), parts),
-        ):
-            if (value := self.file.metadata.get(key)) not in allowed:
-                raise UserError(f"{self.file.path} has {key} {shown(value)}, but {remedy}.")
-
     def _read_config(self) -> TransformerConfig:
-        path, prefix = self.file.path, "gemma."
-        given = {k[len(prefix) :]: v for k, v in self.file.metadata.items() if k.startswith(prefix)}
+        path, left = self.file.path, dict(self.file.metadata)
 
         def take(key: str, kind: Any, default: Any = None) -> Any:
-            value = given.pop(key, default)
+            value = left.pop(f"gemma.{key}", default)
             if type(value) is not kind:
                 problem = "is missing" if value is None else f"is {shown(value)}"
                 raise UserError(
@@ -127,42 +103,44 @@ class GGUFWeights:
             # The shortest decimal number that is the same float32: 1e-06 and not 9.99999997e-07.
             return float(str(np.float32(value))) if kind is float else value
 
-        config = TransformerConfig(
-            vocab_size=next(iter(getattr(self.file.tensors.get(_EMBEDDING), "shape", ())), 0),
-            norm_epsilon=take(_EPSILON, float),
-            rope_base=take(_ROPE_BASE, float, 10_000.0),
+        def require(key: str, *allowed: Any, remedy: str = "convert the model again") -> None:
+            if (value := left.pop(key, None)) not in allowed:
+                raise UserError(
+                    f"{path} has {key} {shown(value)}, but only {allowed[-1]!r} is supported; {remedy}."
+                )
+
+        require("general.architecture", "gemma", remedy="give a Gemma 1, a Gemma 1.1 or a CodeGemma")
+        require("general.type", None, "model", remedy="give the file of a whole model")
+        require("split.count", None, 0, 1, remedy="join all parts with `llama-gguf-split --merge`")
+        embedding = self.file.tensors.get(_EMBEDDING)
+        config = described_model(
+            path,
+            vocab_size=embedding.shape[0] if embedding and embedding.shape else 0,
+            norm_epsilon=take("attention.layer_norm_rms_epsilon", float),
+            rope_base=take("rope.freq_base", float, 10_000.0),
             **{field: take(key, int) for field, key in _KEYS.items()},
         )
-        same = {"attention.value_length": config.head_dim, "rope.dimension_count": config.head_dim}
-        for key, value in (same | {"vocab_size": config.vocab_size, "rope.scaling.type": "none"}).items():
-            if (found := given.pop(key, value)) != value:
+        require("gemma.attention.value_length", None, config.head_dim)
+        require("gemma.rope.dimension_count", None, config.head_dim)
+        require("gemma.rope.scaling.type", None, "none")
+        require("gemma.vocab_size", None, config.vocab_size)
+        for key in left:
+            if key.startswith("gemma."):
                 raise UserError(
-                    f"{path} has gemma.{key} {shown(found)}, but {value!r} is all that is supported."
+                    f"{path} has {shown(key)[1:-1]} {shown(left[key])}, which no Gemma 1 has; "
+                    "convert the model again without it."
                 )
-        for key, value in given.items():
-            raise UserError(
-                f"{path} has gemma.{shown(key)[1:-1]} {shown(value)}, which no Gemma 1 has; "
-                "convert the model again without it."
-            )
-        try:
-            validate_model(config)
-        except UserError as error:
-            raise UserError(f"{path} describes no Gemma: {error}") from error
         return config
 
     def _check_tensors(self) -> None:
         path, tensors = self.file.path, self.file.tensors
         for kind, name in {stored.type: name for name, stored in tensors.items()}.items():
-            if kind not in FLOATS and not can_dequantize(tensors[name]):
+            if kind not in FLOATS and not can_dequantize(kind):
                 raise UserError(
                     f"{shown(name)} in {path} is of the type {kind}, which cannot be read; "
                     "give a file of another type, such as Q8_0 or BF16."
                 )
-        found = {
-            name: (stored.shape, str(FLOATS.get(stored.type, "float32")))
-            for name, stored in tensors.items()
-            if name != _HEAD
-        }
+        found = {name: (x.shape, str(x.dtype)) for name, x in tensors.items() if name != _HEAD}
         wanted = (
             (tensor_name(parameter, layer), stored_shape(parameter, self._shapes[parameter]))
             for parameter, layer in in_order(self.config)
@@ -220,27 +198,26 @@ class GGUFWeights:
         Raises:
           UserError: The tokenizer is not of Gemma's kind.
         """
-        path, normal, control, user_defined = self.file.path, 1, 3, 4  # as in SentencePiece's ModelProto
         if not self.has_tokenizer:
             return None
-        kind = self.file.metadata["tokenizer.ggml.model"]
-        tokens, scores = self.file.array(_TOKENS, STRING), self.file.array(_SCORES, FLOAT32)
-        types = self.file.array(_TYPES, INT32)
-        if kind != "llama" or tokens is None or scores is None or types is None:
+        path, keys = self.file.path, ("model", "tokens", "scores", "token_type")
+        kind, tokens, *numbers = (self.file.metadata.get(f"tokenizer.ggml.{key}") for key in keys)
+        formats = [getattr(array, "format", None) for array in numbers]
+        if kind != "llama" or not isinstance(tokens, list) or formats != ["f", "i"]:
             raise UserError(
                 f"{path} has a tokenizer of the kind {shown(kind)}, without the tokens, scores or types of a "
                 "Gemma's; put the model's tokenizer.model beside it."
             )
+        scores, types = map(np.asarray, numbers)
         same = len(tokens) == len(scores) == len(types)
         if not (same and np.isfinite(scores).all() and np.isin(types, range(1, 7)).all()):
             raise UserError(
                 f"{path} does not have a score and a known type for each of {len(tokens)} tokens; "
                 "copy or download it again."
             )
-        types = np.where(
-            (types == normal) & (scores == 0) & (np.append(scores[1:], 0) != -1), user_defined, types
-        )
-        types = np.where((types == control) & (np.arange(len(types)) > Tokenizer.unk_id), user_defined, types)
+        unmarked = (types == _NORMAL) & (scores == 0) & (np.append(scores[1:], 0) != -1)
+        late_control = (types == _CONTROL) & (np.arange(len(types)) > Tokenizer.unk_id)
+        types = np.where(unmarked | late_control, _USER_DEFINED, types)
         try:
             texts = [token.decode().replace(" ", "\u2581") for token in tokens]
         except UnicodeDecodeError as error:
@@ -346,26 +323,22 @@ def _add_tokenizer(
                 f"the tokenizer has {len(pieces)} pieces, but the model a vocabulary of {config.vocab_size}; "
                 "give the tokenizer of this model."
             )
-        control, user_defined, unused = 3, 4, 5
+        # llama.cpp wants a token for each row.
+        missing = range(len(pieces), config.vocab_size)
+        pieces += [(_PADDING.format(index), -1000.0, _UNUSED) for index in missing]
         texts, scores, types = map(list, zip(*pieces, strict=True))
         for index, text in enumerate(texts):
-            if types[index] == user_defined and tokenizer.acts_as_control(text):
-                types[index] = control  # or llama.cpp would find turn markers in what somebody typed
-            elif types[index] == user_defined:
+            if types[index] == _USER_DEFINED and tokenizer.acts_as_control(text):
+                types[index] = _CONTROL  # or llama.cpp would find turn markers in what somebody typed
+            elif types[index] == _USER_DEFINED:
                 texts[index] = text.replace("\u2581", " ")  # llama.cpp looks for these in the text as it is
-        for index in range(len(texts), config.vocab_size):  # llama.cpp wants a token for each row
-            texts.append(_PADDING.format(index))
-            scores.append(-1000.0)
-            types.append(unused)
         writer.add_token_list(texts)
         writer.add_token_scores(scores)
         writer.add_token_types(types)
         writer.add_add_bos_token(True)
         writer.add_add_space_prefix(False)
-    writer.add_bos_token_id(Tokenizer.bos_id)
-    writer.add_eos_token_id(Tokenizer.eos_id)
-    writer.add_pad_token_id(Tokenizer.pad_id)
-    writer.add_unk_token_id(Tokenizer.unk_id)
+    for name in ("bos", "eos", "pad", "unk"):
+        writer.add_uint32(f"tokenizer.ggml.{name}_token_id", getattr(Tokenizer, f"{name}_id"))
     if template:
         writer.add_eot_token_id(tokenizer.end_of_turn_id if tokenizer else END_OF_TURN)
         writer.add_chat_template(template)

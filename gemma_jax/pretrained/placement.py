@@ -38,6 +38,7 @@ def place(weights: Weights, spec: ModelSpec) -> nnx.State:
     """
     require_memory(spec.params, "the model")
     abstract = named_arrays(spec.params)
+    held_as = {name: _held_as(x) for name, x in abstract.items()}
     table = parameter_table(spec.config)
     stored = {
         name: jax.eval_shape(
@@ -58,9 +59,9 @@ def place(weights: Weights, spec: ModelSpec) -> nnx.State:
             pieces = _pieces(weights.get(name, layer), layer, table[name], spec.mesh)
         for start, order, piece in pieces:
             if (name, order) not in fills:
-                held_as = {n: _held_as(abstract[n]) for n in stored[name]}
-                fills[name, order] = _fill(order, functools.partial(spec.pack, name), held_as, layer is None)
-            stacks = {n: filled.pop(n) if n in filled else _zeros(abstract[n]) for n in stored[name]}
+                out = {n: held_as[n] for n in stored[name]}
+                fills[name, order] = _fill(order, functools.partial(spec.pack, name), out, layer is None)
+            stacks = {n: filled.pop(n) if n in filled else _zeros(held_as[n]) for n in stored[name]}
             arrays, finite = fills[name, order](piece, stacks, start)
             filled |= arrays
             if not finite:  # reading this waits for the device, so only one piece is in transit at a time
@@ -126,10 +127,8 @@ def _held_as(abstract: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.uint8, sharding=abstract.sharding)
 
 
-def _zeros(abstract: jax.ShapeDtypeStruct) -> jax.Array:
-    held = _held_as(abstract)
-    shape, dtype = held.shape, held.dtype
-    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=held.sharding)()
+def _zeros(held: jax.ShapeDtypeStruct) -> jax.Array:
+    return jax.jit(functools.partial(jnp.zeros, held.shape, held.dtype), out_shardings=held.sharding)()
 
 
 def _fill(
@@ -149,10 +148,10 @@ def _fill(
         floats = [x for x in (*checked, *arrays.values()) if jnp.issubdtype(x.dtype, jnp.floating)]
         finite = jnp.stack([jnp.isfinite(x).all() for x in floats]).all()
         for name, x in arrays.items():
-            if held_as[name].dtype == jnp.uint8:
-                x = to_bytes(x)
-            x = x if whole else x[None]
-            stacks[name] = jax.lax.dynamic_update_slice_in_dim(stacks[name], x, start, 0)
+            x = to_bytes(x) if held_as[name].dtype == jnp.uint8 else x
+            stacks[name] = jax.lax.dynamic_update_slice_in_dim(
+                stacks[name], x if whole else x[None], start, 0
+            )
         return stacks, finite
 
     out = {name: x.sharding for name, x in held_as.items()}

@@ -40,7 +40,14 @@ _ALLOWED: dict[str, tuple[Any, ...]] = {
     "tie_word_embeddings": (True,),
     "use_bidirectional_attention": (False,),
 }
-_shown = reprlib.Repr()
+
+
+class _Shown(reprlib.Repr):
+    def repr_memoryview(self, array: memoryview, level: int) -> str:  # an array in a GGUF file
+        return self.repr_list(array[: self.maxlist + 1].tolist(), level)
+
+
+_shown = _Shown()
 _shown.maxstring = _shown.maxother = 100
 shown = _shown.repr  # shortens a value from an untrusted file, for a message
 
@@ -63,30 +70,35 @@ def read_config(path: Path) -> TransformerConfig:
     Raises:
       UserError: It is not a Gemma of the first generation, or a key contradicts one; the message names it.
     """
-    data = read_object(path)
+    data = {key: value for key, value in read_object(path).items() if value is not None}
     if data.get("model_type") != "gemma":
         raise UserError(
             f"{path} has model_type {shown(data.get('model_type'))}, but only 'gemma' (Gemma 1, 1.1 "
             "and CodeGemma) is supported; give a checkpoint of one of these."
         )
     for key, allowed in _ALLOWED.items():
-        value = data.get(key)
-        if value is not None and not any(value is a or (isinstance(a, str) and value == a) for a in allowed):
-            choices = " or ".join(map(json.dumps, allowed)) or "absent"
+        value = data.get(key, allowed[0])
+        if not any(value is a or (isinstance(a, str) and value == a) for a in allowed):
+            choices = " or ".join(map(json.dumps, allowed))
             raise UserError(
                 f"{path} has {key} {shown(value)}, but it is {choices} in a Gemma that is supported."
             )
     fields: dict[str, Any] = {}
     for field, key in _KEYS.items():
-        value = data.get(key)
-        if value is None and field in _DEFAULTS:
-            value = _DEFAULTS[field]
+        value = data.get(key, _DEFAULTS.get(field))
         if type(value) is not int:
             raise UserError(f"{path} has {key} {shown(value)}, but it must be an integer.")
         fields[field] = value
-    fields["rope_base"] = _rope_base(data, path)
-    epsilon = data.get("rms_norm_eps")
-    fields["norm_epsilon"] = _number(1e-6 if epsilon is None else epsilon, "rms_norm_eps", path)
+    epsilon = _number(data.get("rms_norm_eps", 1e-6), "rms_norm_eps", path)
+    return described_model(path, rope_base=_rope_base(data, path), norm_epsilon=epsilon, **fields)
+
+
+def described_model(path: Path, **fields: Any) -> TransformerConfig:
+    """Returns the model config with these fields, which a file describes.
+
+    Raises:
+      UserError: A field has no valid value.
+    """
     config = TransformerConfig(**fields)
     try:
         validate_model(config)
@@ -106,11 +118,9 @@ def _rope_base(data: dict[str, Any], path: Path) -> float:
 
     rope_parameters used to be called rope_scaling, and its rope_type used to be called type.
     """
-    bases = {"rope_theta": data["rope_theta"]} if data.get("rope_theta") is not None else {}
+    bases = {"rope_theta": data["rope_theta"]} if "rope_theta" in data else {}
     for section in ("rope_parameters", "rope_scaling"):
-        rope = data.get(section)
-        if rope is None:
-            continue
+        rope = data.get(section, {})
         if not isinstance(rope, dict):
             raise UserError(f"{path} has {section} {shown(rope)}, but it must be an object.")
         for key, value in rope.items():

@@ -7,29 +7,21 @@ reads, and needs everything that it writes in memory. Nothing in a file is trust
 Format: https://github.com/huggingface/safetensors#format
 """
 
-import dataclasses
 import json
 import math
-import mmap
 import os
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from gemma_jax.errors import UserError
-from gemma_jax.paths import open_regular, parse_json
+from gemma_jax.paths import parse_json
+from gemma_jax.pretrained.published_config import shown
+from gemma_jax.pretrained.tensor_file import DTYPES, Stored, TensorFile
 
-DTYPES = {
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "I8": np.dtype(np.int8),
-    "U8": np.dtype(np.uint8),
-}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 METADATA = "__metadata__"
 CHECKSUMS = "crc32"  # key in the metadata of files that we write: the CRC-32 of each tensor, as JSON
@@ -39,17 +31,10 @@ LONGEST_HEADER = 2**24
 MOST_AXES = 8
 
 
-@dataclasses.dataclass(frozen=True)
-class Stored:
-    """The shape, dtype and position of a tensor in a file."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    start: int  # offset in the file, in bytes
-
-
-class SafetensorsFile:
+class SafetensorsFile(TensorFile):
     """The tensors of one file, mapped into memory."""
+
+    form = "safetensors"
 
     def __init__(self, path: Path) -> None:
         """Map the file and check its header; the tensors are not read.
@@ -57,83 +42,44 @@ class SafetensorsFile:
         Raises:
           UserError: The file does not exist, is truncated, or is not what its header describes.
         """
-        self.path = path
-        with open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size < 8:
-                raise self._broken(f"it has {size} bytes")
-            self._bytes = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
-        length = int.from_bytes(self._bytes[:8], "little")
-        if length > min(LONGEST_HEADER, size - 8):
-            raise self._broken(f"its header claims {length:,} bytes, and {size - 8:,} follow")
-        header = self._header(self._bytes[8 : 8 + length])
-        metadata = header.pop(METADATA, {})
-        if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-            raise self._broken(f"{METADATA} in its header is not an object of strings")
-        self.metadata: dict[str, str] = metadata
-        self.tensors = {
-            name: self._stored(name, value, 8 + length, size - 8 - length) for name, value in header.items()
-        }
-        self._check_layout(8 + length, size)
-        self._checksums = self._read_checksums()
-
-    def _broken(self, reason: str) -> UserError:
-        return UserError(f"{self.path} is not a whole safetensors file: {reason}; copy or download it again.")
-
-    def _header(self, raw: bytes) -> dict[str, Any]:
+        super().__init__(path, 8)
+        length, most = int.from_bytes(self.bytes[:8], "little"), self.size - 8
+        if length > min(LONGEST_HEADER, most):
+            raise self.broken(f"its header claims {length:,} bytes, and {most:,} follow")
         # A tensor name that is not UTF-8 is refused later, because no Gemma has such a tensor.
-        header = parse_json(raw.decode(errors="replace"), f"the header of {self.path}")
+        text = self.bytes[8 : 8 + length].decode(errors="replace")
+        header = parse_json(text, f"the header of {path}")
         if not isinstance(header, dict):
-            raise self._broken("its header is not a JSON object")
-        return header
+            raise self.broken("its header is not a JSON object")
+        self.metadata = metadata = header.pop(METADATA, {})
+        if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+            raise self.broken(f"{METADATA} in its header is not an object of strings")
+        checksums = parse_json(metadata.get(CHECKSUMS, "{}"), f"the {CHECKSUMS} of {path}")
+        if not isinstance(checksums, dict) or not _naturals([*checksums.values()]):
+            raise self.broken(f"its {CHECKSUMS} are not numbers")
+        self._checksums: dict[str, int] = checksums
+        self.tensors = {name: self._stored(name, value, 8 + length) for name, value in header.items()}
+        self.check_layout(8 + length)
 
-    def _stored(self, name: str, value: Any, begin: int, size: int) -> Stored:
-        shown = repr(name[:100])
+    def _stored(self, name: str, value: Any, begin: int) -> Stored:
         if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
-            raise self._broken(f"the header of {shown} is not a dtype, a shape and data_offsets")
+            raise self.broken(f"the header of {shown(name)} is not a dtype, a shape and data_offsets")
         dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
         if not isinstance(dtype, str) or dtype not in DTYPES:
             raise UserError(
-                f"{self.path} holds {shown} of dtype {str(dtype)[:20]}; give weights of {', '.join(DTYPES)}."
+                f"{self.path} holds {shown(name)} of dtype {shown(dtype)}; "
+                f"give weights of {', '.join(DTYPES)}."
             )
         if not _naturals(shape) or len(shape) > MOST_AXES:
-            raise self._broken(f"the shape of {shown} is not a short list of sizes")
+            raise self.broken(f"the shape of {shown(name)} is not a short list of sizes")
         if not _naturals(offsets) or len(offsets) != 2:
-            raise self._broken(f"the data_offsets of {shown} are not two places in the file")
-        start, end = offsets
-        need = math.prod(shape) * DTYPES[dtype].itemsize
-        if end - start != need:
-            raise self._broken(
-                f"{shown} of shape {shape} and dtype {dtype} needs {need} bytes, not {end - start}"
+            raise self.broken(f"the data_offsets of {shown(name)} are not two places in the file")
+        size, held = math.prod(shape) * DTYPES[dtype].itemsize, offsets[1] - offsets[0]
+        if held != size:
+            raise self.broken(
+                f"{shown(name)} of shape {shape} and dtype {dtype} needs {size} bytes, not {held}"
             )
-        if end > size:
-            raise self._broken(f"{shown} ends at byte {end:,} of {size:,}")
-        return Stored(tuple(shape), DTYPES[dtype], begin + start)
-
-    def _check_layout(self, begin: int, size: int) -> None:
-        """Check that the tensors cover the file without gaps: the format does not allow hidden bytes."""
-        place = begin
-        for name, stored in sorted(self.tensors.items(), key=lambda item: (item[1].start, item[1].shape)):
-            if stored.start != place:
-                raise self._broken(f"{name[:100]!r} begins at byte {stored.start:,} where {place:,} is next")
-            place += math.prod(stored.shape) * stored.dtype.itemsize
-        if place != size:
-            raise self._broken(f"{size - place:,} bytes after its last tensor belong to nothing")
-
-    def _read_checksums(self) -> dict[str, int]:
-        try:
-            checksums = json.loads(self.metadata.get(CHECKSUMS, "{}"))
-        except (ValueError, RecursionError) as error:
-            raise self._broken("its checksums are not JSON") from error
-        if not isinstance(checksums, dict) or not _naturals(list(checksums.values())):
-            raise self._broken("its checksums are not numbers")
-        return checksums
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        """Returns a read-only view of a tensor. Data is read from disk when it is accessed."""
-        stored = self.tensors[name]
-        flat = np.frombuffer(self._bytes, stored.dtype, math.prod(stored.shape), stored.start)
-        return flat.reshape(stored.shape)
+        return Stored(tuple(shape), dtype, begin + offsets[0], size)
 
     def check(self, name: str) -> None:
         """Compare a tensor's data with its checksum in the file, if there is one.
@@ -142,18 +88,13 @@ class SafetensorsFile:
           UserError: The data has changed.
         """
         expected = self._checksums.get(name)
-        if expected is not None and zlib.crc32(_raw_bytes(self[name])) != expected:
-            raise self._broken(f"the numbers of {name!r} have changed since they were written")
+        if expected is not None and zlib.crc32(self.raw(name).data) != expected:
+            raise self.broken(f"the numbers of {name!r} have changed since they were written")
 
 
 def _naturals(value: Any) -> bool:
     """Whether a value from JSON is a list of integers that can be sizes or offsets."""
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
-
-
-def _raw_bytes(array: np.ndarray) -> memoryview:
-    """The bytes of an array in C order; a view if the array is already in that order."""
-    return np.asarray(array, order="C").reshape(-1).view(np.uint8).data
 
 
 def write_safetensors(
@@ -195,8 +136,9 @@ def write_safetensors(
         for name, shape in shapes.items():
             array = np.asarray(tensor(name), order="C")
             assert array.shape == shape, (name, array.shape)
-            file.write(_raw_bytes(array))
-            dtypes[name], checksums[name] = array.dtype, zlib.crc32(_raw_bytes(array))
+            data = array.reshape(-1).view(np.uint8).data
+            file.write(data)
+            dtypes[name], checksums[name] = array.dtype, zlib.crc32(data)
         file.seek(0)
         file.write(length.to_bytes(8, "little") + encoded(dtypes, checksums).ljust(length))
         file.flush()

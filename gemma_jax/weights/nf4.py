@@ -3,7 +3,6 @@
 Shape legend: O output axes, G blocks of an output channel.
 """
 
-import math
 from typing import Any
 
 import jax
@@ -11,12 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh
 
-from gemma_jax.errors import UserError
 from gemma_jax.sharding import Axes
 from gemma_jax.weights.quantized import Quantized, over
-from gemma_jax.weights.table import Parameter
 
 NF4_BLOCK = 64
 NESTED_BLOCK = 256
@@ -71,26 +67,9 @@ class NF4(Quantized):
     rows: nnx.Param[jax.Array]  # int32: of each output channel
     columns: nnx.Param[jax.Array]  # int32: of each block of a channel
 
-    def __init__(self, parameter: Parameter, mesh: Mesh, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
-        """Args:
-        parameter, mesh, rngs, dtype: As `Kind`.
-
-        Raises:
-          UserError: The contracted elements are not a multiple of 64.
-        """
-        super().__init__(parameter, mesh)
-        contracted = math.prod(parameter.shape[: parameter.inputs])
-        if contracted % NF4_BLOCK:
-            raise UserError(
-                f"{parameter.name} contracts {contracted} elements, which are not a multiple of the block of "
-                f"{NF4_BLOCK} of nf4; choose int8."
-            )
-        self.blocks = contracted // NF4_BLOCK
-        self._create(rngs, dtype)
-
     def array_axes(self) -> dict[str, Axes]:
         """See `Quantized.array_axes`."""
-        blocks, size, outputs = self._axes(self.blocks, NF4_BLOCK)
+        blocks, size, outputs = self._axes()
         return {
             "codes": (size, blocks, outputs),
             "absmax": (blocks, outputs),
@@ -118,7 +97,7 @@ class NF4(Quantized):
 
     def pack(self, array: jax.Array) -> dict[str, jax.Array]:
         """See `Weight.pack`."""
-        return nf4_arrays(self._split(array, NF4_BLOCK))
+        return nf4_arrays(self._split(array))
 
 
 def nf4_arrays(x: jax.Array) -> dict[str, jax.Array]:

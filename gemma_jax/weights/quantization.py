@@ -60,9 +60,10 @@ class Quantization:
 
     def __call__(self, parameter: Parameter, mesh: Mesh, rngs: nnx.Rngs, dtype: jnp.dtype) -> Weight:
         """Makes a weight; see `Kind`."""
-        if not parameter.inputs and self.embedding == "dense":
-            return Dense(parameter, mesh, rngs, dtype)
         if parameter.inputs and self.linear == "nf4":
-            return NF4(parameter, mesh, rngs, dtype)
-        bits = 4 if parameter.inputs and self.linear == "int4" else 8
-        return Integer(parameter, mesh, rngs, dtype, bits=bits, block=self.block if parameter.inputs else 0)
+            return NF4(parameter, mesh, rngs, dtype, NF4_BLOCK)
+        if parameter.inputs:
+            return Integer(parameter, mesh, rngs, dtype, self.block, 4 if self.linear == "int4" else 8)
+        if self.embedding == "dense":
+            return Dense(parameter, mesh, rngs, dtype)
+        return Integer(parameter, mesh, rngs, dtype, 0, 8)

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from gemma_jax.errors import UserError
 from gemma_jax.sharding import RULES, Axes, partition_spec
-from gemma_jax.weights.matmul import precision
+from gemma_jax.weights.matmul import matmul, precision
 from gemma_jax.weights.table import Parameter
 from gemma_jax.weights.weight import Context, Weight, initial_values, row_block
 
@@ -29,7 +29,26 @@ from gemma_jax.weights.weight import Context, Weight, initial_values, row_block
 class Quantized(Weight):
     """The base of the quantised kinds. A kind defines `unscaled`, `scales`, `pack` and `array_axes`."""
 
-    def _create(self, rngs: nnx.Rngs, dtype: jnp.dtype) -> None:
+    def __init__(
+        self, parameter: Parameter, mesh: Mesh, rngs: nnx.Rngs, dtype: jnp.dtype, block: int
+    ) -> None:
+        """Args:
+        parameter, mesh, rngs, dtype: As `Kind`.
+        block: Elements of a block; 0 is all that one output channel contracts, or a row of a table.
+
+        Raises:
+          UserError: The contracted elements are not a multiple of the block.
+        """
+        super().__init__(parameter, mesh)
+        contracted = math.prod(parameter.shape[: parameter.inputs])
+        self.block = block or contracted
+        self.blocks, rest = divmod(contracted, self.block)
+        if rest:
+            raise UserError(
+                f"{parameter.name} contracts {contracted} elements, which are not a multiple of the block of "
+                f"{block}; choose int8, or another block, such as int4:{math.gcd(contracted, block)}."
+            )
+
         def pack(array: jax.Array) -> dict[str, jax.Array]:
             return {name: to_bytes(x) for name, x in self.pack(array).items()}
 
@@ -55,12 +74,12 @@ class Quantized(Weight):
     def scales(self) -> jax.Array:
         """Returns the scale of each block: [G, O], or [..., 1] of an embedding."""
 
-    def _split(self, array: jax.Array, block: int) -> jax.Array:
+    def _split(self, array: jax.Array) -> jax.Array:
         """Returns a dense matrix as [G, K, O] in float32, the order in which blocks are counted."""
         outputs = math.prod(array.shape[self.parameter.inputs :])
-        return array.reshape(-1, block, outputs).astype(jnp.float32)
+        return array.reshape(-1, self.block, outputs).astype(jnp.float32)
 
-    def _axes(self, blocks: int, size: int) -> tuple[Any, Any, Any]:
+    def _axes(self) -> tuple[Any, Any, Any]:
         """Returns the logical axes of G, K and O; None for a dimension that the mesh does not split.
 
         The mesh splits C between the blocks, or within each where it does not divide their number.
@@ -71,9 +90,9 @@ class Quantized(Weight):
         if inward is None:
             return None, None, outward
         parts = math.prod(self.mesh.shape[axis] for axis in RULES[inward])
-        if blocks % parts == 0:
+        if self.blocks % parts == 0:
             return inward, None, outward
-        return None, inward if size % parts == 0 else None, outward
+        return None, inward if self.block % parts == 0 else None, outward
 
     def dense(self, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
         """See `Weight.dense`; float32 if no dtype is given."""
@@ -97,13 +116,8 @@ class Quantized(Weight):
             codes = codes * scales.astype(x.dtype)
         leading = x.shape[: x.ndim - self.parameter.inputs]
         rows = x.reshape(math.prod(leading), blocks, size)
-        out = lax.dot_general(
-            rows,
-            codes,
-            (((2, 1), (0, 1)), ((), ())),
-            precision=precision(x.dtype),
-            preferred_element_type=x.dtype if in_blocks else jnp.promote_types(x.dtype, jnp.float32),
-        )
+        dtype = x.dtype if in_blocks else jnp.promote_types(x.dtype, jnp.float32)
+        out = lax.dot_general(rows, codes, (((2, 1), (0, 1)), ((), ())), precision(x.dtype), dtype)
         if not in_blocks:
             out = (out * scales).astype(x.dtype)
         elif self.parameter.inputs + 1 < len(self.parameter.shape):
@@ -114,14 +128,7 @@ class Quantized(Weight):
     def unembed(self, x: jax.Array, dtype: jax.typing.DTypeLike, context: Context) -> jax.Array:
         """See `Weight.unembed`. The logits are scaled rather than the table."""
         with jax.named_scope(self.parameter.name):
-            codes = self.unscaled(x.dtype)
-            out = lax.dot_general(
-                x,
-                codes,
-                (((x.ndim - 1,), (1,)), ((), ())),
-                precision=precision(x.dtype),
-                preferred_element_type=dtype,
-            )
+            out = matmul(x, self.unscaled(x.dtype).T, dtype=dtype)
             return out * self.scales()[:, 0].astype(dtype)
 
 
@@ -137,33 +144,17 @@ class Integer(Quantized):
     scale: nnx.Param[jax.Array]
 
     def __init__(
-        self, parameter: Parameter, mesh: Mesh, rngs: nnx.Rngs, dtype: jnp.dtype, *, bits: int, block: int
+        self, parameter: Parameter, mesh: Mesh, rngs: nnx.Rngs, dtype: jnp.dtype, block: int, bits: int
     ) -> None:
-        """Args:
-        parameter, mesh, rngs, dtype: As `Kind`.
-        bits: 8 or 4.
-        block: Elements of a block; 0 is all that one output channel contracts, or a row of a table.
-
-        Raises:
-          UserError: The contracted elements are not a multiple of the block.
-        """
-        super().__init__(parameter, mesh)
+        """See `Quantized`; `bits` is 8 or 4."""
         self.bits = bits
-        contracted = math.prod(parameter.shape[: parameter.inputs])
-        if parameter.inputs and block and contracted % block:
-            raise UserError(
-                f"{parameter.name} contracts {contracted} elements, which are not a multiple of the block of "
-                f"{block}; choose another block, such as int{bits}:{math.gcd(contracted, block)}, or int8."
-            )
-        self.block = block or contracted
-        self.blocks = contracted // self.block if parameter.inputs else 1
-        self._create(rngs, dtype)
+        super().__init__(parameter, mesh, rngs, dtype, block)
 
     def array_axes(self) -> dict[str, Axes]:
         """See `Quantized.array_axes`."""
         if not self.parameter.inputs:
             return {"codes": self.parameter.axes, "scale": (self.parameter.axes[0], None)}
-        blocks, size, outputs = self._axes(self.blocks, self.block)
+        blocks, size, outputs = self._axes()
         stored = (None, size) if self.blocks == 1 else (size, blocks)
         return {"codes": (*stored, outputs), "scale": (blocks, outputs)}
 
@@ -178,7 +169,7 @@ class Integer(Quantized):
     def pack(self, array: jax.Array) -> dict[str, jax.Array]:
         """See `Weight.pack`."""
         if self.parameter.inputs:
-            packed = self._quantised(self._split(array, self.block), 1)
+            packed = self._quantised(self._split(array), 1)
             # One scale for so few numbers costs memory; its rounding is small beside that of 4 bits.
             small = self.bits == 4 and self.blocks > 1
             scale = packed["scale"][:, 0].astype(jnp.bfloat16 if small else jnp.float32)

@@ -113,7 +113,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {  # arguments of `write`, and 
     "not a number": ({"keys": {"gemma.rope.freq_base": math.nan}}, "rope_base is nan"),
     "infinite": ({"keys": {"gemma.attention.layer_norm_rms_epsilon": math.inf}}, "norm_epsilon is inf"),
     "kind of number": ({"keys": {"gemma.block_count": 1.0}}, "block_count is 1.0"),
-    "one for each layer": ({"keys": {"gemma.attention.head_count": [1]}}, "head_count is"),
+    "one for each layer": ({"keys": {"gemma.attention.head_count": [1]}}, "head_count is [1]"),
     "values": ({"keys": {"gemma.attention.value_length": 16}}, "value_length 16"),
     "heads": ({"keys": {"gemma.attention.head_count_kv": 3}}, "num_kv_heads is 3"),
     "shape": ({"keys": {"gemma.feed_forward_length": 64}}, "blk.0.ffn_gate.weight"),

@@ -12,6 +12,7 @@ import pytest
 from gemma_jax.errors import UserError
 from gemma_jax.pretrained.gguf_file import GGUFFile
 from gemma_jax.tokenizer import Tokenizer
+from tests.pretrained.damage import damaged
 from tests.pretrained.gguf_files import read_all, write
 
 
@@ -81,29 +82,20 @@ def test_a_header_that_does_not_describe_its_file_is_refused(tmp_path: Path, fau
     (tmp_path / "short").write_bytes(header()[:23])
     with pytest.raises(UserError, match="it has 23 bytes"):
         GGUFFile(tmp_path / "short")
-    strings = entry("b", 9, array(8, 2, text("x") + text("")))
-    whole = GGUFFile(write_raw("whole.gguf", header(SHORT, strings, tensor("a"), keys=2, tensors=1)))
-    assert whole.array("b", 8) == [b"x", b""] and whole["a"].shape == (8,)
+    arrays = entry("b", 9, array(8, 2, text("x") + text(""))), entry("c", 9, array(6, 1, bytes(4)))
+    whole = GGUFFile(write_raw("whole.gguf", header(SHORT, *arrays, tensor("a"), keys=3, tensors=1)))
+    assert (
+        whole.metadata["b"] == [b"x", b""] and whole.metadata["c"].format == "f" and whole["a"].shape == (8,)
+    )
 
 
-def mutated(rng: random.Random, raw: bytes) -> bytes:
-    """The bytes with something wrong: bits, cuts, and numbers that are large or stand for something else."""
-    changed = bytearray(raw)
-    for _ in range(rng.choice([1, 1, 1, 2, 5])):
-        place = rng.randrange(len(changed) or 1)
-        match rng.randrange(5):
-            case 0:
-                changed[place : place + 1] = bytes([rng.randrange(256)])
-            case 1:
-                del changed[place:]
-            case 2:
-                del changed[place : place + rng.randrange(1, 40)]
-            case 3:
-                number = rng.choice([0, 1, 8, 9, 2**31, 2**32 - 1, 2**63, 2**64 - 1, rng.randrange(2**16)])
-                changed[place : place + 8] = struct.pack("<Q", number)
-            case 4:
-                changed[place : place + 4] = struct.pack("<I", rng.choice([0, 1, 8, 9, 30, 2**31]))
-    return bytes(changed)
+def change_numbers(rng: random.Random, raw: bytearray, place: int) -> None:
+    """Puts a number there that is large or stands for something else."""
+    if rng.random() < 0.5:
+        number = rng.choice([0, 1, 8, 9, 2**31, 2**32 - 1, 2**63, 2**64 - 1, rng.randrange(2**16)])
+        raw[place : place + 8] = struct.pack("<Q", number)
+    else:
+        raw[place : place + 4] = struct.pack("<I", rng.choice([0, 1, 8, 9, 30, 2**31]))
 
 
 def test_six_thousand_damaged_headers_are_read_or_refused(tmp_path: Path) -> None:
@@ -124,7 +116,7 @@ def test_six_thousand_damaged_headers_are_read_or_refused(tmp_path: Path) -> Non
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for number in range(6000):
         about, data = files[number % 4 == 0]
-        raw = mutated(rng, about) + (data if rng.random() < 0.9 else b"")
+        raw = damaged(rng, about, change_numbers) + (data if rng.random() < 0.9 else b"")
         path = tmp_path / str(number % 50)  # a file that is mapped must not be changed
         path.unlink(missing_ok=True)
         path.write_bytes(raw)
