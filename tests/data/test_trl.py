@@ -1,4 +1,4 @@
-"""Tokens and masks of real dialogues against transformers and TRL's training template (`make parity`)."""
+"""Real dialogues against transformers, the training template of TRL, and `datasets`. For `make parity`."""
 
 import importlib.util
 import json
@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fine_tuning import read_examples
+from fine_tuning import read_examples, write_lines
 
+from gemma_jax.data import source as source_module
+from gemma_jax.errors import UserError
 from gemma_jax.tokenizer import Tokenizer
+from tests.messages import naming
 
 pytestmark = pytest.mark.skipif(
     not os.environ.get("GEMMA_JAX_PARITY"), reason="`make parity` installs transformers and trl"
@@ -46,3 +49,24 @@ def test_tokens_and_trained_tokens_of_real_dialogues(shared_data: Path, theirs: 
         )
         assert encoded["input_ids"] == ids
         assert [0, *(example.weights > 0).astype(int).tolist()] == encoded["assistant_masks"]
+
+
+def test_the_datasets_package_reads_the_same_examples(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(source_module, "SHARD_BYTES", 2000)
+    folder = tmp_path / "some"
+    folder.mkdir()
+    records = [{"prompt": f"naïve {n}", "completion": "x" * (n + 1)} for n in range(200)]
+    lines = write_lines(folder, records)
+    for spec in (f"hf:{folder}", f"hf:{folder}:train", f"hf:{folder}:default:train"):
+        found, expected = (read_examples(each, tokenizer) for each in (spec, lines))
+        assert [example.ids.tolist() for example in found] == [example.ids.tolist() for example in expected]
+    write_lines(folder, [*records, {"prompt": "p", "completion": ""}])
+    with pytest.raises(UserError, match=naming(f"hf:{folder}", "row 200", "turn 2")):
+        read_examples(f"hf:{folder}", tokenizer)
+    with pytest.raises(UserError, match=naming(f"hf:{folder}:nowhere", "nowhere", "train")):
+        read_examples(f"hf:{folder}:nowhere", tokenizer)
