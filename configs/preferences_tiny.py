@@ -2,7 +2,7 @@
 
     python train.py finetune preferences_tiny --init_from runs/finetune_tiny
 
-The pairs are synthetic, about the same things as in finetune_tiny: a sure answer is chosen, a hesitant one rejected.
+The pairs are synthetic, about the things of finetune_tiny: a sure answer is chosen, a hesitant one rejected.
 """
 
 from pathlib import Path

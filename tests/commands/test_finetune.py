@@ -149,7 +149,7 @@ def test_all_weights_and_early_stopping(
     tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = config_file(tmp_path, tiny_run)
-    full = ["--lora.rank", "0", "--lora.embedding_rows", "--optimizer.learning_rate", "1.0"]
+    full = ["--lora.rank", "0", "--optimizer.learning_rate", "1.0"]
     early = ["--evaluation.every", "1", "--evaluation.patience", "2", "--evaluation.prompts", "alpha beta"]
     assert main(["finetune", config, *full, *early]) == 0
     evaluated = [e["held_out_loss"] for e in read_metrics(tmp_path / "run") if "held_out_loss" in e]
@@ -177,7 +177,7 @@ def test_preferences_begin_at_their_reference(tuned: Path, tiny_run: Path, tmp_p
 def test_preferences_with_all_weights(tiny_run: Path, tmp_path: Path) -> None:
     """Every batch carries the log-probabilities of the model that training began with."""
     config = config_file(tmp_path, tiny_run, objective="dpo")
-    full = ["--lora.rank", "0", "--lora.embedding_rows", "--optimizer.learning_rate", "3e-3"]
+    full = ["--lora.rank", "0", "--optimizer.learning_rate", "3e-3"]
     assert main(["finetune", config, *full, "--steps", "4"]) == 0
     assert main(["finetune", config, *full, "--steps", "12"]) == 0
     log = [entry for entry in read_metrics(tmp_path / "run") if "loss" in entry]
