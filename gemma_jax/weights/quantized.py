@@ -25,6 +25,8 @@ from gemma_jax.weights.matmul import matmul, precision
 from gemma_jax.weights.table import Parameter
 from gemma_jax.weights.weight import Context, Weight, initial_values, row_block
 
+FEW_ROWS = 256  # of activations, up to which a weight in blocks is multiplied as it is
+
 
 class Quantized(Weight):
     """The base of the quantised kinds. A kind defines `unscaled`, `scales`, `pack` and `array_axes`."""
@@ -108,7 +110,13 @@ class Quantized(Weight):
         )
 
     def multiply(self, x: jax.Array) -> jax.Array:
-        """See `Weight.multiply`. With one scale for each channel the result is scaled, not the weight."""
+        """See `Weight.multiply`. With one scale for each channel the result is scaled, not the weight.
+
+        Where there are many rows, the weight is made dense first: that costs little beside the matmul, and the
+        TPU compiler needs minutes for a matmul of many rows in blocks.
+        """
+        if self.blocks > 1 and x.size > FEW_ROWS * math.prod(self.parameter.shape[: self.parameter.inputs]):
+            return super().multiply(x)
         codes, scales = self.unscaled(x.dtype), self.scales()
         size, blocks, _ = codes.shape
         in_blocks = len(scales) == blocks
