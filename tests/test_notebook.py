@@ -35,7 +35,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, checkpoint: Path) -> list[str]:
-    """Lets cells run in an empty folder with the tiny checkpoint; returns a list of what they will display."""
+    """Lets cells run in an empty folder with the tiny checkpoint; returns the list of what they display."""
     shown: list[str] = []
     display = ModuleType("IPython.display")
     display.HTML = display.Image = str  # stand-ins
