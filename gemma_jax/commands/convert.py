@@ -42,7 +42,8 @@ def run(arguments: Sequence[str], prog: str) -> int:
     weights = found.weights
     if found.adapter:
         weights = _merged(found, found.adapter(), config.merge_onto)
-        dtype = dtype or ("bfloat16" if found.dtype == "bfloat16" else "float32")
+        if config.format != "gguf":  # which has dtypes of its own
+            dtype = dtype or ("bfloat16" if found.dtype == "bfloat16" else "float32")
     elif weights is None:  # a run
         weights = _placed(found, found.dtype)[1]
     terms_source = {"auto": found.terms_source, "yes": source, "no": ""}[config.gemma_terms]
