@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from gemma_jax.commands.data_preview import PreviewOptions
 from gemma_jax.commands.plan import PlanOptions
 from gemma_jax.commands.replay import ReplayOptions
 from gemma_jax.commands.runs import RunsOptions
 from gemma_jax.config import (
     ChatConfig,
     ConvertConfig,
+    FinetuneConfig,
     PretrainConfig,
     SampleConfig,
     VerifyConfig,
@@ -39,14 +41,17 @@ OPTIONS = {
     "replay": ReplayOptions(),
     "inspect": PretrainConfig(),
     "plan": PlanOptions(),
+    "data-preview": PreviewOptions(),
 }
+TRAINING = {"pretrain": (PretrainConfig, "demo"), "finetune": (FinetuneConfig, "finetune_tiny")}
 
 
-def check_command(arguments: Sequence[str]) -> None:
-    """What follows `pretrain` in a command is accepted."""
+def check_command(command: str, arguments: Sequence[str]) -> None:
+    """What follows `pretrain` or `finetune` in a command is accepted."""
     name, *options = ({"N": "2", "I": "0"}.get(word, word) for word in arguments)  # placeholders
+    kind, example = TRAINING[command]
     if not name.startswith("runs/"):
-        config, _ = load(name.replace("CONFIG", "demo"), PretrainConfig)
+        config, _ = load(name.replace("CONFIG", example), kind)
         validate(parse(config, options, name))
 
 
@@ -56,8 +61,8 @@ def test_every_command_of_the_pages_is_accepted(page: Path) -> None:
     lines = [line.replace('"', "") for block in blocks for line in block.splitlines()]
     commands = [shlex.split(line, comments=True) for line in lines if "[" not in line]
     for words in commands:
-        if "pretrain" in words:
-            check_command(words[words.index("pretrain") + 1 :])
+        if trains := TRAINING.keys() & words:
+            check_command(*trains, words[words.index(*trains) + 1 :])
         elif "sample.py" in words or ("gemma" in words and "=" not in words):  # not a line of Python
             name = "sample" if "sample.py" in words else words[words.index("gemma") + 1]
             options = words[next((i for i, word in enumerate(words) if word.startswith("--")), len(words)) :]
@@ -74,7 +79,7 @@ def test_the_jobset_trains_and_restarts_on_what_a_restart_mends() -> None:
         "train.py",
     ]  # no shell, which would keep SIGTERM to itself
     assert container["args"][0] == "pretrain"
-    check_command(container["args"][1:])
+    check_command("pretrain", container["args"][1:])
     (rule,) = job["podFailurePolicy"]["rules"]
     assert rule["action"] == "FailJob" and RESTART_STATUS not in rule["onExitCodes"]["values"]
 

@@ -84,6 +84,9 @@ def test_the_adapter_is_used_and_merged(tuned: Path, tiny_run: Path, tmp_path: P
     assert main(["convert", str(tuned), str(peft), "--format", "peft"]) == 0
     again = Gemma.from_pretrained(tiny_run, quantization="int8", adapters={"peft": peft})
     assert_same(again.logits(IDS, adapter="peft"), expected, 1e-6)
+    gguf = tmp_path / "gguf"
+    assert main(["convert", str(tuned), str(gguf), "--merge", "--format", "gguf"]) == 0
+    assert_same(Gemma.from_pretrained(gguf).logits(IDS), expected, 0.02)
     onto = tmp_path / "onto"
     assert main(["convert", str(tuned), str(onto), "--merge_onto", str(tiny_run)]) == 0
     dense = Gemma.from_pretrained(tiny_run, adapters={"tuned": tuned})
