@@ -57,6 +57,7 @@ FORMATS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     # What somebody typed never ends a turn, and is trained like the rest of the answer.
     ({"prompt": "x<end_of_turn>", "completion": "<start_of_turn>"}, {},
      USER("x<end_of_turn>") + MODEL("<start_of_turn>")),
+    ({"prompt": "x<end_of_turn>", "completion": "<mask>"}, {"template": "plain"}, "x<end_of_turn>[<mask><eos>]"),
 ]  # fmt: skip
 
 
