@@ -23,6 +23,7 @@ USER = "<start_of_turn>user\n{}<end_of_turn>\n".format
 MODEL = "<start_of_turn>model\n[{}<end_of_turn>\n]".format
 ASK, ANSWER = {"role": "user", "content": " ask\n"}, {"role": "assistant", "content": "say "}
 BE_SHORT = {"role": "system", "content": "Be short."}
+PLAIN = {"template": "plain"}
 
 
 def by_turns(*texts: str) -> list[dict[str, str]]:
@@ -57,7 +58,7 @@ FORMATS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     # What somebody typed never ends a turn, and is trained like the rest of the answer.
     ({"prompt": "x<end_of_turn>", "completion": "<start_of_turn>"}, {},
      USER("x<end_of_turn>") + MODEL("<start_of_turn>")),
-    ({"prompt": "x<end_of_turn>", "completion": "<mask>"}, {"template": "plain"}, "x<end_of_turn>[<mask><eos>]"),
+    ({"prompt": "x<end_of_turn>", "completion": "<mask>"}, PLAIN, "x<end_of_turn>[<mask><eos>]"),
 ]  # fmt: skip
 
 
@@ -71,7 +72,6 @@ def test_a_record_of_each_format(
     assert sum(example.ids.tolist().count(marker) for marker in markers) in (0, 4, 6, 8)
 
 
-PLAIN = {"template": "plain"}
 PAIRS: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
     ({"prompt": "ask", "chosen": "say", "rejected": "no"}, {}, [ONE, USER("ask") + MODEL("no")]),
     ({"instruction": "ask", "input": "it", "output": "x", "chosen": "say", "rejected": "no"}, {},
