@@ -15,7 +15,7 @@ from gemma_jax.model import ModelSpec
 from gemma_jax.model.cache import KEYS_AXES
 from gemma_jax.planning.traffic import Parameter, parameters
 from gemma_jax.sampling.generate import Generator, slot_settings
-from gemma_jax.sharding import batch_sharding, partition_spec
+from gemma_jax.sharding import batch_sharding, named_arrays, partition_spec
 from gemma_jax.training.finetuning import finetuning
 from gemma_jax.training.hardware import training_flops_a_token
 from gemma_jax.training.objectives import Recipe, pretraining
@@ -79,7 +79,7 @@ def _training(recipe: Recipe) -> Program:
     held = {name: _bytes_a_device(part) for name, part in parts.items()}
     frozen = bool(jax.tree.leaves(state.frozen))
     flops = training_flops_a_token(config.model, config.data.sequence_length, frozen=frozen)
-    known = parameters(state.params, mesh)
+    known = parameters(state.params, mesh, named_arrays(state.frozen).keys())
     return Program(step.lower(state, batch), held, known, math.prod(shape), math.prod(shape) * flops)
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -11,6 +11,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
+from gemma_jax.memory import stored_bytes
 from gemma_jax.planning.collectives import Collective
 from gemma_jax.planning.hlo import ITEM_BYTES
 from gemma_jax.sharding import RULES, logical_axes, parameter_name
@@ -28,10 +29,12 @@ class Parameter:
     axes: tuple[str, ...]  # logical axes, without `layers`
     shape: tuple[int, ...]  # of one layer, gathered over the fsdp axis
     layers: int  # number of stacked layers; 1 if not stacked
+    item_bytes: float = ITEM_BYTES["bf16"]  # of an element while devices exchange it
+    trained: bool = True
 
 
-def parameters(params: Any, mesh: Mesh) -> list[Parameter]:
-    """Returns the parameters of an abstract model with shardings."""
+def parameters(params: Any, mesh: Mesh, frozen: Collection[str] = ()) -> list[Parameter]:
+    """Returns the parameters of an abstract model with shardings; `frozen` names the frozen ones."""
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: isinstance(x, nnx.Variable))
     found = []
     for path, variable in leaves:
@@ -45,16 +48,20 @@ def parameters(params: Any, mesh: Mesh) -> list[Parameter]:
                     names = (split,) if isinstance(split, str) else split or ()
                     sizes.append(size // math.prod(mesh.shape[name] for name in names if name != "fsdp"))
             kept = tuple(axis for axis in axes if axis != "layers")
-            found.append(Parameter(parameter_name(path), kept, tuple(sizes), layers))
+            name = parameter_name(path)
+            # Dense weights are exchanged in the dtype of the activations, other arrays as they are stored.
+            is_dense = name.endswith(".base") or name not in frozen
+            size = ITEM_BYTES["bf16"] if is_dense else stored_bytes((2,), array.dtype) / 2
+            found.append(Parameter(name, kept, tuple(sizes), layers, size, name not in frozen))
     return found
 
 
 def fsdp_minimum(params: Sequence[Parameter], parts: int, passes: int) -> float:
-    """Returns the bytes that one device must receive per step over an fsdp axis, with all arrays in bfloat16.
+    """Returns the bytes that one device must receive per step over an fsdp axis.
 
-    Each parameter is gathered once for each use, and its gradient is scattered once. For each part of the
-    batch, the layers are used twice, forward and backward. The embedding is used once: the loss computes its
-    gradients in the forward pass, and a token's row is looked up on the device that holds it.
+    Each parameter is gathered once for each use, and its gradient, if it has one, is scattered once. For each
+    part of the batch, the layers are used twice, forward and backward. The embedding is used once: the loss
+    computes its gradients in the forward pass, and a token's row is looked up on the device that holds it.
 
     Args:
       params: The parameters of the model.
@@ -63,8 +70,8 @@ def fsdp_minimum(params: Sequence[Parameter], parts: int, passes: int) -> float:
     """
     total = 0.0
     for parameter in params:
-        gathers = (1 if parameter.name == EMBEDDING else 2) * passes
-        total += ITEM_BYTES["bf16"] * (gathers + 1) * math.prod(parameter.shape) * parameter.layers
+        uses = (1 if parameter.name.startswith(EMBEDDING) else 2) * passes + parameter.trained
+        total += parameter.item_bytes * uses * math.prod(parameter.shape) * parameter.layers
     return total * (parts - 1) / parts
 
 

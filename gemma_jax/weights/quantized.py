@@ -112,7 +112,7 @@ class Quantized(Weight):
     def multiply(self, x: jax.Array) -> jax.Array:
         """See `Weight.multiply`. With one scale for each channel the result is scaled, not the weight.
 
-        Where there are many rows, a weight in blocks is made dense first, which costs little beside the matmul.
+        For many rows a weight in blocks is made dense first, which costs little beside the matmul.
         """
         if self.blocks > 1 and x.size > FEW_ROWS * math.prod(self.parameter.shape[: self.parameter.inputs]):
             return super().multiply(x)
