@@ -17,7 +17,7 @@ COMMANDS = {
     "data-preview": ("the first examples to fine-tune on", "CONFIG [--examples N] [--FIELD VALUE ...]"),
     "sample": ("continue prompts", "CHECKPOINT --prompt TEXT [--FIELD VALUE ...]"),
     "chat": ("talk with an instruction-tuned model", "CHECKPOINT [--FIELD VALUE ...]"),
-    "convert": ("weights into another form", "SOURCE DESTINATION --format huggingface|flax|run"),
+    "convert": ("weights into another form", "SOURCE DESTINATION --format huggingface|flax|run|gguf|peft"),
     "verify": ("what is in a checkpoint, and a verdict", "CHECKPOINT [--against DIRECTORY]"),
     "replay": ("the batch of a step with the loss of each token", "RUN STEP [--rows N] [--json]"),
     "runs": ("a table of the runs under a directory", "DIRECTORY [--plot FILE.png]"),

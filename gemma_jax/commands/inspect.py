@@ -76,4 +76,4 @@ def _config(name: str) -> TrainingConfig:
         refuse_others(name, Path(folder))
         if is_published(folder):
             return PretrainConfig(model=open_checkpoint(name).config)
-    return load_config(name, PretrainConfig)[0]
+    return load_config(name, TrainingConfig)[0]

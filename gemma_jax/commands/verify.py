@@ -67,6 +67,10 @@ def run(arguments: Sequence[str], prog: str) -> int:
         report.faults.append(str(error))
         return report.verdict(checked)
     other = open_checkpoint(config.against) if config.against else found if config.quantization else None
+    if found.adapter or (other and other.adapter):
+        raise UserError(
+            f"{name} or {config.against} is an adapter; verify what `gemma convert --merge` makes of it."
+        )
     found.kind(config.quantization)  # refuses what is quantised already
     text = read_text(os.path.expanduser(config.text), LARGE_FILE) if config.text else config.prompt
     _show_shape(report, name, found)
