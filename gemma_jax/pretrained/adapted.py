@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from gemma_jax.checkpoint.record import DamagedCheckpoint, RunRecord, fingerprints
 from gemma_jax.errors import UserError
@@ -177,4 +177,5 @@ def _embeddings(spec: ModelSpec, base: nnx.State, ids: Sequence[int]) -> np.ndar
             0
         ]
 
-    return np.asarray(jax.jit(rows)(base))
+    everywhere = NamedSharding(spec.mesh, PartitionSpec())
+    return np.asarray(jax.jit(rows, out_shardings=everywhere)(base))
