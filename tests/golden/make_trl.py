@@ -56,19 +56,24 @@ def adapters(weights: Tensors, case: str) -> tuple[Tensors, Tensors]:
     return adapter(weights, 2), reference
 
 
+def word(i: int) -> str:
+    return f"t{i:02}"  # of two digits: special tokens are found inside longer words, too
+
+
 def words(ids: list[int]) -> str:
-    return "".join(f"t{i} " for i in ids)
+    return "".join(f" {word(i)}" for i in ids)
 
 
 def tokenizer(size: int) -> Any:
-    """A tokenizer whose words are t0, t1 and so on."""
+    """A tokenizer whose words are t00, t01 and so on."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    made = Tokenizer(models.WordLevel({f"t{i}": i for i in range(size)}, unk_token="t3"))
+    made = Tokenizer(models.WordLevel({word(i): i for i in range(size)}, unk_token=word(3)))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    names = {"pad_token": f"t{PAD}", "eos_token": f"t{EOS}", "bos_token": f"t{BOS}"}
-    return PreTrainedTokenizerFast(tokenizer_object=made, **names)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token=word(PAD), eos_token=word(EOS), bos_token=word(BOS)
+    )
 
 
 def trainer(sizes: dict[str, Any], weights: Tensors, case: str, folder: str) -> Any:
