@@ -173,7 +173,7 @@ def add_reference(recipe: Recipe, params: nnx.State, dataset: Dataset) -> None:
 
 
 def preferences(config: FinetuneConfig, positions: int, segments: int, prefix: str = "") -> Objective:
-    """Returns the objective of DPO (Rafailov et al., 2023, equation 7), with label smoothing (Mitchell, 2023).
+    """Returns the objective of DPO (Rafailov et al., 2023, equation 7), with label smoothing (cDPO).
 
     Segments 2i + 1 and 2i + 2 of a row are the chosen and the rejected answer of a pair. The reference is in
     the batch or, with adapters, the frozen copy of those that training began with.
