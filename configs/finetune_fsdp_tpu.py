@@ -13,6 +13,9 @@ from gemma_jax.config import (
     OptimizerConfig,
 )
 
+# gemma plan finetune_fsdp_tpu --topology v5e-16
+#   11.57 GiB a chip; 0.902 s a step; over fsdp 1.03 times the least possible bytes
+#   (libtpu 0.0.42.1, jax 0.10.2)
 config = FinetuneConfig(
     init_from="google/gemma-7b",
     steps=2000,

@@ -14,6 +14,9 @@ from gemma_jax.config import (
     OptimizerConfig,
 )
 
+# gemma plan finetune_quotes_colab --topology v5e-1
+#   7.46 GiB a chip; 0.521 s a step; with one row of 8,192 tokens 9.60 GiB, 1.227 s
+#   (libtpu 0.0.42.1, jax 0.10.2)
 config = FinetuneConfig(
     init_from="google/gemma-2b",
     steps=200,

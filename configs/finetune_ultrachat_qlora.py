@@ -14,6 +14,9 @@ from gemma_jax.config import (
     OptimizerConfig,
 )
 
+# gemma plan finetune_ultrachat_qlora --topology v5e-1 --data.batch_size 1 --optimizer.accumulation_steps 1
+#   10.59 GiB a chip; 1.133 s a step of one row, with all its tokens in the loss
+#   (libtpu 0.0.42.1, jax 0.10.2)
 config = FinetuneConfig(
     init_from="google/gemma-7b",
     steps=3000,
