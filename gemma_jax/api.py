@@ -23,7 +23,7 @@ from gemma_jax.pretrained.end_tokens import END_OF_TURN, EOS
 from gemma_jax.sampling import Chat, Completion, FinishReason, Generator, Scorer, TextCompletion
 from gemma_jax.sampling.chat import MAX_NEW_TOKENS
 from gemma_jax.sampling.decode import MAX_STEPS
-from gemma_jax.sampling.generate import check_ids, padded, requests_of
+from gemma_jax.sampling.generate import check_ids, indices_of, padded, requests_of
 from gemma_jax.sharding import make_mesh, platform, row_parts
 from gemma_jax.startup import keep_programs
 from gemma_jax.tokenizer import Tokenizer
@@ -221,29 +221,6 @@ class Gemma:
         """Whether the model was trained on dialogues, so that `<end_of_turn>` ends its answers."""
         return END_OF_TURN in self.end_tokens
 
-    def _chosen(self, adapter: str | Sequence[str] | None, count: int) -> list[int]:
-        """Returns the index of the adapter of each of `count` prompts: -1 is the model without one.
-
-        Args:
-          adapter: The name of one, or a name for each prompt; None takes the model's own, if there is one.
-          count: The number of prompts.
-
-        Raises:
-          UserError: There is no adapter of a name, or not one name for each prompt.
-        """
-        if adapter is None:
-            return [0 if "" in self._adapters else -1] * count
-        names = [adapter] * count if isinstance(adapter, str) else list(adapter)
-        if len(names) != count:
-            raise UserError(
-                f"adapter has {len(names)} names for {count} prompts; give one name, or one each."
-            )
-        for name in names:
-            if name and name not in self._adapters:
-                known = ", ".join(filter(None, self._adapters)) or "none"
-                raise UserError(f"there is no adapter {name!r}; this model was loaded with: {known}.")
-        return [self._adapters.index(name) if name else -1 for name in names]
-
     def chat(
         self,
         *,
@@ -303,7 +280,7 @@ class Gemma:
             )
         parts = row_parts(self.mesh)
         tokens, _ = padded(rows, -(-len(rows) // parts) * parts, *lengths)
-        chosen = [*self._chosen(adapter, len(rows)), *[-1] * (len(tokens) - len(rows))]
+        chosen = [*indices_of(self._adapters, adapter, len(rows)), *[-1] * (len(tokens) - len(rows))]
         return np.asarray(self._logits(self.params, tokens, np.array(chosen)))[: len(rows)]
 
     def score(
@@ -324,7 +301,7 @@ class Gemma:
             out of range.
         """
         ids = self._ids(texts)
-        return self._scorer.score(ids, self._chosen(adapter, len(ids)))
+        return self._scorer.score(ids, indices_of(self._adapters, adapter, len(ids)))
 
     def generate(
         self,
@@ -365,7 +342,7 @@ class Gemma:
         if not ids:
             return []
         self._generator.check_memory(ids, config)
-        requests = requests_of(ids, config, self.end_tokens, self._chosen(adapter, len(ids)))
+        requests = requests_of(ids, config, self.end_tokens, indices_of(self._adapters, adapter, len(ids)))
         completions = [self._completion(config) for _ in requests]
         # Without stop texts no continuation needs to be checked before its end.
         stride = STRIDE if config.stop else MAX_STEPS
@@ -406,7 +383,7 @@ class Gemma:
                 f"samples is {config.samples}, but a stream shows one continuation; leave it out."
             )
         completion = TextCompletion(self.tokenizer, config.stop)
-        chosen = self._chosen(adapter, 1)
+        chosen = indices_of(self._adapters, adapter, 1)
         requests = requests_of(self._ids([prompt]), config, self.end_tokens, chosen)
         looks = self._generator.run(requests, [completion], stride=STRIDE)
         return ((completion.take(), completion.finish_reason) for _ in looks)

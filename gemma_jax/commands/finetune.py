@@ -89,13 +89,13 @@ def choose(config: FinetuneConfig, mesh: "Mesh") -> "Task":
         name = start.base if start else config.init_from
         return {"name": name, "identity": identity, "scale": kind.scale, "rows": list(kind.rows)}
 
-    if config.objective == "dpo" and not isinstance(kind, Adapters):
-        say("computing the log-probabilities of all answers before training")
-        add_reference(recipe, found.params(spec), dataset)
     ends = found.end_tokens()
     first = dataset.train.batch(0, 1)
     if tokenizer.end_of_turn_id in first.targets[first.loss_weights > 0]:
         ends = tuple({*ends, tokenizer.end_of_turn_id})
+    if config.objective == "dpo" and not isinstance(kind, Adapters):
+        say("computing the log-probabilities of all answers before training")
+        add_reference(recipe, found.params(spec), dataset)
     quantization = config.quantization or found.trained_on if isinstance(kind, Adapters) else ""
     held_out = held_out_answers(config, positions)
     if config.objective == "dpo":

@@ -8,7 +8,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from gemma_jax.config.sections import DataConfig, ExampleDataConfig
 from gemma_jax.data import packing
 from gemma_jax.data.documents import open_sources
-from gemma_jax.data.packing import Batch
+from gemma_jax.data.packing import Batch, PairBatch
 from gemma_jax.data.rows import Origin, PackedRows, find_limits
 from gemma_jax.data.source import SPLITS, Source
 from gemma_jax.data.statistics import SourceStatistics, source_statistics
@@ -227,20 +227,20 @@ class Rows:
         self._pad_id = pad_id
         self.firsts = [0, *itertools.accumulate(map(len, sources))][:-1]
         self.reference: NDArray[np.float32] | None = None
-        """[rows, S]: `Batch.reference` of every row, where preferences need it."""
+        """[rows, S]: `PairBatch.reference` of every row, where preferences need it."""
 
     def __len__(self) -> int:
         return sum(map(len, self.sources))
 
-    def read(self, rows: Sequence[int | None]) -> Batch:
-        """Returns a batch of these rows; None stands for an empty row."""
+    def read(self, rows: Sequence[int | None]) -> Any:
+        """Returns a `Batch` of these rows, or a `PairBatch` if there is a reference; None is an empty row."""
         batch = packing.empty_rows(len(rows), self.sources[0].sequence_length, self._pad_id)
         for slot, row in enumerate(rows):
             if row is not None:
                 source = bisect.bisect_right(self.firsts, row) - 1
                 self.sources[source].read_into(batch, slot, row - self.firsts[source], self._bos_id)
         if self.reference is not None:
-            batch = batch._replace(reference=self.reference[[row or 0 for row in rows]])
+            return PairBatch(batch, self.reference[[row or 0 for row in rows]])
         return batch
 
     def origin(self, row: int) -> list[Origin]:

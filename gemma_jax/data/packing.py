@@ -32,7 +32,7 @@ PIECE = np.dtype([("offset", "<i8"), ("length", "<i4")])
 
 
 class Batch(NamedTuple):
-    """Rows of packed segments; arrays are [B, L] unless stated otherwise."""
+    """Rows of packed segments, all arrays [B, L]."""
 
     tokens: NDArray[np.int32]
     """The inputs of the model; pad in unused slots."""
@@ -44,8 +44,14 @@ class Batch(NamedTuple):
     """The position of each token within its segment, from 0; 0 in unused slots."""
     segment_ids: NDArray[np.int32]
     """The segment of each token, numbered from 1 within the row; 0 in unused slots."""
-    reference: NDArray[np.float32] | None = None
-    """[B, S]: log-probability of each segment's answer before training, where preferences need it."""
+
+
+class PairBatch(NamedTuple):
+    """Rows of preference pairs, and what the model thought of their answers before training."""
+
+    batch: Batch
+    reference: NDArray[np.float32]
+    """[B, S]: log-probability of each segment's answer, in nats."""
 
 
 @dataclasses.dataclass(frozen=True)

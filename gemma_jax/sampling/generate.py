@@ -91,6 +91,29 @@ def requests_of(
     ]
 
 
+def indices_of(known: Sequence[str], adapter: str | Sequence[str] | None, count: int) -> list[int]:
+    """Returns the index of the adapter of each of `count` prompts: -1 is the model without one.
+
+    Args:
+      known: The names of the model's adapters. An empty name is that of the model's own.
+      adapter: The name of one, or a name for each prompt; None takes the model's own, if there is one.
+      count: The number of prompts.
+
+    Raises:
+      UserError: There is no adapter of a name, or not one name for each prompt.
+    """
+    if adapter is None:
+        return [0 if "" in known else -1] * count
+    names = [adapter] * count if isinstance(adapter, str) else list(adapter)
+    if len(names) != count:
+        raise UserError(f"adapter has {len(names)} names for {count} prompts; give one name, or one each.")
+    for name in names:
+        if name and name not in known:
+            loaded = ", ".join(filter(None, known)) or "none"
+            raise UserError(f"there is no adapter {name!r}; this model was loaded with: {loaded}.")
+    return [known.index(name) if name else -1 for name in names]
+
+
 def bucket(size: int) -> int:
     """Rounds up to a power of two, at least 16: a program is compiled for each bucket, not for each size."""
     return max(16, 1 << (size - 1).bit_length())

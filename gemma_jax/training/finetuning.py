@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from gemma_jax.config import FinetuneConfig
 from gemma_jax.data.loader import Dataset, HeldOut
-from gemma_jax.data.packing import Batch
+from gemma_jax.data.packing import Batch, PairBatch
 from gemma_jax.errors import UserError
 from gemma_jax.model import ModelSpec, Transformer
 from gemma_jax.model.scoring import Scores, scores_of
@@ -95,7 +95,7 @@ def _trained(hidden: jax.Array, batch: Batch, positions: int) -> tuple[jax.Array
         return hidden, batch
     order = jnp.argsort(batch.loss_weights <= 0, axis=1, stable=True)[:, :positions]
     of_row = jax.vmap(lambda x, order: x[order])
-    return of_row(hidden, order), jax.tree.map(lambda x: of_row(x, order), batch._replace(reference=None))
+    return of_row(hidden, order), jax.tree.map(lambda x: of_row(x, order), batch)
 
 
 def _tokens(batch: Batch) -> Sums:
@@ -157,7 +157,7 @@ def answer_log_probs(
 
 
 def add_reference(recipe: Recipe, params: nnx.State, dataset: Dataset) -> None:
-    """Computes `Batch.reference` of every row of a dataset, with the parameters that training begins with."""
+    """Computes `PairBatch.reference` of every row of a dataset, with the parameters before training."""
     model, size = recipe.model, recipe.config.data.batch_size
     positions, segments = dataset.trained_positions, dataset.most_segments
 
@@ -185,13 +185,14 @@ def preferences(config: FinetuneConfig, positions: int, segments: int, prefix: s
     """
     beta, smoothing = config.dpo.beta, config.dpo.label_smoothing
 
-    def objective(model: Transformer, batch: Batch, context: Context) -> Sums:
+    def objective(model: Transformer, found: Batch | PairBatch, context: Context) -> Sums:
+        batch = found.batch if isinstance(found, PairBatch) else found
         policy = answer_log_probs(model, batch, context, positions, segments)
-        if batch.reference is None:
+        if isinstance(found, PairBatch):
+            reference = jnp.asarray(found.reference)
+        else:
             frozen = dataclasses.replace(context, key=None, reference=True)
             reference = jax.lax.stop_gradient(answer_log_probs(model, batch, frozen, positions, segments))
-        else:
-            reference = jnp.asarray(batch.reference)
         rewards = beta * (policy - reference)
         is_there = jnp.max(batch.segment_ids, axis=1, keepdims=True) > jnp.arange(0, segments, 2)
         weights, pairs = is_there.astype(policy.dtype), jnp.sum(is_there, dtype=policy.dtype)

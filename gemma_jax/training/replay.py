@@ -18,7 +18,7 @@ from gemma_jax.checkpoint.record import DamagedCheckpoint, RunRecord, run_record
 from gemma_jax.checkpoint.restore import load_arrays
 from gemma_jax.config import TrainingConfig
 from gemma_jax.data.loader import Dataset
-from gemma_jax.data.packing import Batch
+from gemma_jax.data.packing import Batch, PairBatch
 from gemma_jax.errors import UserError
 from gemma_jax.model.scoring import token_log_probs
 from gemma_jax.paths import user_path
@@ -131,11 +131,13 @@ def replay_batch(
     config, model_spec, mesh = recipe.config, recipe.model, recipe.model.mesh
     differentiate = sums_and_gradients(recipe)
 
-    def measure(params: nnx.State, batch: Batch) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
-        model = model_spec.merge(params)
+    def measure(
+        params: nnx.State, fed: Batch | PairBatch
+    ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+        model, batch = model_spec.merge(params), _rows(fed)
         hidden = model(batch.tokens, batch.positions, batch.segment_ids)
         log_probs = token_log_probs(model, hidden, batch.targets)
-        _, sums, gradients = differentiate(params, batch, context_of(recipe, step - 1))
+        _, sums, gradients = differentiate(params, fed, context_of(recipe, step - 1))
         leaves = jax.tree_util.tree_leaves_with_path(gradients, is_leaf=lambda x: isinstance(x, nnx.Variable))
         norms = {parameter_name(path): _norm(variable) for path, variable in leaves}
         return -log_probs, sums["loss"].mean, norms
@@ -148,8 +150,12 @@ def replay_batch(
     )
     entries = read_metrics(user_path(config.run_dir))
     logged = next((entry for entry in entries if entry["step"] == step and "loss" in entry), None)
-    batch = dataset.train.batch(first_row, size)
+    batch = _rows(dataset.train.batch(first_row, size))
     return Replay(step, params_step, first_row, batch, np.asarray(losses), float(loss), norms, logged)
+
+
+def _rows(batch: Batch | PairBatch) -> Batch:
+    return batch.batch if isinstance(batch, PairBatch) else batch
 
 
 def _norm(gradient: nnx.Variable[Any]) -> jax.Array:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from gemma_jax.config import PRESETS, PretrainConfig, TransformerConfig, load, validate, validate_model
+from gemma_jax.config import PRESETS, TrainingConfig, TransformerConfig, load, validate, validate_model
 from gemma_jax.errors import UserError
 from tests.messages import naming
 
@@ -36,11 +36,11 @@ def test_embedding_rows_are_rounded_up(vocab_size: int, multiple: int, rows: int
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_configs_of_the_repository_are_found_by_their_names_and_contradict_nothing(name: str) -> None:
-    config, called = load(name, PretrainConfig)
+    config, called = load(name, TrainingConfig)
     validate(config)
     assert called == name and "demo" in CONFIGS
     with pytest.raises(UserError, match=naming(f"'{name}-'", name)):
-        load(f"{name}-", PretrainConfig)
+        load(f"{name}-", TrainingConfig)
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -19,7 +19,7 @@ from gemma_jax.config import (
     PreferenceConfig,
     replace,
 )
-from gemma_jax.data.packing import Batch, empty_rows, fill_row
+from gemma_jax.data.packing import Batch, PairBatch, empty_rows, fill_row
 from gemma_jax.errors import UserError
 from gemma_jax.sharding import named_arrays, put_batch, with_arrays
 from gemma_jax.testing import assert_same, assert_same_on_meshes, cpu_mesh
@@ -77,10 +77,10 @@ def changed(recipe: Recipe) -> Any:
     return with_arrays(recipe.model.params, arrays)
 
 
-def measured(recipe: Recipe, batch: Batch) -> tuple[Any, Any]:
+def measured(recipe: Recipe, batch: Any) -> tuple[Any, Any]:
     """All sums of the objective as means, and the gradients."""
     params = changed(recipe)
-    fed = put_batch(batch, len(batch.tokens), recipe.model.mesh)
+    fed = put_batch(batch, len(jax.tree.leaves(batch)[0]), recipe.model.mesh)
     _, sums, gradients = jax.jit(sums_and_gradients(recipe))(params, fed)
     return {name: x.mean for name, x in sums.items()}, named_arrays(gradients)
 
@@ -180,7 +180,7 @@ def test_dpo_follows_its_formula() -> None:
     # A reference in the batch, as full fine-tuning has it.
     batch = rows_of([made[:4], made[4:]])
     given = np.array([log_prob(example, True) for example in made], np.float32).reshape(2, 4)
-    found, _ = measured(recipe, batch._replace(reference=given))
+    found, _ = measured(recipe, PairBatch(batch, given))
     assert_same(found["loss"], expected["loss"], 2e-5)
 
 

@@ -101,7 +101,12 @@ def run(
     end: TrainState | None = None
     with BatchIterator(read or (lambda row: rows), 0, 2) as batches:
         try:
-            all_services = RunServices(store=store, log=log, **services)  # type: ignore[arg-type]  # a stand-in for the store
+            all_services = RunServices(
+                store=store,
+                log=log,
+                flops_a_token=training_flops_a_token(config.model, config.data.sequence_length),
+                **services,
+            )  # type: ignore[arg-type]  # a stand-in for the store
             trainer = Trainer(config, cpu_mesh(1), step, batches, all_services)
             end = trainer.train(state_of_step(start))
         except UserError as error:
