@@ -31,7 +31,7 @@ test-slow: .venv/slow-installed $(COMPILER)
 parity: .venv-parity/installed
 	GEMMA_JAX_PARITY=1 .venv-parity/bin/python -m pytest tests/test_parity.py tests/commands/test_verify.py \
 	  tests/pretrained/test_transformers.py tests/pretrained/test_gguf.py tests/pretrained/test_bitsandbytes.py \
-	  tests/pretrained/test_peft.py tests/data/test_trl.py tests/training/test_trl_dpo.py \
+	  tests/pretrained/test_peft.py tests/pretrained/test_peft_live.py tests/data/test_trl.py tests/training/test_trl_dpo.py \
 	  tests/weights/test_quantized.py
 
 .venv-parity/installed: $(INSTALLED) constraints/parity.txt
