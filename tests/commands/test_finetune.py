@@ -1,7 +1,9 @@
 """`gemma finetune` from a checkpoint to a model that is sampled, exported and resumed."""
 
 import json
+import random
 import shutil
+import subprocess
 from pathlib import Path
 
 import jax
@@ -13,10 +15,11 @@ from gemma_jax.cli import main
 from gemma_jax.errors import UserError
 from gemma_jax.testing import assert_same
 from gemma_jax.training.metrics import read_metrics
-from tests.commands.processes import last_arrays
+from tests.commands.processes import Runs, last_arrays, losses, wait_for
 from tests.messages import naming
 from tests.tiny_finetuning import config_file
 from tests.tiny_run import config_file as base_config
+from tests.tiny_run import write_corpus
 
 IDS = np.random.default_rng(0).integers(3, 400, (4, 12))
 IDS[:2, 4] = 106, 107
@@ -183,3 +186,36 @@ def test_preferences_with_all_weights(tiny_run: Path, tmp_path: Path) -> None:
     log = [entry for entry in read_metrics(tmp_path / "run") if "loss" in entry]
     assert log[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
     assert log[-1]["rewards/margins"] > log[3]["rewards/margins"] > 0
+
+
+class FinetuneRuns(Runs):
+    command = "finetune"
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "base").mkdir()
+        write_corpus(folder / "corpus")
+        assert main(["pretrain", base_config(folder / "base", folder / "corpus")]) == 0
+        config_file(folder, folder / "base" / "run", **{"steps": 60, "checkpoint.every": 2})
+
+
+@pytest.mark.slow
+def test_kills_on_changing_meshes_lose_nothing(tmp_path: Path, cleanup: list[subprocess.Popen[str]]) -> None:
+    runs, rng = FinetuneRuns(tmp_path), random.Random(0)
+    runs.finish("undisturbed")
+    meshes = [
+        ["--mesh.cpu_devices", "1"],
+        ["--mesh.cpu_devices", "4"],
+        ["--mesh.cpu_devices", "4", "--mesh.tensor", "2"],
+    ]
+    for number in range(5):
+        process = runs.start("killed", *meshes[number % 3])
+        cleanup.append(process)
+        before = len(runs.steps("killed"))
+        wait_for(process, lambda before=before: len(runs.steps("killed")) > before + rng.randint(1, 6), 120)
+        process.kill()
+        process.communicate()
+    runs.finish("killed")
+    resumed, expected = dict(losses(runs, "killed")), dict(losses(runs, "undisturbed"))
+    assert resumed.keys() == expected.keys()
+    np.testing.assert_allclose([*resumed.values()], [*expected.values()], rtol=2e-4)
