@@ -24,8 +24,9 @@ def run(arguments: Sequence[str], prog: str) -> int:
     if config.format == "peft":
         if found.adapter is None:
             raise UserError(f"{source} is a whole model, and format peft is for adapters; choose another.")
-        export_adapter(destination, found.adapter(), found.config)
-        print(f"{destination}: peft, an adapter of {found.adapter().base}")
+        adapter = found.adapter()
+        export_adapter(destination, adapter, found.config)
+        print(f"{destination}: peft, an adapter of {adapter.base}")
         return 0
     if found.adapter is None and (config.merge or config.merge_onto):
         raise UserError(f"{source} is a whole model, so there is no adapter to merge; leave out merge.")

@@ -113,8 +113,8 @@ def parse(text: str) -> Module:
     entry = ""
     for is_entry, name, body in _COMPUTATION.findall(text):
         parts = _INSTRUCTION.split(body)[1:]  # names and what follows them, in turn
-        told = zip(parts[::2], parts[1::2], strict=True)
-        instructions = {one: _instruction(rest.rstrip("\n"), one) for one, rest in told}
+        definitions = zip(parts[::2], parts[1::2], strict=True)
+        instructions = {one: _instruction(rest.rstrip("\n"), one) for one, rest in definitions}
         computations[name] = Computation(name, instructions)
         entry = name if is_entry else entry
     if not entry:

@@ -150,9 +150,6 @@ class Trainer:
             return
         self.reader.read()
         evaluated = self.evaluate(evaluators, (lambda: False) if last else services.stop_requested)
-        if services.patience.is_over(evaluated):
-            self.stopped = True
-            services.log.message(f"{services.patience}; the run ends at step {self.step}")
         if saving or self.stopped:
             self.save(evaluated)
         self.reader.clock.pause()
@@ -178,6 +175,10 @@ class Trainer:
                 self.services.log.evaluation({"step": self.step, **numbers})
             self.services.log.texts(self.step, evaluator.texts)
             evaluated[evaluator.name] = numbers
+        patience = self.services.patience
+        if patience.is_over(evaluated):
+            self.stopped = True
+            self.services.log.message(f"{patience}; the run ends at step {self.step}")
         return evaluated
 
     def save(self, evaluated: dict[str, Numbers]) -> None:
