@@ -1,7 +1,7 @@
 """Moves weights from disk to the mesh, one array at a time."""
 
 import functools
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -47,7 +47,7 @@ def place(weights: Weights, spec: ModelSpec) -> nnx.State:
         for name, parameter in table.items()
     }
     fills: dict[tuple[str, tuple[int, ...] | None], Callable[..., Any]] = {}
-    filled = _initial(spec, abstract.keys() - {array for arrays in stored.values() for array in arrays})
+    filled: Arrays = {}
     packed = weights.packed if isinstance(weights, PackedWeights) and weights.kind == spec.kind else None
     for name, layer in in_order(spec.config):
         pieces: Iterable[tuple[int, tuple[int, ...] | None, Any]]
@@ -93,15 +93,6 @@ def _pieces(
         shape = [(rows, *about.shape[1:])[axis] for axis in order]
         part = array[start : start + rows].transpose(order)
         yield layer or start, order, _sent(part, shape, [split[axis] for axis in order], mesh)
-
-
-def _initial(spec: ModelSpec, names: Collection[str]) -> Arrays:
-    """Creates the initial values of arrays that have no dense source, such as those of an adapter."""
-    if not names:
-        return {}
-    out = {name: x.sharding for name, x in named_arrays(spec.params).items() if name in names}
-
-    return jax.jit(functools.partial(spec.create, names=[*out]), out_shardings=out)(jax.random.key(0))
 
 
 def _sent(part: np.ndarray, shape: Sequence[int], split: Iterable[Any], mesh: Mesh) -> jax.Array:

@@ -48,7 +48,7 @@ class _Adapted(Weight):
         return self.base.dense(dtype)
 
     def pack(self, array: jax.Array) -> dict[str, jax.Array]:
-        """See `Weight.pack`. The adapters keep their initial values."""
+        """See `Weight.pack`. The arrays of the adapters are left out."""
         return {f"base.{name}".removesuffix(".array"): x for name, x in self.base.pack(array).items()}
 
 

@@ -25,7 +25,7 @@ from gemma_jax.weights.matmul import matmul, precision
 from gemma_jax.weights.table import Parameter
 from gemma_jax.weights.weight import Context, Weight, initial_values, row_block
 
-FEW_ROWS = 256  # of activations, up to which a weight in blocks is multiplied as it is
+FEW_ROWS = 256  # of activations, up to which a weight in blocks is not made dense before the matmul
 
 
 class Quantized(Weight):
@@ -110,21 +110,23 @@ class Quantized(Weight):
         )
 
     def multiply(self, x: jax.Array) -> jax.Array:
-        """See `Weight.multiply`. With one scale for each channel the result is scaled, not the weight.
-
-        For many rows a weight in blocks is made dense first, which costs little beside the matmul.
-        """
-        if self.blocks > 1 and x.size > FEW_ROWS * math.prod(self.parameter.shape[: self.parameter.inputs]):
-            return super().multiply(x)
+        """See `Weight.multiply`. With one scale for each channel the result is scaled, not the weight."""
         codes, scales = self.unscaled(x.dtype), self.scales()
         size, blocks, _ = codes.shape
         in_blocks = len(scales) == blocks
-        if in_blocks:
-            codes = codes * scales.astype(x.dtype)
         leading = x.shape[: x.ndim - self.parameter.inputs]
         rows = x.reshape(math.prod(leading), blocks, size)
         dtype = x.dtype if in_blocks else jnp.promote_types(x.dtype, jnp.float32)
-        out = lax.dot_general(rows, codes, (((2, 1), (0, 1)), ((), ())), precision(x.dtype), dtype)
+        contracted: Any = ((2, 1), (0, 1))
+        if in_blocks and len(rows) > FEW_ROWS:
+            # Many rows are brought into the order of the codes, and the weight of a layer is made dense. The
+            # TPU compiler would otherwise keep the codes of all layers a second time, in the rows' order.
+            weight = (self.unscaled(jnp.float32) * scales).astype(x.dtype)
+            rows, codes = lax.optimization_barrier((rows.swapaxes(1, 2), weight))
+            contracted = ((1, 2), (0, 1))
+        elif in_blocks:
+            codes = codes * scales.astype(x.dtype)
+        out = lax.dot_general(rows, codes, (contracted, ((), ())), precision(x.dtype), dtype)
         if not in_blocks:
             out = (out * scales).astype(x.dtype)
         elif self.parameter.inputs + 1 < len(self.parameter.shape):

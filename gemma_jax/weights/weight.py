@@ -74,10 +74,7 @@ class Weight(nnx.Module):
 
     @abc.abstractmethod
     def pack(self, array: jax.Array) -> dict[str, jax.Array]:
-        """Converts the dense array of one layer to this weight's stored arrays, by name.
-
-        Arrays that are left out keep their initial values when a checkpoint is loaded.
-        """
+        """Converts the dense array of one layer to this weight's stored arrays, by name."""
 
     def parts(self) -> tuple[Structure, list[jax.Array]]:
         """Splits the weight of one layer into its static structure and its arrays."""

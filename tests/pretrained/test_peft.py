@@ -20,14 +20,13 @@ from gemma_jax.config import ComputeConfig, MeshConfig, TransformerConfig
 from gemma_jax.errors import UserError
 from gemma_jax.model import ModelSpec
 from gemma_jax.pretrained import peft
+from gemma_jax.pretrained.adapted import with_adapters
 from gemma_jax.pretrained.adapters import Adapter, MergedWeights, stacked
 from gemma_jax.pretrained.checkpoint import is_adapter, open_checkpoint
 from gemma_jax.pretrained.huggingface import HuggingFaceDirectory
 from gemma_jax.pretrained.layout import in_order
 from gemma_jax.pretrained.peft import read_peft, write_peft
-from gemma_jax.sharding import named_arrays, with_arrays
 from gemma_jax.testing import cpu_mesh, relative_difference
-from gemma_jax.weights import EMBEDDING, Adapters
 from tests.messages import naming
 from tests.pretrained.damage import damaged
 from tests.pretrained.published import (
@@ -100,14 +99,8 @@ def merged_by_hand(base: Files, tensors: Files, scales: dict[str, float], tokens
 def adapted(folder: Path, adapter: Adapter) -> tuple[ModelSpec, Any]:
     """The model in `folder`, with the adapter beside its weights."""
     found = open_checkpoint(folder)
-    rank, projections, rows, arrays = stacked([adapter], found.config)
-    kind = Adapters(rank, targets=projections)
-    spec = ModelSpec(found.config, ComputeConfig(), cpu_mesh(1), kind)
-    named = named_arrays(found.params(spec))
-    for row in rows:
-        named[EMBEDDING] = named[EMBEDDING].at[row].set(adapter.rows[row])
-    assert all(named[name].shape == array.shape for name, array in arrays.items())
-    return spec, with_arrays(spec.params, named | {name: jnp.asarray(x) for name, x in arrays.items()})
+    spec = ModelSpec(found.config, ComputeConfig(), cpu_mesh(1))
+    return with_adapters(spec, found.params(spec), [adapter])
 
 
 @pytest.mark.parametrize("sizes", [MULTI_QUERY, MULTI_HEAD], ids=["multi-query", "multi-head"])

@@ -180,7 +180,7 @@ def test_samples_are_the_same_on_one_and_on_eight_devices() -> None:
 def test_published_weights_are_packed_layer_by_layer_when_loaded(tmp_path: Path, mesh: Mesh) -> None:
     write_huggingface(tmp_path, MULTI_QUERY, random_tensors(MULTI_QUERY))
     found = open_checkpoint(tmp_path)
-    spec = ModelSpec(found.config, ComputeConfig(), mesh, adapters())
+    spec = ModelSpec(found.config, ComputeConfig(), mesh, Quantization("int8"))
     loaded = named_arrays(found.params(spec))
     dense = named_arrays(found.params(ModelSpec(found.config, ComputeConfig(), mesh)))
     for name, about in parameter_table(found.config).items():
@@ -193,9 +193,6 @@ def test_published_weights_are_packed_layer_by_layer_when_loaded(tmp_path: Path,
                 np.testing.assert_array_equal(
                     loaded[f"{name}.{key}"], packed.reshape(loaded[f"{name}.{key}"].shape)
                 )
-    initial = spec.create(jax.random.key(0))
-    for name in filter(is_adapter, loaded):
-        np.testing.assert_allclose(loaded[name], initial[name], rtol=1e-6)
 
 
 def test_a_dense_weight_gets_no_gradient_where_it_is_frozen() -> None:

@@ -14,7 +14,7 @@ from gemma_jax.errors import UserError
 from gemma_jax.model import ModelSpec
 from gemma_jax.sharding import named_arrays
 from gemma_jax.testing import assert_same, assert_same_on_meshes, cpu_mesh
-from gemma_jax.weights import Parameter, Quantization, Weight, parameter_table
+from gemma_jax.weights import Parameter, Quantization, Weight, parameter_table, quantized
 from gemma_jax.weights.nf4 import NF4_VALUES, dynamic_map
 from tests.weights.test_kinds import densified, log_probs
 
@@ -46,8 +46,11 @@ def packed(weight: Weight, array: Any) -> tuple[dict[str, np.ndarray], np.ndarra
     return {name: np.asarray(x) for name, x in arrays.items()}, np.asarray(dense)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_quantised_model_is_its_dequantised_one(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "few"), [*((kind, 10**6) for kind in KINDS), ("int4", 0), ("nf4", 0)])
+def test_a_quantised_model_is_its_dequantised_one(
+    kind: str, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantized, "FEW_ROWS", few)
     one, eight = spec_of(kind, cpu_mesh(1)), spec_of(kind, cpu_mesh(8, data=2, fsdp=2, tensor=2))
     params = one.init(0)
     expected = log_probs(*densified(one, params))
