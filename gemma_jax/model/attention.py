@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from gemma_jax.model.cache import KVCache
 from gemma_jax.model.ops import IntArray
+from gemma_jax.model.paged import fits_paged, paged_attend
 from gemma_jax.model.splash import fits_splash, splash_attend
 from gemma_jax.sharding import platform
 from gemma_jax.weights.matmul import precision
@@ -119,19 +120,30 @@ def prefill_chunk(length: int, head_dim: int, dtype: jax.typing.DTypeLike, mesh:
 
 
 def cache_attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, positions: IntArray, segments: IntArray, cache: KVCache
+    q: jax.Array,
+    written: tuple[jax.Array, jax.Array],
+    layer: jax.Array | int,
+    positions: IntArray,
+    segments: IntArray,
+    cache: KVCache,
+    mesh: Mesh,
 ) -> jax.Array:
-    """Computes attention of new tokens to the cache, which already contains them, on any platform.
+    """Computes attention of new tokens to the cache, with the kernel for the mesh's devices.
 
     Args:
       q: [B, L, N, H], already scaled.
-      k, v: [B, S, K, H], one layer of the cache.
+      written: Keys and values [K, layers, B, S, H] of the cache, which already contain the new tokens.
+      layer: Integer scalar.
       positions, segments: [B, L], those of the new tokens.
       cache: The cache, which holds the position and segment of each slot.
+      mesh: The mesh that the arrays are placed on.
 
     Returns:
       [B, L, N, H] in q's dtype.
     """
+    if platform(mesh) == "tpu" and fits_paged(q, written[0], mesh):
+        return paged_attend(q, *written, layer, cache.lengths, mesh)
+    k, v = (x[:, layer].transpose(1, 2, 0, 3) for x in written)
 
     def of_block(block: tuple[jax.Array, IntArray, IntArray]) -> jax.Array:
         q, positions, segments = block

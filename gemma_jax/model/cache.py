@@ -13,7 +13,7 @@ from gemma_jax.config import TransformerConfig
 from gemma_jax.model.ops import IntArray
 from gemma_jax.sharding import constrain, partition_spec
 
-KEYS_AXES = ("layers", "batch", "length", "kv_heads", "head_dim")
+KEYS_AXES = ("kv_heads", "layers", "batch", "length", "head_dim")
 
 
 @jax.tree_util.register_dataclass
@@ -22,11 +22,11 @@ class KVCache:
     """Keys and values of all layers, with the position and segment of every slot.
 
     Each row has its own length, so rows can start, end and be replaced independently. Slots at or beyond a
-    row's length hold segment 0, to which no token attends.
+    row's length hold segment 0, to which no token attends. The heads come first for the kernel of `paged.py`.
     """
 
-    keys: jax.Array  # [layers, B, S, K, H]
-    values: jax.Array  # [layers, B, S, K, H]
+    keys: jax.Array  # [K, layers, B, S, H]
+    values: jax.Array  # [K, layers, B, S, H]
     positions: jax.Array  # [B, S] int32
     segments: jax.Array  # [B, S] int32
     lengths: jax.Array  # [B] int32: slots in use
@@ -36,7 +36,7 @@ class KVCache:
         cls, config: TransformerConfig, rows: int, slots: int, dtype: jax.typing.DTypeLike, mesh: Mesh
     ) -> list[jax.ShapeDtypeStruct]:
         """Returns the shapes and shardings of the keys and values."""
-        shape = (config.num_layers, rows, slots, config.num_kv_heads, config.head_dim)
+        shape = (config.num_kv_heads, config.num_layers, rows, slots, config.head_dim)
         sharding = NamedSharding(mesh, partition_spec(KEYS_AXES, shape, mesh, "cache"))
         return [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)] * 2
 
@@ -79,8 +79,8 @@ class KVCache:
         used = slice(0, new.positions.shape[1])
         positions, segments = (jnp.pad(x, ((0, 0), (0, free))) for x in (new.positions, new.segments))
         return KVCache(
-            keys=self.keys.at[:, rows, used].set(new.keys, mode="drop"),
-            values=self.values.at[:, rows, used].set(new.values, mode="drop"),
+            keys=self.keys.at[:, :, rows, used].set(new.keys, mode="drop"),
+            values=self.values.at[:, :, rows, used].set(new.values, mode="drop"),
             positions=self.positions.at[rows].set(positions, mode="drop"),
             segments=self.segments.at[rows].set(segments, mode="drop"),
             lengths=self.lengths.at[rows].set(new.lengths, mode="drop"),

@@ -115,7 +115,8 @@ class Transformer(nnx.Module):
         Returns:
           [B, L, D] after the final norm, and the cache with the new tokens in it.
         """
-        rows, slots = jnp.arange(tokens.shape[0])[:, None], cache.slots(tokens.shape[1])
+        rows, slots = jnp.arange(tokens.shape[0])[:, None, None], cache.slots(tokens.shape[1])[..., None]
+        heads = jnp.arange(self.config.num_kv_heads)
         cache = cache.extended(positions, segments)
         graphdef, stacked = nnx.split(self.blocks)
         Carry = tuple[jax.Array, jax.Array, jax.Array]
@@ -127,11 +128,11 @@ class Transformer(nnx.Module):
 
             def remember_and_attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
                 nonlocal keys, values
-                keys = keys.at[layer, rows, slots].set(k, mode="drop")
-                values = values.at[layer, rows, slots].set(v, mode="drop")
+                keys = keys.at[heads, layer, rows, slots].set(k, mode="drop")
+                values = values.at[heads, layer, rows, slots].set(v, mode="drop")
                 if empty:
                     return self_attend(q, k, v, positions, segments, self.mesh)
-                return cache_attend(q, keys[layer], values[layer], positions, segments, cache)
+                return cache_attend(q, (keys, values), layer, positions, segments, cache, self.mesh)
 
             x = nnx.merge(graphdef, state)(x, positions, remember_and_attend, context)
             return (x, keys, values), None

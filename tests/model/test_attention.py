@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gemma_jax.model.attention import attend, attention_mask, causal_attend
+from gemma_jax.model.attention import attend, attention_mask, cache_attend, causal_attend
+from gemma_jax.model.cache import KVCache
+from gemma_jax.model.paged import fits_paged, paged_attend
 from gemma_jax.model.splash import fits_splash, splash_attend
 from gemma_jax.testing import assert_same, cpu_mesh
 
@@ -90,3 +92,28 @@ def test_the_kernel_of_the_tpu_takes_no_float32_and_no_odd_shapes() -> None:
     assert not fits_splash(q.update(dtype=jnp.float32))
     assert not fits_splash(q.update(shape=(1, 8200, 8, 256)))
     assert not fits_splash(q.update(shape=(1, 8192, 8, 64)))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(8, 1), (4, 4)])
+def test_paged_attention_equals_the_reference(heads: int, kv_heads: int) -> None:
+    """The TPU's kernel for decoding, interpreted: rows of different lengths, in the second of two layers."""
+    from jax.experimental.pallas import tpu
+
+    rng, mesh, slots = np.random.default_rng(0), cpu_mesh(1), 256
+    lengths = jnp.array([1, 130, 256, 77], jnp.int32)
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+
+    q, written = (
+        normal(4, 1, heads, 128),
+        (normal(kv_heads, 2, 4, slots, 128), normal(kv_heads, 2, 4, slots, 128)),
+    )
+    positions = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (4, slots))
+    cache = KVCache(*written, positions, (positions < lengths[:, None]).astype(jnp.int32), lengths)
+    newest, one = lengths[:, None] - 1, jnp.ones((4, 1), jnp.int32)
+    expected = cache_attend(q, written, 1, newest, one, cache, mesh)
+    assert fits_paged(q, written[0], mesh)
+    with tpu.force_tpu_interpret_mode():
+        found = jax.jit(paged_attend, static_argnums=5)(q, *written, 1, lengths, mesh)
+    assert_same(found.astype(jnp.float32), expected.astype(jnp.float32), 1e-2)
