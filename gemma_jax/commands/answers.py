@@ -9,7 +9,7 @@ from gemma_jax.config import SamplingConfig, TrainingConfig
 from gemma_jax.data.chat import encode_dialogue
 from gemma_jax.model import ModelSpec
 from gemma_jax.sampling import Generator, TextCompletion
-from gemma_jax.sampling.generate import requests_of
+from gemma_jax.sampling.requests import requests_of
 from gemma_jax.tokenizer import Tokenizer
 from gemma_jax.training.evaluation import Evaluator, Numbers, StopRequested
 

@@ -6,6 +6,7 @@ library only, because reading a config must not need jax.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ TOO_LARGE = 2**31  # every number must be below this, because integers have 32 b
 LARGEST_SEED = 2**32 - 1  # jax.random.key silently drops higher bits
 ABOVE_ZERO, BELOW_ONE = 1e-9, 1 - 1e-9  # inclusive bounds for numbers that must not be 0 or 1
 MOST_ROWS = 10**6  # in a batch
+MOST_TOP_LOG_PROBS = 1024  # of each new token
 MOST_CPU_DEVICES = 1024  # jax needs more than a second to create more
 
 
@@ -317,6 +319,15 @@ class LoggingConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class TokenBias:
+    """A number that is added to the logit of a token."""
+
+    token: int = setting(0, "The token's id.", 0)
+    # There is no bias that a token without one could mean, so the default is out of bounds.
+    bias: float = setting(math.nan, "Above 0 the token becomes likelier.", 1 - TOO_LARGE)
+
+
+@dataclasses.dataclass(frozen=True)
 class SamplingConfig:
     """How new tokens are chosen, and when generation ends."""
 
@@ -332,3 +343,21 @@ class SamplingConfig:
     samples: int = setting(1, "Continuations of each prompt.", 1)
     stop: tuple[str, ...] = setting((), "Texts that end a continuation, and are not part of it.")
     batch_size: int = setting(0, "Continuations that are computed at a time; 0 takes all.", 0)
+    min_p: float = setting(
+        0.0, "Sample among the tokens with at least this share of the likeliest one's probability.", 0, 1
+    )
+    repetition_penalty: float = setting(
+        1.0,
+        "Above 1, tokens of the prompt and of the text so far become less likely: a positive logit is "
+        "divided by it, a negative one multiplied.",
+        ABOVE_ZERO,
+    )
+    logit_bias: tuple[TokenBias, ...] = setting(
+        (), "Numbers that are added to the logits of tokens, as in '107 bias=-2.5'."
+    )
+    forbidden_tokens: tuple[int, ...] = setting((), "Token ids that are never chosen.", 0)
+    end_tokens: tuple[int, ...] = setting((), "Token ids that end a continuation, besides the model's.", 0)
+    top_log_probs: int = setting(
+        0, "Likeliest tokens that are listed for each new one.", 0, MOST_TOP_LOG_PROBS
+    )
+    prompt_log_probs: bool = setting(False, "Also compute the log-probabilities of the prompt's tokens.")

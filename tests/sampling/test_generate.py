@@ -15,7 +15,7 @@ from gemma_jax.config import PRESETS, ComputeConfig, SamplingConfig
 from gemma_jax.errors import UserError
 from gemma_jax.model import ModelSpec
 from gemma_jax.sampling import Completion, Generator
-from gemma_jax.sampling.generate import Request, padded, requests_of, slot_settings
+from gemma_jax.sampling.requests import Request, Widths, padded, requests_of, slot_settings
 from gemma_jax.sharding import named_arrays, with_arrays
 from gemma_jax.testing import cpu_mesh, relative_difference, tiny_gemma
 from tests.messages import naming
@@ -219,10 +219,11 @@ def test_prefill_in_chunks_equals_one_forward_pass(mesh: dict[str, int]) -> None
 def test_a_slot_that_is_done_writes_nothing_into_its_cache(generator: Generator) -> None:
     """Of two prompts of three tokens, one takes a single step and the other all of them."""
     requests = [Request([2, 17, 300], SamplingConfig(new), []) for new in (2, NEW)]
-    settings = slot_settings(requests, 2, 1, generator.config.context_length)
-    prompts = padded([request.token_ids for request in requests], 2, 16)
-    arguments = (prompts[0], 0, prompts[1], settings, None, generator.layers)
-    slots, _ = generator.prefill(generator.params, *arguments, size=32)
+    settings = slot_settings(requests, 2, Widths(), generator.config.context_length)
+    tokens, lengths = padded([request.token_ids for request in requests], 2, 16)
+    arguments = (tokens, 0, lengths, settings.adapters, None, generator.layers)
+    prompts = generator.prefill(generator.params, *arguments, size=32)
+    slots, _ = generator.begin(generator.params, prompts, settings, None)
     slots, _ = generator.decode(generator.params, slots, NEW, generator.layers)
     # The newest token of each is not in the cache yet.
     assert slots.cache.lengths.tolist() == [3 + 2 - 1, 3 + NEW - 1]
@@ -304,7 +305,7 @@ def test_memory_of_a_long_prefill(dtype: Any) -> None:
     chunk = generator.chunk(8000)
     layer = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), spec.params["blocks"])
     integers = [jax.ShapeDtypeStruct(shape, np.int32) for shape in ((1, chunk), (), (1,))]
-    arguments = (spec.params, *integers, slot_settings([], 1, 1, config.context_length))
+    arguments = (spec.params, *integers, jax.ShapeDtypeStruct((1,), np.int32))
     so_far = jax.eval_shape(lambda *x: generator.prefill(*x, size=8064), *arguments)
     for before, size in ((None, 8064), (so_far, 0)):
         compiled = generator.prefill.lower(*arguments, before, [layer, layer], size=size).compile()
