@@ -12,40 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gemma_jax.config import (
-    ComputeConfig,
-    MeshConfig,
-    SamplingConfig,
-    mesh_text,
-    replace,
-    sampling_config,
-    sampling_configs,
-    validate_stream,
-)
-from gemma_jax.data.chat import Message
+from gemma_jax.config import ComputeConfig, MeshConfig, SamplingConfig, mesh_text, replace
+from gemma_jax.config.validation import sampling_config, sampling_configs, validate_stream
+from gemma_jax.data.chat import Message, encode_prompt
 from gemma_jax.errors import UserError
 from gemma_jax.model import ModelSpec
 from gemma_jax.pretrained.adapted import base_spec, with_adapters
 from gemma_jax.pretrained.checkpoint import open_adapter, open_checkpoint
 from gemma_jax.pretrained.end_tokens import END_OF_TURN, EOS
-from gemma_jax.sampling import (
-    Chat,
-    Completion,
-    FinishReason,
-    Generation,
-    Generator,
-    Request,
-    Scorer,
-    TextCompletion,
-)
+from gemma_jax.sampling import Chat, FinishReason, Generation, Generator, Request, Scorer, TextCompletion
 from gemma_jax.sampling.chat import MAX_NEW_TOKENS
 from gemma_jax.sampling.decode import MAX_STEPS
-from gemma_jax.sampling.requests import (
-    check_ids,
-    indices_of,
-    padded,
-    requests_of,
-)
+from gemma_jax.sampling.requests import Completion, check_ids, indices_of, padded, requests_of
 from gemma_jax.sharding import make_mesh, platform, row_parts
 from gemma_jax.startup import keep_programs
 from gemma_jax.tokenizer import Tokenizer
@@ -418,7 +396,7 @@ class Gemma:
 
     def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):
-            return [self.tokenizer.bos_id, *self.tokenizer.encode_typed(prompt)]
+            return encode_prompt(self.tokenizer, prompt, turn=False)
         if isinstance(prompt, bytes | bytearray):
             raise UserError("a prompt is bytes, but must be a text or a list of token ids; decode it first.")
         try:

@@ -14,7 +14,6 @@ TOO_LARGE = 2**31  # every number must be below this, because integers have 32 b
 LARGEST_SEED = 2**32 - 1  # jax.random.key silently drops higher bits
 ABOVE_ZERO, BELOW_ONE = 1e-9, 1 - 1e-9  # inclusive bounds for numbers that must not be 0 or 1
 MOST_ROWS = 10**6  # in a batch
-MOST_TOP_LOG_PROBS = 1024  # of each new token
 MOST_CPU_DEVICES = 1024  # jax needs more than a second to create more
 
 
@@ -343,21 +342,12 @@ class SamplingConfig:
     samples: int = setting(1, "Continuations of each prompt.", 1)
     stop: tuple[str, ...] = setting((), "Texts that end a continuation, and are not part of it.")
     batch_size: int = setting(0, "Continuations that are computed at a time; 0 takes all.", 0)
-    min_p: float = setting(
-        0.0, "Sample among the tokens with at least this share of the likeliest one's probability.", 0, 1
-    )
+    min_p: float = setting(0.0, "Sample among tokens with this share of the likeliest's probability.", 0, 1)
     repetition_penalty: float = setting(
-        1.0,
-        "Above 1, tokens of the prompt and of the text so far become less likely: a positive logit is "
-        "divided by it, a negative one multiplied.",
-        ABOVE_ZERO,
+        1.0, "Divides positive logits of tokens in prompt and text, multiplies negative ones.", ABOVE_ZERO
     )
-    logit_bias: tuple[TokenBias, ...] = setting(
-        (), "Numbers that are added to the logits of tokens, as in '107 bias=-2.5'."
-    )
+    logit_bias: tuple[TokenBias, ...] = setting((), "Added to logits of tokens, as in '107 bias=-2.5'.")
     forbidden_tokens: tuple[int, ...] = setting((), "Token ids that are never chosen.", 0)
     end_tokens: tuple[int, ...] = setting((), "Token ids that end a continuation, besides the model's.", 0)
-    top_log_probs: int = setting(
-        0, "Likeliest tokens that are listed for each new one.", 0, MOST_TOP_LOG_PROBS
-    )
-    prompt_log_probs: bool = setting(False, "Also compute the log-probabilities of the prompt's tokens.")
+    top_log_probs: int = setting(0, "Likeliest tokens to list for each new one, with --json.", 0, 1024)
+    prompt_log_probs: bool = setting(False, "List the prompt's log-probabilities, with --json.")

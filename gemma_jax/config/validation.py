@@ -211,29 +211,27 @@ def validate_sampling(config: SamplingConfig) -> None:
 
 def validate_stream(config: SamplingConfig) -> None:
     """Raises UserError if a config asks for more than the text of one continuation."""
-    _require(
-        config.samples == 1,
-        f"samples is {config.samples}, but a stream or a dialogue shows one continuation; leave it out.",
-    )
-    _require(
-        not config.top_log_probs and not config.prompt_log_probs,
-        "top_log_probs or prompt_log_probs is set, but a stream or a dialogue shows text only; leave it out.",
-    )
+    plain = SamplingConfig()
+    for name in ("samples", "top_log_probs", "prompt_log_probs"):
+        _require(
+            (value := getattr(config, name)) == getattr(plain, name),
+            f"{name} is {value}, but a stream or dialogue shows the text of one continuation; leave it out.",
+        )
 
 
 def validate_sample(config: SampleConfig) -> None:
     """Raises UserError, which names the settings, if one is invalid or several contradict each other."""
     validate_sampling(config)
+    _require(all(config.prompt), "prompt holds an empty text; give it a text to continue, or leave it out.")
     if config.stream:
         validate_stream(config)
         _require(
             len(config.prompt) <= 1 and not config.json,
             "stream shows one continuation as it is made; give a single prompt, without json.",
         )
-    _require(
-        config.json or (not config.top_log_probs and not config.prompt_log_probs),
-        "top_log_probs and prompt_log_probs are printed by --json only; add it, or leave them out.",
-    )
+    elif not config.json:
+        lists = config.top_log_probs or config.prompt_log_probs
+        _require(not lists, "top_log_probs and prompt_log_probs are printed by --json only; add it.")
     _validate_compute(config.compute)
     validate_mesh(config.mesh)
 

@@ -268,21 +268,18 @@ def check_options(config: SamplingConfig, vocab_size: int) -> None:
       UserError: a token id is out of range, no token may be chosen, or more tokens than there are shall be
         listed.
     """
-    biased = tuple(entry.token for entry in config.logit_bias)
     fields = {
-        "logit_bias": biased,
+        "logit_bias": [entry.token for entry in config.logit_bias],
         "forbidden_tokens": config.forbidden_tokens,
         "end_tokens": config.end_tokens,
     }
+    last = vocab_size - 1
     for name, ids in fields.items():
-        if ids and max(ids) >= vocab_size:
+        if (largest := max(ids, default=0)) > last:
             raise UserError(
-                f"{name} has token id {max(ids)}, which is out of range; the model's ids go from 0 to "
-                f"{vocab_size - 1}."
+                f"{name} has {largest}, which is out of range; the model's ids go from 0 to {last}."
             )
     if len(set(config.forbidden_tokens)) == vocab_size:
         raise UserError(f"forbidden_tokens has all {vocab_size} tokens of the model; leave out some of them.")
     if config.top_log_probs > vocab_size:
-        raise UserError(
-            f"top_log_probs is {config.top_log_probs}, but the model has only {vocab_size} tokens; lower it."
-        )
+        raise UserError(f"top_log_probs is {config.top_log_probs}, but the model has {vocab_size} tokens.")
