@@ -117,12 +117,7 @@ def empty_slots(model: Transformer, settings: SlotSettings, seen: jax.Array | No
 
 
 def begin(
-    model: Transformer,
-    prompts: Prompts,
-    settings: SlotSettings,
-    seen: jax.Array | None,
-    *,
-    top: int = 0,
+    model: Transformer, prompts: Prompts, settings: SlotSettings, seen: jax.Array | None, *, top: int = 0
 ) -> tuple[Slots, NewTokens]:
     """Makes a slot of each prompt, and chooses its first token.
 

@@ -86,15 +86,14 @@ class Generator:
         if total > len(prompts):  # samples begin with copies of their prompts
             held += KVCache.abstract(self.config, copied, bucket(longest), self.dtype, self.mesh)
         if any(config.repetition_penalty != 1 for config in configs):
-            shape, by_row = (rows, self.config.vocab_rows), batch_sharding(self.mesh)
-            held.append(jax.ShapeDtypeStruct(shape, np.bool_, sharding=by_row))
+            shape = (rows, self.config.vocab_rows)
+            held.append(jax.ShapeDtypeStruct(shape, np.bool_, sharding=batch_sharding(self.mesh)))
         host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-        results = sum(
-            config.samples
-            * min(config.max_new_tokens, self.config.context_length)
-            * (BYTES_OF_TOKEN + BYTES_OF_ALTERNATIVE * config.top_log_probs)
-            for config in configs
-        )
+        tokens = [
+            config.samples * min(config.max_new_tokens, self.config.context_length) for config in configs
+        ]
+        sizes = [BYTES_OF_TOKEN + BYTES_OF_ALTERNATIVE * config.top_log_probs for config in configs]
+        results = sum(count * size for count, size in zip(tokens, sizes, strict=True))
         held.append(jax.ShapeDtypeStruct((results,), np.uint8, sharding=host))
         remedy = "lower samples, batch_size or max_new_tokens"
         require_memory(held, f"sampling {total:,} continuations, {rows:,} at a time,", remedy)
@@ -275,10 +274,7 @@ class Batch:
             elif counts[row] >= limits[row]:
                 reason = "length" if counts[row] >= config.max_new_tokens else "context"
             tokens, log_probs, *top = (x[index, :made].tolist() for x in new)
-            top = [
-                list(zip(*of_token, strict=True))[: config.top_log_probs]
-                for of_token in zip(*top, strict=True)
-            ]
+            top = [list(zip(*x, strict=True))[: config.top_log_probs] for x in zip(*top, strict=True)]
             stopped[row] = self._completions[number].add(
                 tokens, log_probs, reason, top if config.top_log_probs else ()
             )

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 KEY_BITS = 31  # in a float32 without its sign
+BLOCK = 512  # tokens that are drawn from together
 
 
 class Options(NamedTuple):
@@ -87,6 +88,28 @@ def restricted(logits: jax.Array, options: Options) -> jax.Array:
     return jnp.where(logits >= jnp.log(options.min_p)[:, None], logits, -jnp.inf)
 
 
+def draw(keys: jax.Array, logits: jax.Array) -> jax.Array:
+    """Returns a random token [B] of the distribution that logits [B, V], at most 0, define.
+
+    A block of the vocabulary is chosen, then a token in it. This needs two random numbers of a row, where
+    Gumbel noise needs one of each token, which takes ten times as long on CPU. With two, tokens of small
+    probability are not lost in the resolution of one float32 over the whole vocabulary.
+    """
+    weights = jnp.exp(jnp.pad(logits, ((0, 0), (0, -logits.shape[1] % BLOCK)), constant_values=-jnp.inf))
+    weights = weights.reshape(len(logits), -1, BLOCK)
+    of_block, of_token = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+    block = _pick(of_block, jnp.sum(weights, axis=-1))
+    return block * BLOCK + _pick(of_token, weights[jnp.arange(len(block)), block])
+
+
+def _pick(keys: jax.Array, weights: jax.Array) -> jax.Array:
+    """Returns a random index [B], each with a probability in proportion to its weight in [B, N]."""
+    ends = jnp.cumsum(weights, axis=-1)
+    beyond = ends > (jax.vmap(jax.random.uniform)(keys) * ends[:, -1])[:, None]
+    # The product may be rounded up to the sum; then no end is beyond it.
+    return jnp.where(beyond[:, -1], jnp.argmax(beyond, axis=-1), jnp.argmax(weights, axis=-1))
+
+
 def select(
     logits: jax.Array, keys: jax.Array, options: Options, seen: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
@@ -116,7 +139,7 @@ def select(
         # If the division is compiled as a multiplication by the inverse, which is 0 for the largest
         # temperatures, -inf becomes NaN. This restores the -inf.
         scaled = jnp.where(jnp.isneginf(changed), -jnp.inf, scaled)
-        sampled = jax.vmap(jax.random.categorical)(keys, restricted(scaled, options))
+        sampled = draw(keys, restricted(scaled, options))
         return jnp.where(temperature > 0, sampled, greedy).astype(jnp.int32)
 
     greedy = jnp.argmax(changed, axis=-1).astype(jnp.int32)

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
+from scipy.special import softmax
 
 from gemma_jax.sampling.select import Options, likeliest, restricted, select
+from gemma_jax.sampling.select import draw as draw_tokens
 
 # Probabilities that float32 sums exactly, in no order. The likeliest is token 3, the next 1, then 5.
 PROBABILITIES = np.array([1 / 32, 1 / 4, 1 / 16, 1 / 2, 1 / 32, 1 / 8])
@@ -104,6 +106,22 @@ def test_frequencies_are_those_of_the_distribution_that_is_left() -> None:
         used = expected > 0
         p_value = stats.chisquare(counts[used], expected[used]).pvalue
         assert p_value > 0.01, f"{name}: {counts} instead of {expected} (p {p_value:.2g})"
+
+
+def test_frequencies_of_a_large_vocabulary() -> None:
+    """Of several blocks, the last one incomplete. By chi-square again, over groups of 100 tokens."""
+    rng, vocabulary, drawn = np.random.default_rng(0), 1200, []
+    logits = rng.normal(0, 1, vocabulary).astype(np.float32)
+    logits[500:520] = -np.inf
+    rows, many = jnp.broadcast_to(logits - logits.max(), (1000, vocabulary)), jax.jit(draw_tokens)
+    for seed in range(20):
+        drawn.append(np.asarray(many(jax.random.split(jax.random.key(seed), 1000), rows)))
+    counts = np.bincount(np.concatenate(drawn), minlength=vocabulary)
+    assert len(counts) == vocabulary and (counts[500:520] == 0).all()
+    expected = DRAWS * softmax(logits)
+    for groups in (np.arange(vocabulary) // 100, rng.integers(0, 12, vocabulary)):
+        observed, wanted = (np.bincount(groups, weights) for weights in (counts, expected))
+        assert stats.chisquare(observed, wanted).pvalue > 0.01
 
 
 def test_what_may_not_be_chosen_never_is() -> None:
