@@ -236,8 +236,8 @@ def _with_next_token(
     keys = jax.vmap(jax.random.fold_in)(keys, slots.counts)
     chosen, log_probs = select(logits, keys, settings.options, seen)
     is_end = jnp.any(chosen[:, None] == settings.end_tokens, axis=1)
-    if seen is not None:
-        seen = seen.at[jnp.arange(len(seen)), jnp.where(live, chosen, seen.shape[1])].set(True, mode="drop")
+    if seen is not None:  # what is marked for a slot that is not live is never read
+        seen = seen.at[jnp.arange(len(seen)), chosen].set(True)
     slots = slots._replace(
         last=jnp.where(live, chosen, slots.last),
         counts=slots.counts + live,

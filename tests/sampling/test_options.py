@@ -51,14 +51,14 @@ def test_every_request_has_options_of_its_own(
     gemma: Gemma, generator: Generator, plain: list[Completion], rows: int
 ) -> None:
     """In one batch, and refilled: each token is the likeliest after the row's options."""
-    common = [token for completion in plain for token in completion.token_ids]
-    biases = (TokenBias(7, 2.0), TokenBias(7, 2.0), TokenBias(common[NEW], -9.0))
-    alike = tuple(TokenBias(token, 100.0) for token in range(20))
+    third, last = plain[2].token_ids, plain[3].token_ids
+    alike = tuple(TokenBias(token, 100.0) for token in range(30))
+    biases = (TokenBias(7, 2.0), TokenBias(7, 2.0), TokenBias(last[0], -9.0))
     configs = [
         SamplingConfig(NEW),
-        SamplingConfig(NEW, logit_bias=biases, forbidden_tokens=tuple(common[NEW + 2 :])),
-        SamplingConfig(NEW, repetition_penalty=1.3, forbidden_tokens=tuple(common[-3:])),
-        SamplingConfig(NEW, repetition_penalty=1e6, forbidden_tokens=(0, 1, 2), logit_bias=alike),
+        SamplingConfig(NEW, repetition_penalty=1e6, forbidden_tokens=(0, 1, 3), logit_bias=alike),
+        SamplingConfig(NEW, repetition_penalty=1.3, forbidden_tokens=tuple(third[-3:])),
+        SamplingConfig(NEW, logit_bias=biases, forbidden_tokens=tuple(last[2:])),
     ]
     requests = [
         Request(prompt, config, (), number)
@@ -74,8 +74,9 @@ def test_every_request_has_options_of_its_own(
         for place, token in enumerate(completion.token_ids):
             seen = prompt + completion.token_ids[:place]
             assert token == after_options(logits[place], config, seen).argmax(), (config, place)
-    # The penalty hides each biased token once it was chosen, and the next one has its turn.
-    assert len(set(made[3].token_ids)) == NEW and set(made[3].token_ids) <= set(range(3, 20))
+    # The penalty hides each biased token of the prompt, and each one once it was chosen.
+    assert len(set(made[1].token_ids)) == NEW
+    assert set(made[1].token_ids) <= set(range(30)) - {0, 1, 3, *PROMPTS[1]}
 
 
 def test_a_text_is_the_same_alone_and_in_any_batch(gemma: Gemma) -> None:

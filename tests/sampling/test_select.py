@@ -118,7 +118,7 @@ def test_frequencies_of_a_large_vocabulary() -> None:
         drawn.append(np.asarray(many(jax.random.split(jax.random.key(seed), 1000), rows)))
     counts = np.bincount(np.concatenate(drawn), minlength=vocabulary)
     assert len(counts) == vocabulary and (counts[500:520] == 0).all()
-    expected = DRAWS * softmax(logits)
+    expected = DRAWS * softmax(logits.astype(np.float64))
     for groups in (np.arange(vocabulary) // 100, rng.integers(0, 12, vocabulary)):
         observed, wanted = (np.bincount(groups, weights) for weights in (counts, expected))
         assert stats.chisquare(observed, wanted).pvalue > 0.01
