@@ -23,7 +23,7 @@ def ours(unroll: int) -> Callable[[np.ndarray, int], None]:
     from gemma_jax import Gemma
     from gemma_jax.config import ComputeConfig, MeshConfig, SamplingConfig
     from gemma_jax.sampling import Completion
-    from gemma_jax.sampling.generate import requests_of
+    from gemma_jax.sampling.requests import requests_of
 
     compute = ComputeConfig(dtype="float32", scan_unroll=unroll)
     gemma = Gemma.from_pretrained(f"random:{PRESET}", mesh=MeshConfig(cpu_devices=1), compute=compute)

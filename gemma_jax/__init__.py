@@ -6,7 +6,8 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gemma_jax.api import Gemma, Generation
+    from gemma_jax.api import Gemma
+    from gemma_jax.sampling import Generation
 
 __version__ = "0.1.0"
 __all__ = ["Gemma", "Generation", "__version__"]

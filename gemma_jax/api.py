@@ -1,6 +1,5 @@
 """The Python interface of the library: `Gemma`, a model that generates, chats and scores."""
 
-import dataclasses
 import functools
 import math
 import operator
@@ -13,33 +12,24 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gemma_jax.config import ComputeConfig, MeshConfig, SamplingConfig, mesh_text, replace, sampling_config
-from gemma_jax.data.chat import Message
+from gemma_jax.config import ComputeConfig, MeshConfig, SamplingConfig, mesh_text, replace
+from gemma_jax.config.validation import sampling_config, sampling_configs, validate_stream
+from gemma_jax.data.chat import Message, encode_prompt
 from gemma_jax.errors import UserError
 from gemma_jax.model import ModelSpec
 from gemma_jax.pretrained.adapted import base_spec, with_adapters
 from gemma_jax.pretrained.checkpoint import open_adapter, open_checkpoint
 from gemma_jax.pretrained.end_tokens import END_OF_TURN, EOS
-from gemma_jax.sampling import Chat, Completion, FinishReason, Generator, Scorer, TextCompletion
+from gemma_jax.sampling import Chat, FinishReason, Generation, Generator, Request, Scorer, TextCompletion
 from gemma_jax.sampling.chat import MAX_NEW_TOKENS
 from gemma_jax.sampling.decode import MAX_STEPS
-from gemma_jax.sampling.generate import check_ids, indices_of, padded, requests_of
+from gemma_jax.sampling.requests import Completion, check_ids, indices_of, padded, requests_of
 from gemma_jax.sharding import make_mesh, platform, row_parts
 from gemma_jax.startup import keep_programs
 from gemma_jax.tokenizer import Tokenizer
 from gemma_jax.weights import Context, Quantization, parameter_table
 
 STRIDE = 8  # tokens between two checks of a text that is streamed or may contain a stop text
-
-
-@dataclasses.dataclass(frozen=True)
-class Generation:
-    """One continuation of a prompt."""
-
-    text: str  # empty where the model has no tokenizer
-    token_ids: list[int]  # without the end token
-    log_probs: list[float]  # one per token, under the model's own distribution, in nats
-    finish_reason: FinishReason  # "stop": an end token; "length": max_new_tokens; "context": no room left
 
 
 class Gemma:
@@ -306,7 +296,7 @@ class Gemma:
     def generate(
         self,
         prompts: Sequence[str | Sequence[int]],
-        config: SamplingConfig | None = None,
+        config: SamplingConfig | Sequence[SamplingConfig] | None = None,
         *,
         adapter: str | Sequence[str] | None = None,
         **settings: Any,
@@ -316,39 +306,50 @@ class Gemma:
         Args:
           prompts: Texts, to which `<bos>` is prepended and in which nothing becomes a control token, or
             token ids, which are used unchanged.
-          config: How tokens are chosen, and when a continuation ends.
+          config: How tokens are chosen, and when a continuation ends; or a config for each prompt.
           adapter: The name of an adapter that the model was loaded with, or a name for each prompt; "" is the
             model without an adapter. By default the model's own adapter, if it was loaded as one.
-          **settings: Fields of SamplingConfig, which override those of config:
-            max_new_tokens (64): the most tokens that are added to each prompt.
-            temperature (0.0): 0 takes the likeliest token.
-            top_k (0): sample among this many likeliest tokens; 0 among all.
-            top_p (1.0): sample among the likeliest tokens that together have this probability.
-            seed (0): determines the samples. Those of a prompt depend on its index in the list, but not on
-              the other prompts.
-            samples (1): the number of continuations of each prompt.
-            stop (()): texts that end a continuation and are removed from it.
-            batch_size (0): the number of continuations computed at once; 0 means all.
+          **settings: Fields of SamplingConfig, which override those of config. docs/sampling.md explains
+            them: max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, logit_bias,
+            forbidden_tokens, seed, samples, stop, end_tokens, top_log_probs, prompt_log_probs, batch_size.
 
         Returns:
           One generation for each sample of each prompt; all samples of one prompt are adjacent.
 
         Raises:
           UserError: there is text but no tokenizer, a prompt is empty or fills the context, an id is out of
-            range, a setting has a wrong type or value, or the continuations do not fit into memory.
+            range, a setting has a wrong type or value, there is not one config for each prompt, or the
+            continuations do not fit into memory.
         """
-        config = sampling_config(config or SamplingConfig(), settings)
-        ids = self._ids(prompts)
-        if not ids:
+        requests = self._requests(prompts, config, adapter, settings)
+        if not requests:
             return []
-        self._generator.check_memory(ids, config)
-        requests = requests_of(ids, config, self.end_tokens, indices_of(self._adapters, adapter, len(ids)))
-        completions = [self._completion(config) for _ in requests]
+        completions = [self._completion(request.config) for request in requests]
         # Without stop texts no continuation needs to be checked before its end.
-        stride = STRIDE if config.stop else MAX_STEPS
-        for _ in self._generator.run(requests, completions, rows=config.batch_size, stride=stride):
+        stride = STRIDE if any(request.config.stop for request in requests) else MAX_STEPS
+        rows = requests[0].config.batch_size
+        for _ in self._generator.run(requests, completions, rows=rows, stride=stride):
             pass
-        return [_generation(completion) for completion in completions]
+        of_prompts = self._scorer.prompts(r for r in requests if r.config.prompt_log_probs)
+        return [
+            Generation.of(completion, of_prompts.get(request.prompt, []))
+            for request, completion in zip(requests, completions, strict=True)
+        ]
+
+    def _requests(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        config: SamplingConfig | Sequence[SamplingConfig] | None,
+        adapter: str | Sequence[str] | None,
+        settings: Mapping[str, Any],
+    ) -> list[Request]:
+        """Returns the requests of a call of `generate`, which also describes the errors."""
+        ids = self._ids(prompts)
+        configs = sampling_configs(config, settings, len(ids))
+        adapters = indices_of(self._adapters, adapter, len(ids))
+        if ids:
+            self._generator.check_memory(ids, configs)
+        return requests_of(ids, configs, self.end_tokens, adapters)
 
     def stream(
         self,
@@ -378,13 +379,9 @@ class Gemma:
         self, prompt: str | Sequence[int], config: SamplingConfig, adapter: str | None = None
     ) -> Iterator[tuple[str, FinishReason | None]]:
         """Returns an iterator over pieces of a continuation, some empty; the last has the finish reason."""
-        if config.samples != 1:
-            raise UserError(
-                f"samples is {config.samples}, but a stream shows one continuation; leave it out."
-            )
+        validate_stream(config)
         completion = TextCompletion(self.tokenizer, config.stop)
-        chosen = indices_of(self._adapters, adapter, 1)
-        requests = requests_of(self._ids([prompt]), config, self.end_tokens, chosen)
+        requests = self._requests([prompt], config, adapter, {})
         looks = self._generator.run(requests, [completion], stride=STRIDE)
         return ((completion.take(), completion.finish_reason) for _ in looks)
 
@@ -399,16 +396,10 @@ class Gemma:
 
     def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         if isinstance(prompt, str):
-            return [self.tokenizer.bos_id, *self.tokenizer.encode_typed(prompt)]
+            return encode_prompt(self.tokenizer, prompt, turn=False)
         if isinstance(prompt, bytes | bytearray):
             raise UserError("a prompt is bytes, but must be a text or a list of token ids; decode it first.")
         try:
             return [operator.index(token) for token in prompt]
         except TypeError as error:
             raise UserError(f"a prompt must be a text or a list of integer token ids ({error}).") from error
-
-
-def _generation(completion: Completion) -> Generation:
-    assert completion.finish_reason is not None
-    text = completion.text if isinstance(completion, TextCompletion) else ""
-    return Generation(text, completion.token_ids, completion.log_probs, completion.finish_reason)

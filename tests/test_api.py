@@ -73,14 +73,21 @@ def test_settings_come_as_a_config_or_as_keywords(gemma: Gemma) -> None:
     from_config = gemma.generate(["1"], config, max_new_tokens=4)
     assert from_config == gemma.generate(["1"], max_new_tokens=4, temperature=2, seed=3)
     assert "".join(gemma.stream("1", config)) == gemma.generate(["1"], config)[0].text
+    others = SamplingConfig(min_p=0.05, repetition_penalty=1.5, **HOT)
+    both = gemma.generate(["1", "2 3"], [config, others], logit_bias={9: 2.0}, forbidden_tokens=[5])
+    alone = gemma.generate(["1", "2 3"], others, logit_bias={9: 2.0}, forbidden_tokens=[5])
+    assert both[1].token_ids == alone[1].token_ids and len(both[0].token_ids) <= 5
+    [first] = gemma.generate(["2 3"], others, stop=["1"], end_tokens=[7])
+    assert "".join(gemma.stream("2 3", others, stop=["1"], end_tokens=[7])) == first.text
 
 
 def test_mistakes_are_told(gemma: Gemma) -> None:
     for prompts, told in [(["1", b"1"], "bytes"), ("1", "list"), ([[2, None]], "integer")]:
         with pytest.raises(UserError, match=told):
             gemma.generate(prompts)
-    with pytest.raises(UserError, match=naming("samples", 2)):
-        gemma.stream("1", samples=2)
+    for setting, value in {"samples": 2, "top_log_probs": 3, "prompt_log_probs": True}.items():
+        with pytest.raises(UserError, match=naming(setting, value)):
+            gemma.stream("1", **{setting: value})
     with pytest.raises(UserError, match="tokenizer.model"):
         tiny_gemma().generate(["text"])
     smaller = replace(gemma.config, {"vocab_size": gemma.tokenizer.vocab_size - 1})

@@ -6,10 +6,10 @@ import jax
 from flax import nnx
 
 from gemma_jax.config import SamplingConfig, TrainingConfig
-from gemma_jax.data.chat import encode_dialogue
+from gemma_jax.data.chat import encode_prompt
 from gemma_jax.model import ModelSpec
 from gemma_jax.sampling import Generator, TextCompletion
-from gemma_jax.sampling.generate import requests_of
+from gemma_jax.sampling.requests import requests_of
 from gemma_jax.tokenizer import Tokenizer
 from gemma_jax.training.evaluation import Evaluator, Numbers, StopRequested
 
@@ -28,12 +28,7 @@ def answers_to(
     if not config.evaluation.prompts or not every or jax.process_count() > 1:
         return []
     chat = tokenizer.end_of_turn_id in end_tokens
-    ids = [
-        encode_dialogue(tokenizer, [{"role": "user", "content": prompt}], answer=True)
-        if chat
-        else [tokenizer.bos_id, *tokenizer.encode_typed(prompt)]
-        for prompt in config.evaluation.prompts
-    ]
+    ids = [encode_prompt(tokenizer, prompt, turn=chat) for prompt in config.evaluation.prompts]
     requests = requests_of(ids, SamplingConfig(max_new_tokens=MOST_TOKENS), end_tokens)
     generator: Generator | None = None
 

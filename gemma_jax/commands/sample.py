@@ -35,6 +35,31 @@ def load_gemma(checkpoint: str, config: LoadConfig) -> "Gemma":
     )
 
 
+def encoded_prompts(checkpoint: str, config: SampleConfig) -> tuple[list[list[int]], bool]:
+    """Returns the token ids of each prompt, and whether they are turns of a dialogue.
+
+    Raises:
+      UserError: The model cannot take a prompt or a setting. Its weights have not been read yet.
+    """
+    from gemma_jax.data.chat import encode_prompt
+    from gemma_jax.model import ModelSpec
+    from gemma_jax.pretrained.checkpoint import open_checkpoint, require_tokenizer
+    from gemma_jax.pretrained.end_tokens import END_OF_TURN
+    from gemma_jax.sampling import Generator
+    from gemma_jax.sampling.requests import requests_of
+    from gemma_jax.sharding import make_mesh
+
+    found, tokenizer = open_checkpoint(checkpoint), require_tokenizer(checkpoint)
+    ends = found.end_tokens(config.is_instruction_tuned)
+    as_turn = END_OF_TURN in ends and not config.raw
+    prompts = [encode_prompt(tokenizer, prompt, turn=as_turn) for prompt in config.prompt]
+    spec = ModelSpec(found.config, config.compute, make_mesh(config.mesh), found.kind(config.quantization))
+    generator = Generator(spec, spec.params)
+    generator.check_memory(prompts, [config] * len(prompts))
+    generator.check(requests_of(prompts, config, ends))
+    return prompts, as_turn
+
+
 def run(arguments: Sequence[str], prog: str) -> int:
     """Print each prompt with its continuation, or one JSON object per line with `--json`.
 
@@ -46,16 +71,9 @@ def run(arguments: Sequence[str], prog: str) -> int:
     if not config.prompt:
         raise UserError(f"there is nothing to continue; add --prompt TEXT (see `{prog} --help`).")
 
+    prompts, as_turn = encoded_prompts(checkpoint, config)
     gemma = load_gemma(checkpoint, config)
-    prompts: Sequence[str | list[int]] = config.prompt
-    as_turn = gemma.instruction_tuned and not config.raw
     if as_turn:
-        from gemma_jax.data.chat import encode_dialogue
-
-        prompts = [
-            encode_dialogue(gemma.tokenizer, [{"role": "user", "content": prompt}], answer=True)
-            for prompt in config.prompt
-        ]
         print(
             f"{checkpoint} is instruction-tuned, so its chat template is applied (--raw disables it)",
             file=sys.stderr,

@@ -27,6 +27,7 @@ from gemma_jax.config.sections import (
     PreferenceConfig,
     SamplingConfig,
     StabilityConfig,
+    TokenBias,
     TokenizerConfig,
     TransformerConfig,
 )
@@ -46,6 +47,7 @@ from gemma_jax.config.validation import (
     mesh_text,
     profiled_steps,
     sampling_config,
+    sampling_configs,
     validate,
     validate_bounds,
     validate_chat,
@@ -54,5 +56,6 @@ from gemma_jax.config.validation import (
     validate_on_devices,
     validate_sample,
     validate_sampling,
+    validate_stream,
     validate_verify,
 )

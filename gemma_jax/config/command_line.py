@@ -76,6 +76,15 @@ def _scalar(annotation: Any) -> Any:
     return (typing.get_args(annotation) or (annotation,))[0]
 
 
+def _converted(annotation: Any, name: str, text: str) -> Any:
+    """Returns the value of the field `name` of a small dataclass."""
+    try:
+        return _scalar(annotation)(text)
+    except ValueError as error:
+        wanted = _scalar(annotation).__name__
+        raise argparse.ArgumentTypeError(f"invalid {wanted} value of {name}: {text!r}") from error
+
+
 def _shown(value: Any) -> str:
     """Returns an element of a tuple as it is written on a command line."""
     if not dataclasses.is_dataclass(value):
@@ -118,14 +127,11 @@ def _element(kind: Any, text: str) -> Any:
             raise argparse.ArgumentTypeError(f"{text!r} sets {name!r}{hint}")
         if name in values:
             raise argparse.ArgumentTypeError(f"{name} is given twice")
-        try:
-            values[name] = _scalar(types[name])(value)
-        except ValueError as error:
-            wanted = _scalar(types[name]).__name__
-            raise argparse.ArgumentTypeError(f"invalid {wanted} value of {name}: {value!r}") from error
+        values[name] = _converted(types[name], name, value)
         text = text[: word.start()].rstrip()
     try:
-        return from_dict(kind, {first.name: text, **values}, kind.__name__)
+        values = {first.name: _converted(first.type, first.name, text), **values}
+        return from_dict(kind, values, kind.__name__)
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error).rstrip(".")) from error
 

@@ -6,6 +6,7 @@ library only, because reading a config must not need jax.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -317,6 +318,15 @@ class LoggingConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class TokenBias:
+    """A number that is added to the logit of a token."""
+
+    token: int = setting(0, "The token's id.", 0)
+    # There is no bias that a token without one could mean, so the default is out of bounds.
+    bias: float = setting(math.nan, "Above 0 the token becomes likelier.", 1 - TOO_LARGE)
+
+
+@dataclasses.dataclass(frozen=True)
 class SamplingConfig:
     """How new tokens are chosen, and when generation ends."""
 
@@ -332,3 +342,12 @@ class SamplingConfig:
     samples: int = setting(1, "Continuations of each prompt.", 1)
     stop: tuple[str, ...] = setting((), "Texts that end a continuation, and are not part of it.")
     batch_size: int = setting(0, "Continuations that are computed at a time; 0 takes all.", 0)
+    min_p: float = setting(0.0, "Sample among tokens with this share of the likeliest's probability.", 0, 1)
+    repetition_penalty: float = setting(
+        1.0, "Divides positive logits of tokens in prompt and text, multiplies negative ones.", ABOVE_ZERO
+    )
+    logit_bias: tuple[TokenBias, ...] = setting((), "Added to logits of tokens, as in '107 bias=-2.5'.")
+    forbidden_tokens: tuple[int, ...] = setting((), "Token ids that are never chosen.", 0)
+    end_tokens: tuple[int, ...] = setting((), "Token ids that end a continuation, besides the model's.", 0)
+    top_log_probs: int = setting(0, "Likeliest tokens to list for each new one, with --json.", 0, 1024)
+    prompt_log_probs: bool = setting(False, "List the prompt's log-probabilities, with --json.")

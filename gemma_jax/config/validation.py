@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gemma_jax.config.experiments import (
@@ -19,6 +19,7 @@ from gemma_jax.config.sections import (
     HostsConfig,
     MeshConfig,
     SamplingConfig,
+    TokenBias,
     TransformerConfig,
     leaves,
 )
@@ -157,20 +158,49 @@ def _validate_finetune(config: FinetuneConfig) -> None:
 
 
 def sampling_config(config: SamplingConfig, settings: Mapping[str, Any]) -> SamplingConfig:
-    """Returns `config` with some settings changed.
+    """Returns `config` with some settings changed; a mapping {id: bias} may stand for logit_bias.
 
     Raises:
       UserError: A setting is unknown, has another type, or is out of range.
     """
-    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(SamplingConfig)}
+    names = [field.name for field in dataclasses.fields(SamplingConfig)]
+    fields = {name: getattr(config, name) for name in names} | dict(settings)
     # A scalar of numpy or jax is converted to the Python number.
     given = {
-        key: value.item() if getattr(value, "shape", None) == () else value
-        for key, value in (fields | dict(settings)).items()
+        key: value.item() if getattr(value, "shape", None) == () else value for key, value in fields.items()
     }
+    biases = given["logit_bias"]
+    if isinstance(biases, Mapping):
+        given["logit_bias"] = [{"token": token, "bias": bias} for token, bias in biases.items()]
+    elif isinstance(biases, list | tuple):
+        given["logit_bias"] = [dataclasses.asdict(x) if isinstance(x, TokenBias) else x for x in biases]
     checked = from_dict(SamplingConfig, given, "sampling settings")
     validate_sampling(checked)
     return checked
+
+
+def sampling_configs(
+    config: SamplingConfig | Sequence[SamplingConfig] | None, settings: Mapping[str, Any], prompts: int
+) -> list[SamplingConfig]:
+    """Returns the config of each prompt: `config`, or its entry for the prompt, with some settings changed.
+
+    Raises:
+      UserError: as `sampling_config`; there is not one entry for each prompt; they differ in batch_size.
+    """
+    if config is None or isinstance(config, SamplingConfig):
+        return [sampling_config(config or SamplingConfig(), settings)] * prompts
+    configs = [sampling_config(of_prompt, settings) for of_prompt in config]
+    _require(
+        len(configs) == prompts,
+        f"config has {len(configs)} entries for {prompts} prompts; give one, or one for each.",
+    )
+    sizes = sorted({of_prompt.batch_size for of_prompt in configs})
+    _require(
+        len(sizes) <= 1,
+        f"the configs have batch_size {' and '.join(map(str, sizes))}, but all prompts share one; pass "
+        "batch_size as a setting of the call.",
+    )
+    return configs
 
 
 def validate_sampling(config: SamplingConfig) -> None:
@@ -179,13 +209,29 @@ def validate_sampling(config: SamplingConfig) -> None:
     _require(all(config.stop), "stop holds an empty text, which would end every continuation; leave it out.")
 
 
+def validate_stream(config: SamplingConfig) -> None:
+    """Raises UserError if a config asks for more than the text of one continuation."""
+    plain = SamplingConfig()
+    for name in ("samples", "top_log_probs", "prompt_log_probs"):
+        _require(
+            (value := getattr(config, name)) == getattr(plain, name),
+            f"{name} is {value}, but a stream or dialogue shows the text of one continuation; leave it out.",
+        )
+
+
 def validate_sample(config: SampleConfig) -> None:
     """Raises UserError, which names the settings, if one is invalid or several contradict each other."""
     validate_sampling(config)
-    _require(
-        not config.stream or (len(config.prompt) * config.samples <= 1 and not config.json),
-        "stream shows one continuation as it is made; give a single prompt and sample, without json.",
-    )
+    _require(all(config.prompt), "prompt holds an empty text; give it a text to continue, or leave it out.")
+    if config.stream:
+        validate_stream(config)
+        _require(
+            len(config.prompt) <= 1 and not config.json,
+            "stream shows one continuation as it is made; give a single prompt, without json.",
+        )
+    elif not config.json:
+        lists = config.top_log_probs or config.prompt_log_probs
+        _require(not lists, "top_log_probs and prompt_log_probs are printed by --json only; add it.")
     _validate_compute(config.compute)
     validate_mesh(config.mesh)
 
@@ -193,7 +239,7 @@ def validate_sample(config: SampleConfig) -> None:
 def validate_chat(config: ChatConfig) -> None:
     """Raises UserError, which names the setting, if one is invalid."""
     validate_sampling(config)
-    _require(config.samples == 1, f"samples is {config.samples}, but a dialogue has one answer a turn.")
+    validate_stream(config)
     _validate_compute(config.compute)
     validate_mesh(config.mesh)
 

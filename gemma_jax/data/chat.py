@@ -61,6 +61,16 @@ def turns(messages: Sequence[Message], *, merge_system: bool = False) -> list[tu
     return result
 
 
+def encode_prompt(tokenizer: Tokenizer, prompt: str, *, turn: bool) -> list[int]:
+    """Returns the token ids of a user's turn with the model's opened after it, or of a plain text.
+
+    Both begin with `<bos>`, and nothing in the prompt becomes a control token.
+    """
+    if turn:
+        return encode_dialogue(tokenizer, [{"role": "user", "content": prompt}], answer=True)
+    return [tokenizer.bos_id, *tokenizer.encode_typed(prompt)]
+
+
 def encode_dialogue(
     tokenizer: Tokenizer, messages: Sequence[Message], *, answer: bool, merge_system: bool = False
 ) -> list[int]:

@@ -85,3 +85,14 @@ class KVCache:
             segments=self.segments.at[rows].set(segments, mode="drop"),
             lengths=self.lengths.at[rows].set(new.lengths, mode="drop"),
         )
+
+    def beginnings(self, rows: jax.Array, lengths: jax.Array) -> "KVCache":
+        """Returns copies of the rows `rows` [R] that have only their first `lengths` [R] slots in use."""
+        used = jnp.arange(self.positions.shape[1]) < lengths[:, None]
+        return KVCache(
+            keys=self.keys[:, rows],
+            values=self.values[:, rows],
+            positions=self.positions[rows],
+            segments=jnp.where(used, self.segments[rows], 0),
+            lengths=lengths,
+        )

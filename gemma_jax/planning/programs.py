@@ -14,7 +14,8 @@ from gemma_jax.memory import shard_bytes
 from gemma_jax.model import ModelSpec
 from gemma_jax.model.cache import KEYS_AXES
 from gemma_jax.planning.traffic import Parameter, parameters
-from gemma_jax.sampling.generate import Generator, slot_settings
+from gemma_jax.sampling.generate import Generator
+from gemma_jax.sampling.requests import Widths, slot_settings
 from gemma_jax.sharding import batch_sharding, named_arrays, partition_spec
 from gemma_jax.training.finetuning import finetuning
 from gemma_jax.training.hardware import training_flops_a_token
@@ -94,15 +95,16 @@ def _sampling(mode: Mode, config: TrainingConfig, mesh: Mesh, new_tokens: int, k
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
     tokens, lengths = (placed(jax.ShapeDtypeStruct(s, jnp.int32)) for s in ((rows, length), (rows,)))
-    settings = jax.tree.map(placed, slot_settings([], rows, 1, config.model.context_length))
-    batch, prompts = (tokens, lengths, settings), (tokens, 0, lengths, settings)
+    settings = jax.tree.map(placed, slot_settings([], rows, Widths(), config.model.context_length))
+    batch, prompts = (tokens, lengths), (tokens, 0, lengths, settings.adapters)
     size = min(length + new_tokens, config.model.context_length)
     held = {"parameters": _bytes_a_device(params)}
     known = parameters(params, mesh)
     if mode == "prefill":
         lowered = generator.prefill.lower(params, *prompts, size=size)
         return Program(lowered, held | {"batch": _bytes_a_device(batch)}, known, rows * length, None)
-    state, _ = jax.eval_shape(lambda p, *args: generator.prefill(p, *args, size=size), params, *prompts)
+    cached = jax.eval_shape(lambda p, *args: generator.prefill(p, *args, size=size), params, *prompts)
+    state, _ = jax.eval_shape(lambda *args: generator.begin(*args, None), params, cached, settings)
     # The shardings that prefill produces: the cache is split by rows and heads, everything else by rows.
     where = jax.tree.map(lambda _: by_row, state)
     cache = NamedSharding(mesh, partition_spec(KEYS_AXES, state.cache.keys.shape, mesh, "cache"))

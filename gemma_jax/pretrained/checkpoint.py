@@ -193,17 +193,18 @@ def refuse_others(name: str, path: Path) -> None:
         raise UserError(f"{name} is no directory, so it holds no checkpoint; give one that does.")
 
 
-def require_tokenizer(name: str | os.PathLike[str]) -> None:
-    """Make sure that a checkpoint has a tokenizer before its weights are read or created.
+def require_tokenizer(name: str | os.PathLike[str]) -> Tokenizer:
+    """Returns the tokenizer of a checkpoint, whose weights are not read or created.
 
     Raises:
       UserError: It has no tokenizer, or `open_checkpoint` raises it.
     """
-    if not open_checkpoint(name).tokenizer_path:
-        raise UserError(
-            f"{name} has no tokenizer.model beside it, so it can be given no text; "
-            "Gemma.generate in Python takes token ids."
-        )
+    if tokenizer := open_checkpoint(name).tokenizer():
+        return tokenizer
+    raise UserError(
+        f"{name} has no tokenizer.model beside it, so it can be given no text; "
+        "Gemma.generate in Python takes token ids."
+    )
 
 
 def _random(name: str) -> Checkpoint:

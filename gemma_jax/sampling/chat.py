@@ -6,7 +6,7 @@ from typing import Any
 from gemma_jax.config import SamplingConfig, sampling_config
 from gemma_jax.data.chat import SYSTEM, Message, encode_dialogue
 from gemma_jax.errors import UserError
-from gemma_jax.sampling.generate import FinishReason
+from gemma_jax.sampling.requests import FinishReason
 from gemma_jax.tokenizer import Tokenizer
 
 # (prompt ids, settings) -> pieces of the continuation; the last one comes with the finish reason

@@ -1,10 +1,12 @@
 """Prefill and decode as pure functions of a batch of slots.
 
 A slot is a row of the batch that one prompt occupies. Each slot has its own length, limit, end tokens, random
-numbers and settings; when it is done, another prompt can take its place while the others go on.
+numbers and settings; when it is done, another prompt can take its place while the others go on. A slot keeps
+the keys and values of its prompt until it is replaced, so further samples of a prompt need no prefill.
 
-Shape legend: B slots, R prompts of one prefill, P length of a chunk of prompts, S positions in the cache of
-each slot, E end tokens, T new tokens.
+Shape legend: B slots, Q slots that begin together, R prompts of one prefill, P length of a chunk of prompts,
+S positions in the cache of each slot, D embed, V stored vocabulary rows, E end tokens, T new tokens,
+N alternatives of each token.
 """
 
 from collections.abc import Sequence
@@ -15,32 +17,40 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gemma_jax.model import KVCache, Transformer
-from gemma_jax.sampling.select import select
+from gemma_jax.sampling.select import Options, likeliest, select
 from gemma_jax.weights import Context
 
 MAX_STEPS = 128  # new tokens of a slot in one call of `decode`
 
 
 class SlotSettings(NamedTuple):
-    """How the tokens of each slot are chosen, and when they end. During a prefill B is R."""
+    """How the tokens of each slot are chosen, and when they end. Of slots that begin together B is Q."""
 
+    prompt_lengths: jax.Array  # [B] int32
     limits: jax.Array  # [B] int32: new tokens allowed
     end_tokens: jax.Array  # [B, E] int32: any of them ends the slot; -1 is padding
     random_ids: jax.Array  # [B, 3] uint32: seed, index of the prompt, index of the sample
-    temperature: jax.Array  # [B] float32
-    top_k: jax.Array  # [B] int32
-    top_p: jax.Array  # [B] float32
     adapters: jax.Array  # [B] int32: index of the adapter
+    options: Options
+
+
+class Prompts(NamedTuple):
+    """Prompts in a cache, of which no new token is chosen yet."""
+
+    cache: KVCache
+    newest: jax.Array  # [R, D]: the final hidden state of each prompt's last token
 
 
 class Slots(NamedTuple):
-    """The state of a batch between two calls of `prefill`, `insert`, `free` and `decode`."""
+    """The state of a batch between two calls of `refill`, `free` and `decode`."""
 
     cache: KVCache
+    newest: jax.Array  # [B, D]: as in Prompts; it does not change while a slot generates
     settings: SlotSettings
     last: jax.Array  # [B] int32: the newest token, not yet in the cache
     counts: jax.Array  # [B] int32: new tokens so far, the end token included
     ended: jax.Array  # [B] bool: an end token was sampled
+    seen: jax.Array | None  # [B, V] bool: tokens of prompt and text; None if no slot has a repetition penalty
 
     @property
     def done(self) -> jax.Array:
@@ -53,6 +63,8 @@ class NewTokens(NamedTuple):
 
     tokens: jax.Array  # [B, T] int32
     log_probs: jax.Array  # [B, T] float32, nats
+    top_tokens: jax.Array  # [B, T, N] int32: the likeliest tokens, in order
+    top_log_probs: jax.Array  # [B, T, N] float32
 
 
 def prefill(
@@ -60,13 +72,13 @@ def prefill(
     tokens: jax.Array,
     start: jax.Array | int,
     lengths: jax.Array,
-    settings: SlotSettings,
-    previous: tuple[Slots, NewTokens] | None = None,
+    adapters: jax.Array,
+    previous: Prompts | None = None,
     layers: Sequence[nnx.State] | None = None,
     *,
     size: int = 0,
-) -> tuple[Slots, NewTokens]:
-    """Writes one chunk of each prompt to the cache and samples the first token of prompts that end in it.
+) -> Prompts:
+    """Writes one chunk of each prompt to a cache.
 
     Long prompts are prefilled in several chunks, so that the memory of activations does not grow with their
     length (`generate.prefill_chunk`).
@@ -75,52 +87,84 @@ def prefill(
       model: a Transformer.
       tokens: [R, P] tokens of the prompts from position `start` on, padded at the end.
       start: Integer scalar, the position of the chunk's first token.
-      lengths: [R] lengths of the whole prompts. A slot that stays empty has length 0 and must have limit 0.
-      settings: Settings of the R slots.
+      lengths: [R] lengths of the whole prompts; 0 in rows that hold none.
+      adapters: [R] indices of the adapters.
       previous: What the call for the chunk before returned; None for the first chunk.
       layers: as `Transformer.extend` takes them.
       size: S of the cache that the first call makes.
     """
     R, P = tokens.shape
-    slots, no_tokens = previous or _no_slots(model, R, size, settings)
+    cache, newest = previous or _no_prompts(model, R, size)
     positions = jnp.broadcast_to(start + jnp.arange(P, dtype=jnp.int32), (R, P))
     segments = (positions < lengths[:, None]).astype(jnp.int32)
-    context = Context(adapters=settings.adapters)
-    hidden, cache = model.extend(
-        slots.cache, tokens, positions, segments, layers, context, empty=previous is None
-    )
-    last_index = lengths - 1 - start  # index in the chunk of the prompt's last token
-    newest = jnp.take_along_axis(hidden, jnp.clip(last_index, 0, P - 1)[:, None, None], axis=1)[:, 0]
-    live = ~slots.done & (last_index >= 0) & (last_index < P)
-    slots = slots._replace(cache=cache)
-    slots, first = _with_next_token(slots, model.logits(newest, context), _keys(settings), live)
-    return slots, jax.tree.map(lambda old, x: jnp.where(live[:, None], x[:, None], old), no_tokens, first)
+    context = Context(adapters=adapters)
+    hidden, cache = model.extend(cache, tokens, positions, segments, layers, context, empty=previous is None)
+    last = lengths - 1 - start  # index in the chunk of the prompt's last token
+    at_last = jnp.take_along_axis(hidden, jnp.clip(last, 0, P - 1)[:, None, None], axis=1)[:, 0]
+    ends_here = (last >= 0) & (last < P)
+    return Prompts(cache, jnp.where(ends_here[:, None], at_last, newest))
 
 
-def _no_slots(model: Transformer, count: int, size: int, settings: SlotSettings) -> tuple[Slots, NewTokens]:
-    """Slots with nothing in the cache, and no new tokens."""
-    cache = KVCache.empty(model.config, count, size, model.dtype, model.mesh)
-    zeros = jnp.zeros(count, jnp.int32)
-    slots = Slots(cache, settings, zeros, zeros, jnp.zeros(count, bool))
-    return slots, NewTokens(zeros[:, None], jnp.zeros((count, 1), jnp.float32))
+def _no_prompts(model: Transformer, rows: int, size: int) -> Prompts:
+    cache = KVCache.empty(model.config, rows, size, model.dtype, model.mesh)
+    return Prompts(cache, jnp.zeros((rows, model.config.embed_dim), model.dtype))
 
 
-def insert(slots: Slots, new: Slots, rows: jax.Array) -> Slots:
-    """Returns `slots` with those at the indices `rows` [R] replaced by new ones, whose caches may be shorter.
+def empty_slots(model: Transformer, settings: SlotSettings, seen: jax.Array | None, *, size: int) -> Slots:
+    """Returns slots with nothing in a cache of `size` positions; the settings must have limits of 0."""
+    zeros = jnp.zeros(len(settings.limits), jnp.int32)
+    return Slots(*_no_prompts(model, len(zeros), size), settings, zeros, zeros, zeros > 0, seen)
 
-    A new slot whose index is B or larger is dropped.
+
+def begin(
+    model: Transformer, prompts: Prompts, settings: SlotSettings, seen: jax.Array | None, *, top: int = 0
+) -> tuple[Slots, NewTokens]:
+    """Makes a slot of each prompt, and chooses its first token.
+
+    Args:
+      model: a Transformer.
+      prompts: Q prompts.
+      settings: Settings of the Q slots. One without a prompt must have limit 0.
+      seen: [Q, V] bool, the tokens of each prompt; None if no slot has a repetition penalty.
+      top: N.
     """
+    zeros = jnp.zeros(len(settings.limits), jnp.int32)
+    slots = Slots(*prompts, settings, zeros, zeros, zeros > 0, seen)
+    logits = model.logits(prompts.newest, Context(adapters=settings.adapters))
+    slots, first = _with_next_token(slots, logits, _keys(settings), ~slots.done, top)
+    return slots, jax.tree.map(lambda x: x[:, None], first)
+
+
+def refill(
+    model: Transformer,
+    slots: Slots,
+    prompts: Prompts | None,
+    sources: jax.Array,
+    rows: jax.Array,
+    settings: SlotSettings,
+    seen: jax.Array | None,
+    *,
+    top: int = 0,
+) -> tuple[Slots, NewTokens]:
+    """Replaces some slots by new ones, as `begin` makes them. Several may begin with the same prompt.
+
+    Args:
+      model: a Transformer.
+      slots: B slots.
+      prompts: The new prompts; None takes those that slots began with, done or not.
+      sources: [Q] index of each new slot's prompt in `prompts`, or of the slot that has the prompt.
+      rows: [Q] indices of the slots that are replaced. A new slot whose index is B or larger is dropped.
+      settings, seen, top: as `begin` takes them.
+    """
+    found = Prompts(slots.cache, slots.newest) if prompts is None else prompts
+    cache = found.cache.beginnings(sources, settings.prompt_lengths)
+    new, first = begin(model, Prompts(cache, found.newest[sources]), settings, seen, top=top)
 
     def put(old: jax.Array, new: jax.Array) -> jax.Array:
         return old.at[rows].set(new, mode="drop")
 
-    return Slots(
-        slots.cache.with_rows(new.cache, rows),
-        jax.tree.map(put, slots.settings, new.settings),
-        put(slots.last, new.last),
-        put(slots.counts, new.counts),
-        put(slots.ended, new.ended),
-    )
+    cache = slots.cache.with_rows(new.cache, rows)
+    return Slots(cache, *jax.tree.map(put, slots[1:], new[1:])), first
 
 
 def free(slots: Slots, chosen: jax.Array) -> Slots:
@@ -130,15 +174,21 @@ def free(slots: Slots, chosen: jax.Array) -> Slots:
 
 
 def decode(
-    model: Transformer, slots: Slots, steps: jax.Array, layers: Sequence[nnx.State] | None = None
+    model: Transformer,
+    slots: Slots,
+    steps: jax.Array,
+    layers: Sequence[nnx.State] | None = None,
+    *,
+    top: int = 0,
 ) -> tuple[Slots, NewTokens]:
     """Generates up to `steps` more tokens in every slot that is not done.
 
     Args:
       model: a Transformer.
-      slots: As `prefill`, `insert` or an earlier `decode` returned them.
+      slots: As `begin`, `refill` or an earlier `decode` returned them.
       steps: Integer scalar, at most MAX_STEPS.
       layers: as `Transformer.extend` takes them.
+      top: N.
     """
     B = slots.last.shape[0]
     keys, context = _keys(slots.settings), Context(adapters=slots.settings.adapters)
@@ -155,11 +205,16 @@ def decode(
         positions = slots.cache.lengths[:, None]
         hidden, cache = model.extend(slots.cache, slots.last[:, None], positions, segments, layers, context)
         slots = slots._replace(cache=cache)
-        slots, chosen = _with_next_token(slots, model.logits(hidden[:, 0], context), keys, ~slots.done)
+        logits = model.logits(hidden[:, 0], context)
+        slots, chosen = _with_next_token(slots, logits, keys, ~slots.done, top)
         new = jax.tree.map(lambda all, one: all.at[:, step].set(one), new, chosen)
         return step + 1, slots, new
 
-    new = NewTokens(jnp.zeros((B, MAX_STEPS), jnp.int32), jnp.zeros((B, MAX_STEPS), jnp.float32))
+    N = min(top, model.config.vocab_rows)
+    new = NewTokens(
+        *(jnp.zeros((B, MAX_STEPS), dtype) for dtype in (jnp.int32, jnp.float32)),
+        *(jnp.zeros((B, MAX_STEPS, N), dtype) for dtype in (jnp.int32, jnp.float32)),
+    )
     _, slots, new = jax.lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), slots, new))
     return slots, new
 
@@ -174,16 +229,22 @@ def _keys(settings: SlotSettings) -> jax.Array:
 
 
 def _with_next_token(
-    slots: Slots, logits: jax.Array, keys: jax.Array, live: jax.Array
+    slots: Slots, logits: jax.Array, keys: jax.Array, live: jax.Array, top: int
 ) -> tuple[Slots, NewTokens]:
     """Adds one token to the slots that are live [B]; the tokens [B] of the other slots mean nothing."""
-    settings = slots.settings
+    settings, seen = slots.settings, slots.seen
     keys = jax.vmap(jax.random.fold_in)(keys, slots.counts)
-    chosen, log_probs = select(logits, keys, settings.temperature, settings.top_k, settings.top_p)
+    chosen, log_probs = select(logits, keys, settings.options, seen)
     is_end = jnp.any(chosen[:, None] == settings.end_tokens, axis=1)
+    if seen is not None:  # what is marked for a slot that is not live is never read
+        seen = seen.at[jnp.arange(len(seen)), chosen].set(True)
     slots = slots._replace(
         last=jnp.where(live, chosen, slots.last),
         counts=slots.counts + live,
         ended=slots.ended | (live & is_end),
+        seen=seen,
     )
-    return slots, NewTokens(chosen, log_probs.astype(jnp.float32))
+    top_tokens, top_log_probs = likeliest(logits, top)
+    return slots, NewTokens(
+        chosen, log_probs.astype(jnp.float32), top_tokens, top_log_probs.astype(jnp.float32)
+    )

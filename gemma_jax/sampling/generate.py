@@ -1,129 +1,42 @@
 """Turns prompts into completions: the compiled programs, and the assignment of prompts to slots.
 
-Shape legend: B slots, R prompts of one prefill, P prompt length, E end tokens.
+Shape legend: Q slots that begin together.
 """
 
 import collections
-import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
-from gemma_jax.config import SamplingConfig, TransformerConfig
-from gemma_jax.errors import UserError
+from gemma_jax.config import SamplingConfig
 from gemma_jax.memory import require_memory
 from gemma_jax.model import KVCache, ModelSpec, layer_views
 from gemma_jax.model.attention import prefill_chunk
 from gemma_jax.model.transformer import compute_dtype
-from gemma_jax.sampling.decode import MAX_STEPS, NewTokens, Slots, SlotSettings, decode, free, insert, prefill
+from gemma_jax.sampling import decode
+from gemma_jax.sampling.decode import MAX_STEPS, NewTokens, Prompts, Slots, SlotSettings
+from gemma_jax.sampling.requests import (
+    Completion,
+    FinishReason,
+    Request,
+    Widths,
+    bucket,
+    check_ids,
+    check_options,
+    padded,
+    row_bucket,
+    slot_settings,
+)
 from gemma_jax.sharding import batch_sharding, row_parts
 
-FinishReason = Literal["stop", "length", "context"]
-
 BYTES_OF_TOKEN = 64  # approximate size of a token's id and log-probability in Python lists
+BYTES_OF_ALTERNATIVE = 144  # of a tuple with both
 REFILL_STRIDE = 16  # while prompts wait, tokens between two checks for a free slot
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """A prompt for which to generate one continuation."""
-
-    token_ids: Sequence[int]
-    config: SamplingConfig
-    end_tokens: Sequence[int]
-    prompt: int = 0  # the prompt's index; with the seed and `sample` it determines the random numbers
-    sample: int = 0
-    adapter: int = 0
-
-
-@dataclasses.dataclass
-class Completion:
-    """The new tokens of one prompt, without the end token."""
-
-    token_ids: list[int] = dataclasses.field(default_factory=list)
-    log_probs: list[float] = dataclasses.field(default_factory=list)
-    """Nats, under the model's own distribution."""
-    finish_reason: FinishReason | None = None
-    """Why generation ended: an end token ("stop"), max_new_tokens ("length") or a full context ("context").
-
-    None until then.
-    """
-
-    def add(
-        self, token_ids: Sequence[int], log_probs: Sequence[float], finish_reason: FinishReason | None
-    ) -> bool:
-        """Appends new tokens.
-
-        Args:
-          token_ids, log_probs: The ids and log-probabilities of the new tokens.
-          finish_reason: Why generation ends with these tokens, or None if it does not.
-
-        Returns:
-          Whether the completion itself stops here and needs no further token.
-        """
-        self.token_ids += token_ids
-        self.log_probs += log_probs
-        self.finish_reason = finish_reason
-        return False
-
-
-def requests_of(
-    prompts: Sequence[Sequence[int]],
-    config: SamplingConfig,
-    end_tokens: Sequence[int],
-    adapters: Sequence[int] = (),
-) -> list[Request]:
-    """Returns a request for every sample of every prompt; the samples of one prompt are adjacent.
-
-    `adapters` has the index of each prompt's adapter; if it is empty, all have the first one.
-    """
-    return [
-        Request(token_ids, config, end_tokens, prompt, sample, adapter)
-        for prompt, (token_ids, adapter) in enumerate(
-            zip(prompts, adapters or [0] * len(prompts), strict=True)
-        )
-        for sample in range(config.samples)
-    ]
-
-
-def indices_of(known: Sequence[str], adapter: str | Sequence[str] | None, count: int) -> list[int]:
-    """Returns the index of the adapter of each of `count` prompts: -1 is the model without one.
-
-    Args:
-      known: The names of the model's adapters. An empty name is that of the model's own.
-      adapter: The name of one, or a name for each prompt; None takes the model's own, if there is one.
-      count: The number of prompts.
-
-    Raises:
-      UserError: There is no adapter of a name, or not one name for each prompt.
-    """
-    if adapter is None:
-        return [0 if "" in known else -1] * count
-    names = [adapter] * count if isinstance(adapter, str) else list(adapter)
-    if len(names) != count:
-        raise UserError(f"adapter has {len(names)} names for {count} prompts; give one name, or one each.")
-    for name in names:
-        if name and name not in known:
-            loaded = ", ".join(filter(None, known)) or "none"
-            raise UserError(f"there is no adapter {name!r}; this model was loaded with: {loaded}.")
-    return [known.index(name) if name else -1 for name in names]
-
-
-def bucket(size: int) -> int:
-    """Rounds up to a power of two, at least 16: a program is compiled for each bucket, not for each size."""
-    return max(16, 1 << (size - 1).bit_length())
-
-
-def row_bucket(rows: int, parts: int) -> int:
-    """Rounds up to 1, 2, 3, 4, 6, 8, 12, 16 ... rows for each of the parts that a batch is split into."""
-    rows = -(-rows // parts)
-    step = 1 << max(0, (rows - 1).bit_length() - 2)
-    return -(-rows // step) * step * parts
 
 
 class Generator:
@@ -136,10 +49,12 @@ class Generator:
         def with_model(function: Callable[..., Any]) -> Callable[..., Any]:
             return lambda params, *args, **kwargs: function(spec.merge(params), *args, **kwargs)
 
-        self.prefill = jax.jit(with_model(prefill), static_argnames="size", donate_argnums=5)
-        self.decode = jax.jit(with_model(decode), donate_argnums=1)
-        self.insert = jax.jit(insert, donate_argnums=0)
-        self.free = jax.jit(free, donate_argnums=0)
+        self.prefill = jax.jit(with_model(decode.prefill), static_argnames="size", donate_argnums=5)
+        self.begin = jax.jit(with_model(decode.begin), static_argnames="top", donate_argnums=1)
+        self.empty_slots = jax.jit(with_model(decode.empty_slots), static_argnames="size")
+        self.refill = jax.jit(with_model(decode.refill), static_argnames="top", donate_argnums=1)
+        self.decode = jax.jit(with_model(decode.decode), static_argnames="top", donate_argnums=1)
+        self.free = jax.jit(decode.free, donate_argnums=0)
 
     def use(self, params: nnx.State) -> None:
         """Takes other parameters of the same model, for which nothing is compiled again."""
@@ -156,21 +71,43 @@ class Generator:
         context = self.config.context_length
         return min(min(bucket(prompt), context) + bucket(new_tokens), context)
 
-    def check_memory(self, prompts: Sequence[Sequence[int]], config: SamplingConfig) -> None:
-        """Checks that sampling these prompts fits into memory.
+    def check_memory(self, prompts: Sequence[Sequence[int]], configs: Sequence[SamplingConfig]) -> None:
+        """Checks that sampling these prompts, each with its config, fits into memory.
 
         Raises:
-          UserError: the cache of the slots, or the finished continuations, do not fit.
+          UserError: the state of the slots, or the finished continuations, do not fit.
         """
-        total = len(prompts) * config.samples
-        rows = row_bucket(min(config.batch_size or total, total), row_parts(self.mesh))
-        size = self.cache_size(max(map(len, prompts)), config.max_new_tokens)
-        cache = KVCache.abstract(self.config, rows, size, self.dtype, self.mesh)
+        total = sum(config.samples for config in configs)
+        at_once = min(configs[0].batch_size or total, total)
+        rows, copied = (row_bucket(n, row_parts(self.mesh)) for n in (at_once, min(at_once, len(prompts))))
+        longest, new_tokens = max(map(len, prompts)), max(config.max_new_tokens for config in configs)
+        size = self.cache_size(longest, new_tokens)
+        held = KVCache.abstract(self.config, rows, size, self.dtype, self.mesh)
+        if total > len(prompts):  # samples begin with copies of their prompts
+            held += KVCache.abstract(self.config, copied, bucket(longest), self.dtype, self.mesh)
+        if any(config.repetition_penalty != 1 for config in configs):
+            shape = (rows, self.config.vocab_rows)
+            held.append(jax.ShapeDtypeStruct(shape, np.bool_, sharding=batch_sharding(self.mesh)))
         host = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-        new_tokens = min(config.max_new_tokens, self.config.context_length)
-        results = jax.ShapeDtypeStruct((total, new_tokens, BYTES_OF_TOKEN), np.uint8, sharding=host)
+        tokens = [
+            config.samples * min(config.max_new_tokens, self.config.context_length) for config in configs
+        ]
+        sizes = [BYTES_OF_TOKEN + BYTES_OF_ALTERNATIVE * config.top_log_probs for config in configs]
+        results = sum(count * size for count, size in zip(tokens, sizes, strict=True))
+        held.append(jax.ShapeDtypeStruct((results,), np.uint8, sharding=host))
         remedy = "lower samples, batch_size or max_new_tokens"
-        require_memory([cache, results], f"sampling {total:,} continuations, {rows:,} at a time,", remedy)
+        require_memory(held, f"sampling {total:,} continuations, {rows:,} at a time,", remedy)
+
+    def check(self, requests: Sequence[Request]) -> None:
+        """Checks settings and prompts, each of which must leave room for one new token.
+
+        Raises:
+          UserError: as `check_options` and `check_ids`.
+        """
+        for config in {id(request.config): request.config for request in requests}.values():
+            check_options(config, self.config.vocab_size)
+        for request in requests:
+            check_ids(request.token_ids, self.config, new=1)
 
     def chunk(self, length: int) -> int:
         """Returns how many tokens of each prompt prefill processes at once."""
@@ -196,10 +133,9 @@ class Generator:
           None after the first token, after every further `stride` tokens, and at the end.
 
         Raises:
-          UserError: an id or a length that `check_ids` refuses; a prompt needs room for one new token.
+          UserError: as `check`.
         """
-        for request in requests:
-            check_ids(request.token_ids, self.config, new=1)
+        self.check(requests)
         batch = Batch(self, requests, completions, rows or len(requests))
         while batch.fill():
             yield
@@ -208,7 +144,10 @@ class Generator:
 
 
 class Batch:
-    """Requests that share a fixed number of slots: when one is done, the next one takes its slot."""
+    """Requests that share a fixed number of slots: when one is done, the next one takes its slot.
+
+    A slot keeps the keys and values of its prompt, so that the prompt's further samples need no prefill.
+    """
 
     def __init__(
         self, generator: Generator, requests: Sequence[Request], completions: Sequence[Completion], rows: int
@@ -217,13 +156,14 @@ class Batch:
         self._waiting = collections.deque(range(len(requests)))
         rows = row_bucket(min(rows, len(requests)), row_parts(generator.mesh))
         self._active: dict[int, int] = {}  # slot in use -> index of its request
+        self._held: dict[int, tuple[Hashable, ...]] = {}  # slot -> `Request.beginning` of its prompt
         self._counts = np.zeros(rows, int)  # tokens that each slot's request has received
         self._size = generator.cache_size(
             max(len(request.token_ids) for request in requests),
             max(request.config.max_new_tokens for request in requests),
         )
-        # The same width for all requests, so that a refill needs no new compilation.
-        self._ends = bucket(max(len(request.end_tokens) for request in requests))
+        # The same widths for all requests, so that a refill needs no new compilation.
+        self._widths = Widths.of(requests)
         self._slots: Slots | None = None
 
     def fill(self) -> bool:
@@ -235,119 +175,110 @@ class Batch:
             for row in rows:
                 self._active[row] = self._waiting.popleft()
                 self._counts[row] = 0
-            self._prefill(rows)
+            holders = {prompt: row for row, prompt in self._held.items()}
+            held = [row for row in rows if self._request(row).beginning in holders]
+            if held:
+                self._begin(held, None, [holders[self._request(row).beginning] for row in held])
+            if new := [row for row in rows if row not in held]:
+                places: dict[tuple[Hashable, ...], int] = {}
+                sources = [places.setdefault(self._request(row).beginning, len(places)) for row in new]
+                self._begin(new, self._prefill([new[sources.index(i)] for i in range(len(places))]), sources)
         return bool(self._active)
 
     def decode(self, stride: int) -> None:
         """Generates at most `stride` further tokens for every slot in use."""
         assert self._slots is not None
-        generator = self._generator
+        generator, top = self._generator, self._widths.top
         steps = min(stride, REFILL_STRIDE if self._waiting else MAX_STEPS)
-        self._slots, new = generator.decode(generator.params, self._slots, steps, generator.layers)
+        self._slots, new = generator.decode(generator.params, self._slots, steps, generator.layers, top=top)
         self._hand_out(range(len(self._counts)), new)
 
-    def _prefill(self, rows: Sequence[int]) -> None:
-        """Runs prefill for the requests in these slots, and adds the first token to each completion."""
-        generator, first, total = self._generator, self._slots is None, len(self._counts)
-        filled = total if first else row_bucket(len(rows), row_parts(generator.mesh))
-        requests = [self._requests[self._active[row]] for row in rows]
+    def _request(self, row: int) -> Request:
+        return self._requests[self._active[row]]
+
+    def _put(self, tree: Any) -> Any:
+        return jax.device_put(tree, batch_sharding(self._generator.mesh))
+
+    def _prefill(self, rows: Sequence[int]) -> Prompts:
+        """Runs prefill for the prompts in these slots, which all differ."""
+        generator, total = self._generator, len(self._counts)
+        # Without a copy these prompts become all the slots.
+        whole = self._slots is None and len(rows) == len(self._active)
+        filled = total if whole else row_bucket(len(rows), row_parts(generator.mesh))
+        requests = [self._request(row) for row in rows]
         prompts = [request.token_ids for request in requests]
         longest = min(bucket(max(map(len, prompts))), self._size)
         chunk = generator.chunk(longest)
         tokens, lengths = padded(prompts, filled, -(-longest // chunk) * chunk)
-        settings = slot_settings(requests, filled, self._ends, generator.config.context_length)
-        put = functools.partial(jax.device_put, device=batch_sharding(generator.mesh))
-        about = put((lengths, settings))
-        size = self._size if first else longest
-        so_far: Any = None
+        adapters = np.array([r.adapter for r in requests] + [0] * (filled - len(rows)), np.int32)
+        about = self._put((lengths, adapters))
+        size = self._size if whole else longest
+        so_far: Prompts | None = None
         for start in range(0, lengths.max(), chunk):
-            part = put(tokens[:, start : start + chunk])
+            part = self._put(tokens[:, start : start + chunk])
             arguments = (part, start, *about, so_far, generator.layers)
             so_far = generator.prefill(generator.params, *arguments, size=0 if start else size)
-        slots, new = so_far
-        if not first:
-            # Rows that only pad the prefill have an index out of range, so `insert` drops them.
-            places = np.array([*rows, *[total] * (filled - len(rows))], np.int32)
-            slots = generator.insert(self._slots, slots, places)
-        self._slots = slots
+        assert so_far is not None
+        return so_far
+
+    def _begin(self, rows: Sequence[int], prompts: Prompts | None, sources: Sequence[int]) -> None:
+        """Begins the requests of these slots, and adds the first token to each completion.
+
+        Args:
+          rows: Q slots.
+          prompts: What `_prefill` returned; None if other slots, or these, hold the prompts.
+          sources: [Q] the index of each one's prompt, or of the slot that holds it.
+        """
+        generator, widths, total = self._generator, self._widths, len(self._counts)
+        whole = self._slots is None and len(set(sources)) == len(rows)
+        filled = total if whole else row_bucket(len(rows), row_parts(generator.mesh))
+        settings, seen = self._put(self._settings([self._request(row) for row in rows], filled))
+        if whole:
+            self._slots, new = generator.begin(generator.params, prompts, settings, seen, top=widths.top)
+        else:
+            if self._slots is None:
+                empty = self._put(self._settings([], total))
+                self._slots = generator.empty_slots(generator.params, *empty, size=self._size)
+            # Rows that only pad the batch have an index out of range, so `refill` drops them.
+            unused = filled - len(rows)
+            places = (np.array([*x, *[pad] * unused], np.int32) for x, pad in ((sources, 0), (rows, total)))
+            arguments = (self._slots, prompts, *places, settings, seen)
+            self._slots, new = generator.refill(generator.params, *arguments, top=widths.top)
+        self._held |= {row: self._request(row).beginning for row in rows}
         self._hand_out(rows, new)
+
+    def _settings(self, requests: Sequence[Request], rows: int) -> tuple[SlotSettings, np.ndarray | None]:
+        """Returns the settings of slots and the tokens of their prompts, as `decode.begin` takes them."""
+        config, widths = self._generator.config, self._widths
+        seen = np.zeros((rows, config.vocab_rows), bool) if widths.penalty else None
+        if seen is not None:
+            for row, request in enumerate(requests):
+                seen[row, list(request.token_ids)] = True
+        return slot_settings(requests, rows, widths, config.context_length), seen
 
     def _hand_out(self, rows: Iterable[int], new: NewTokens) -> None:
         """Adds new tokens to their completions; `rows` are the slots of the rows of `new`, in order."""
         slots = self._slots
         assert slots is not None
-        tokens, log_probs, counts, limits, ended = jax.device_get(
-            (new.tokens, new.log_probs, slots.counts, slots.settings.limits, slots.ended)
-        )
+        new, counts, limits, ended = jax.device_get((new, slots.counts, slots.settings.limits, slots.ended))
         stopped = np.zeros(len(self._counts), bool)
         for index, row in enumerate(rows):
             if row not in self._active:
                 continue
-            number = self._active[row]
+            number, config = self._active[row], self._request(row).config
             made = counts[row] - self._counts[row] - ended[row]  # without the end token
             self._counts[row] = counts[row]
             reason: FinishReason | None = None
             if ended[row]:
                 reason = "stop"
             elif counts[row] >= limits[row]:
-                full = counts[row] >= self._requests[number].config.max_new_tokens
-                reason = "length" if full else "context"
+                reason = "length" if counts[row] >= config.max_new_tokens else "context"
+            tokens, log_probs, *top = (x[index, :made].tolist() for x in new)
+            top = [list(zip(*x, strict=True))[: config.top_log_probs] for x in zip(*top, strict=True)]
             stopped[row] = self._completions[number].add(
-                tokens[index, :made].tolist(), log_probs[index, :made].tolist(), reason
+                tokens, log_probs, reason, top if config.top_log_probs else ()
             )
             if reason or stopped[row]:
                 del self._active[row]
         if stopped.any():
             self._slots = self._generator.free(slots, stopped)
-
-
-def slot_settings(requests: Sequence[Request], rows: int, ends: int, context_length: int) -> SlotSettings:
-    """Returns the settings of the slots as numpy arrays; slots without a request are done from the start.
-
-    Args:
-      requests: The requests, at most `rows`.
-      rows: B, the number of slots.
-      ends: E, at least the largest number of end tokens of a request.
-      context_length: The model's context length in tokens.
-    """
-    unused = Request((0,) * context_length, SamplingConfig(), ())  # has no room for a new token
-    requests = [*requests, *[unused] * (rows - len(requests))]
-
-    def column(of: Callable[[Request], Any], dtype: Any = np.int32) -> Any:
-        return np.array([of(request) for request in requests], dtype)
-
-    return SlotSettings(
-        limits=column(lambda r: min(r.config.max_new_tokens, context_length - len(r.token_ids))),
-        end_tokens=column(lambda r: [*r.end_tokens, *[-1] * (ends - len(r.end_tokens))]),
-        random_ids=column(lambda r: (r.config.seed, r.prompt, r.sample), np.uint32),
-        temperature=column(lambda r: r.config.temperature, np.float32),
-        top_k=column(lambda r: r.config.top_k),
-        top_p=column(lambda r: r.config.top_p, np.float32),
-        adapters=column(lambda r: r.adapter),
-    )
-
-
-def padded(sequences: Sequence[Sequence[int]], rows: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns sequences as [rows, width], padded with zeros, and their lengths [rows]; both int32."""
-    tokens, lengths = np.zeros((rows, width), np.int32), np.zeros(rows, np.int32)
-    for row, ids in enumerate(sequences):
-        tokens[row, : len(ids)], lengths[row] = ids, len(ids)
-    return tokens, lengths
-
-
-def check_ids(ids: Sequence[int], config: TransformerConfig, new: int = 0) -> None:
-    """Checks the length and the ids of a sequence.
-
-    Raises:
-      UserError: the sequence is empty, has no room for `new` more tokens, or has an id out of range.
-    """
-    most = config.context_length - new
-    if not 0 < len(ids) <= most:
-        raise UserError(
-            f"a sequence has {len(ids)} tokens, but must have 1 to {most}: the model's context holds "
-            f"{config.context_length}, new ones included; begin it with <bos>, or shorten it."
-        )
-    wrong = next((id for id in ids if not 0 <= id < config.vocab_size), None)
-    if wrong is not None:
-        last = config.vocab_size - 1
-        raise UserError(f"token id {wrong} is out of range; the model's ids go from 0 to {last}.")

@@ -3,7 +3,7 @@
 Shape legend: B rows, L tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from flax import nnx
 
 from gemma_jax.model import ModelSpec
 from gemma_jax.model.scoring import token_log_probs
-from gemma_jax.sampling.generate import bucket, check_ids, padded, row_bucket
+from gemma_jax.sampling.requests import Request, bucket, check_ids, padded, row_bucket
 from gemma_jax.sharding import batch_sharding, row_parts
 from gemma_jax.weights import Context
 
@@ -50,6 +50,13 @@ class Scorer:
                 for number, of_row in zip(batch, of_batch, strict=True):
                     scores[number] = of_row
         return scores
+
+    def prompts(self, requests: Iterable[Request]) -> dict[int, list[float]]:
+        """Returns the scores of the requests' prompts by `Request.prompt`; each is computed once."""
+        distinct = {request.prompt: request for request in requests}
+        ids = [request.token_ids for request in distinct.values()]
+        scores = self.score(ids, [request.adapter for request in distinct.values()])
+        return dict(zip(distinct, scores, strict=True))
 
     def _score_batch(
         self, sequences: Sequence[Sequence[int]], length: int, adapters: Sequence[int]

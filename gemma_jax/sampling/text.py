@@ -4,7 +4,7 @@ import bisect
 import codecs
 from collections.abc import Sequence
 
-from gemma_jax.sampling.generate import Completion, FinishReason
+from gemma_jax.sampling.requests import Alternatives, Completion, FinishReason
 from gemma_jax.tokenizer import Tokenizer
 
 
@@ -81,10 +81,14 @@ class TextCompletion(Completion):
         return "".join(pieces)
 
     def add(
-        self, token_ids: Sequence[int], log_probs: Sequence[float], finish_reason: FinishReason | None
+        self,
+        token_ids: Sequence[int],
+        log_probs: Sequence[float],
+        finish_reason: FinishReason | None,
+        top_log_probs: Sequence[Alternatives] = (),
     ) -> bool:
         """Appends new tokens like `Completion.add`; returns True if a stop text has occurred."""
-        super().add(token_ids, log_probs, finish_reason)
+        super().add(token_ids, log_probs, finish_reason, top_log_probs)
         for id in token_ids:
             new = self._detokenizer.add(id)
             self._lengths.append(self._lengths[-1] + len(new))
@@ -102,7 +106,7 @@ class TextCompletion(Completion):
             # Keep only the tokens that are needed for the text before the stop text.
             length = self._lengths[-1] - len(text) + start
             needed = bisect.bisect_left(self._lengths, length)
-            del self.token_ids[needed:], self.log_probs[needed:]
+            del self.token_ids[needed:], self.log_probs[needed:], self.top_log_probs[needed:]
             self.finish_reason = "stop"
         else:
             start = len(text) - max((_overlap(text, stop) for stop in self._stop), default=0)

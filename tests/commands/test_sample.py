@@ -39,7 +39,9 @@ def test_json_is_one_object_a_prompt_and_nothing_else(run: Path, capsys: pytest.
     assert [entry["prompt"] for entry in objects] == list(PROMPTS)
     gemma = Gemma.from_pretrained(run, mesh=MeshConfig(cpu_devices=1))
     for entry, expected in zip(objects, gemma.generate(PROMPTS, max_new_tokens=5), strict=True):
-        assert entry.keys() == {"prompt", "turn", "text", "token_ids", "log_probs", "finish_reason"}
+        fields = {"text", "token_ids", "log_probs", "finish_reason", "top_log_probs", "prompt_log_probs"}
+        assert entry.keys() == {"prompt", "turn", *fields}
+        assert entry["top_log_probs"] == entry["prompt_log_probs"] == []
         assert entry["turn"] is False
         assert entry["text"] == expected.text == gemma.tokenizer.decode(entry["token_ids"])
         assert entry["token_ids"] == expected.token_ids and len(entry["token_ids"]) <= 5
@@ -72,6 +74,51 @@ def test_settings_reach_the_sampler(run: Path, capsys: pytest.CaptureFixture[str
     assert tokens(*hot, "--seed", "1") == tokens(*hot, "--seed", "1") != tokens(*hot, "--seed", "2")
     assert tokens(*hot, "--top_k", "1") == tokens(*hot, "--top-p", "1e-6") == greedy
     assert tokens("--max_new_tokens", "2") == greedy[:2]
+    assert tokens(*hot, "--min_p", "1") == greedy
+    assert tokens("--end_tokens", "3", str(greedy[-1])) == greedy[: greedy.index(greedy[-1])]
+    assert greedy[0] not in tokens("--forbidden_tokens", *map(str, greedy))
+    biased = ("--logit_bias", "300 bias=200", "301 bias=100", "--repetition_penalty", "9")
+    assert tokens(*biased) == [300, 301, 300, 300, 300]
+    listed = ("--top_log_probs", "2", "--prompt_log_probs")
+    [entry] = map(json.loads, sample(capsys, run, *prompts("alpha"), *FIVE, "--json", *listed).splitlines())
+    assert [of_token[0][0] for of_token in entry["top_log_probs"]] == greedy
+    assert [of_token[0][1] for of_token in entry["top_log_probs"]] == entry["log_probs"]
+    assert np.shape(entry["top_log_probs"]) == (len(greedy), 2, 2)
+    [scores] = Gemma.from_pretrained(run, mesh=MeshConfig(cpu_devices=1)).score(["alpha"])
+    assert np.allclose(entry["prompt_log_probs"], scores, rtol=1e-5)
+
+
+WRONG: dict[str, tuple[list[str], str]] = {
+    "empty prompt": (["--prompt", ""], naming("prompt", "empty")),
+    "long prompt": (["--prompt", "alpha " * 2000], naming("tokens", 1)),
+    "not UTF-8": (["--prompt", "alpha \udcff"], "UTF-8|surrogate|unicode|Unicode"),
+    "no new tokens": (["--max_new_tokens", "0"], naming("max_new_tokens", 0)),
+    "too many samples": (["--samples", str(10**9)], naming("1,000,000,000", "GiB")),
+    "temperature": (["--temperature", "nan"], naming("temperature", "nan")),
+    "forbidden token": (["--forbidden_tokens", "99999"], naming("forbidden_tokens", 99999)),
+    "end token": (["--end_tokens", "-4"], "end_tokens.*-4"),
+    "bias": (["--logit_bias", "99999 bias=1"], naming("logit_bias", 99999)),
+    "no bias": (["--logit_bias", "5"], naming("logit_bias", "bias", "nan")),
+    "bias of a word": (["--logit_bias", "alpha bias=1"], naming("token", "alpha")),
+    "many alternatives": (["--json", "--top_log_probs", "1000"], naming("top_log_probs", 1000)),
+    "alternatives as text": (["--top_log_probs", "3"], naming("top_log_probs", "--json")),
+    "alternatives in a stream": (["--stream", "--top_log_probs", "3"], naming("top_log_probs", 3)),
+    "stop": (["--stop", ""], naming("stop", "empty")),
+}
+
+
+@pytest.mark.parametrize(("words", "told"), WRONG.values(), ids=WRONG)
+def test_mistakes_are_told_before_the_weights_are_read(
+    run: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    told: str,
+) -> None:
+    monkeypatch.setattr(Gemma, "from_pretrained", None)
+    given = words if "--prompt" in words else [*prompts("alpha"), *words]
+    assert main(["sample", str(run), *given, "--mesh.cpu_devices", "1"]) == 2
+    assert re.search(told, capsys.readouterr().err)
 
 
 def test_a_prompt_is_text_and_no_control_token(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ from gemma_jax.config import (
     ParameterGroup,
     PretrainConfig,
     SampleConfig,
+    TokenBias,
     load,
     parse,
     read_command,
@@ -47,8 +48,11 @@ def another(annotation: Any, default: Any) -> tuple[list[str], Any]:
         return [choice], choice
     if typing.get_origin(annotation) is tuple:
         kind = typing.get_args(annotation)[0]
-        item = kind("7") if kind is not ParameterGroup else kind("7", weight_decay=7.0)
-        word = str(item) if kind is not ParameterGroup else "7 weight_decay=7"
+        of_elements = {
+            ParameterGroup: ("7 weight_decay=7", ParameterGroup("7", weight_decay=7.0)),
+            TokenBias: ("7 bias=-7", TokenBias(7, -7.0)),
+        }
+        word, item = of_elements.get(kind) or ("7", kind("7"))
         return [word, word], (item, item)
     return ["77"], annotation(77)
 

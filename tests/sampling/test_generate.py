@@ -1,44 +1,22 @@
 """Generation against what the model itself says of the same tokens."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh
-from scipy.special import log_softmax
 
 from gemma_jax import Gemma
 from gemma_jax.config import PRESETS, ComputeConfig, SamplingConfig
 from gemma_jax.errors import UserError
 from gemma_jax.model import ModelSpec
 from gemma_jax.sampling import Completion, Generator
-from gemma_jax.sampling.generate import Request, padded, requests_of, slot_settings
-from gemma_jax.sharding import named_arrays, with_arrays
-from gemma_jax.testing import cpu_mesh, relative_difference, tiny_gemma
+from gemma_jax.sampling.requests import Request, Widths, padded, requests_of, slot_settings
+from gemma_jax.testing import cpu_mesh, relative_difference
 from tests.messages import naming
+from tests.sampling.lively import NEW, PROMPTS, VOCAB, complete, generator_of, lively_gemma, predictions, run
 from tests.weights.kinds import adapters, with_random_adapters
-
-VOCAB = 500  # the embedding has 512 rows: twelve of padding
-PROMPTS = [[2, 17, 300], [2, 5, 5, 99, 420, 7, 8, 9, 10, 11, 12], [2, 250, 1, 3, 77, 6, 499], [2]]
-NEW = 12
-
-
-def lively_gemma(mesh: Mesh, **changes: Any) -> Gemma:
-    """A tiny Gemma whose next token depends on all that came before.
-
-    With norm scales of zero and tied embeddings, a random model mostly repeats its last token, and a
-    fault in the cache would not show.
-    """
-    gemma = tiny_gemma(mesh, vocab_size=VOCAB, **changes)
-    arrays, rng = named_arrays(gemma.params), np.random.default_rng(0)
-    for name, value in arrays.items():
-        if name.endswith("norm"):
-            changed = rng.normal(-1 if name == "final_norm" else 1, 1, value.shape).astype(np.float32)
-            arrays[name] = jax.device_put(changed, value.sharding)
-    return Gemma(gemma.spec, with_arrays(gemma.params, arrays), None)
 
 
 @pytest.fixture(scope="module")
@@ -46,55 +24,15 @@ def gemma() -> Gemma:
     return lively_gemma(cpu_mesh(1))
 
 
-def generator_of(gemma: Gemma, **changes: Any) -> Generator:
-    config = dataclasses.replace(gemma.config, **changes)
-    return Generator(dataclasses.replace(gemma.spec, config=config), gemma.params)
-
-
 @pytest.fixture(scope="module")
 def generator(gemma: Gemma) -> Generator:
     return generator_of(gemma)
-
-
-def complete(
-    generator: Generator,
-    prompts: Sequence[list[int]],
-    config: SamplingConfig,
-    end_tokens: Sequence[int] = (),
-    rows: int = 0,
-) -> list[Completion]:
-    """What there is of each completion at the end."""
-    return run(generator, requests_of(prompts, config, end_tokens), rows)
-
-
-def run(generator: Generator, requests: Sequence[Request], rows: int = 0) -> list[Completion]:
-    completions = [Completion() for _ in requests]
-    for _ in generator.run(requests, completions, rows=rows):
-        pass
-    return completions
 
 
 @pytest.fixture(scope="module")
 def greedy(generator: Generator) -> list[Completion]:
     """Returns greedy completions of PROMPTS, without stop tokens."""
     return complete(generator, PROMPTS, SamplingConfig(NEW))
-
-
-def predictions(
-    gemma: Gemma, prompts: Sequence[list[int]], completions: Sequence[Completion], length: int = 32
-) -> list[np.ndarray]:
-    """Returns for each row the log-probabilities of one forward pass at its new tokens, [new tokens, V]."""
-    rows = [prompt + completion.token_ids for prompt, completion in zip(prompts, completions, strict=True)]
-    # One shape, one compilation; causality makes the padding harmless.
-    padded = np.zeros((len(rows), length), int)
-    for row, tokens in enumerate(rows):
-        padded[row, : len(tokens)] = tokens
-    logits = gemma.logits(padded)
-    assert logits.shape == (len(rows), length, VOCAB) and logits.dtype == np.float32
-    return [
-        log_softmax(logits[row, len(prompt) - 1 : len(tokens) - 1].astype(np.float64), axis=-1)
-        for row, (prompt, tokens) in enumerate(zip(prompts, rows, strict=True))
-    ]
 
 
 def test_greedy_takes_the_likeliest_token_at_every_step(gemma: Gemma, greedy: list[Completion]) -> None:
@@ -219,10 +157,11 @@ def test_prefill_in_chunks_equals_one_forward_pass(mesh: dict[str, int]) -> None
 def test_a_slot_that_is_done_writes_nothing_into_its_cache(generator: Generator) -> None:
     """Of two prompts of three tokens, one takes a single step and the other all of them."""
     requests = [Request([2, 17, 300], SamplingConfig(new), []) for new in (2, NEW)]
-    settings = slot_settings(requests, 2, 1, generator.config.context_length)
-    prompts = padded([request.token_ids for request in requests], 2, 16)
-    arguments = (prompts[0], 0, prompts[1], settings, None, generator.layers)
-    slots, _ = generator.prefill(generator.params, *arguments, size=32)
+    settings = slot_settings(requests, 2, Widths(), generator.config.context_length)
+    tokens, lengths = padded([request.token_ids for request in requests], 2, 16)
+    arguments = (tokens, 0, lengths, settings.adapters, None, generator.layers)
+    prompts = generator.prefill(generator.params, *arguments, size=32)
+    slots, _ = generator.begin(generator.params, prompts, settings, None)
     slots, _ = generator.decode(generator.params, slots, NEW, generator.layers)
     # The newest token of each is not in the cache yet.
     assert slots.cache.lengths.tolist() == [3 + 2 - 1, 3 + NEW - 1]
@@ -304,7 +243,7 @@ def test_memory_of_a_long_prefill(dtype: Any) -> None:
     chunk = generator.chunk(8000)
     layer = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), spec.params["blocks"])
     integers = [jax.ShapeDtypeStruct(shape, np.int32) for shape in ((1, chunk), (), (1,))]
-    arguments = (spec.params, *integers, slot_settings([], 1, 1, config.context_length))
+    arguments = (spec.params, *integers, jax.ShapeDtypeStruct((1,), np.int32))
     so_far = jax.eval_shape(lambda *x: generator.prefill(*x, size=8064), *arguments)
     for before, size in ((None, 8064), (so_far, 0)):
         compiled = generator.prefill.lower(*arguments, before, [layer, layer], size=size).compile()

@@ -1,7 +1,9 @@
 """Ids to text as they arrive: what is certain, what it costs, and where a stop text ends it."""
 
+import itertools
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import cast
 
 import pytest
 
@@ -66,6 +68,41 @@ def test_each_id_is_decoded_once(tokenizer: Counting, stop: tuple[str, ...]) -> 
             break
     assert tokenizer.decoded <= start + 8
     assert ended == bool(stop) and "".join(shown) == completion.text
+
+
+class Pieces:
+    """A tokenizer whose ids are indices of these texts."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self.texts, self.vocab_size = texts, len(texts)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return "".join(self.texts[id] for id in ids)
+
+    def byte(self, id: int) -> None:
+        return None
+
+
+@pytest.mark.parametrize("text", ["oSTOPs", "SSTOP", "STSTOPP"])
+def test_a_stop_text_is_found_however_tokens_divide_it(text: str) -> None:
+    """All ways to cut the text into tokens, which come one at a time or together."""
+    for cuts in itertools.product([False, True], repeat=len(text) - 1):
+        ends = [place for place, cut in enumerate(cuts, 1) if cut] + [len(text)]
+        tokens = [text[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+        before = text[: text.index("STOP")]
+        needed = next(n for n in range(len(tokens) + 1) if len("".join(tokens[:n])) >= len(before))
+        for stride in (1, len(tokens)):
+            tokenizer = cast(Tokenizer, Pieces(tokens))
+            completion, shown, ended = TextCompletion(tokenizer, ["STOP", "none"]), "", False
+            for start in range(0, len(tokens), stride):
+                ids = range(start, min(start + stride, len(tokens)))
+                top = [[(id, 0.0)] for id in ids]
+                ended = ended or completion.add(list(ids), [float(id) for id in ids], None, top)
+                shown += completion.take()
+            assert ended and shown == completion.text == before
+            kept = list(range(needed))
+            assert completion.token_ids == completion.log_probs == kept
+            assert completion.top_log_probs == [[(id, 0.0)] for id in kept]
 
 
 def test_a_stop_text_cuts_at_its_first_place_and_keeps_the_tokens_before_it(tokenizer: Tokenizer) -> None:
