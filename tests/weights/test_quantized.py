@@ -14,7 +14,7 @@ from gemma_jax.errors import UserError
 from gemma_jax.model import ModelSpec
 from gemma_jax.sharding import named_arrays
 from gemma_jax.testing import assert_same, assert_same_on_meshes, cpu_mesh
-from gemma_jax.weights import Parameter, Quantization, Weight, parameter_table, quantized
+from gemma_jax.weights import Context, Parameter, Quantization, Weight, parameter_table, quantized
 from gemma_jax.weights.nf4 import NF4_VALUES, dynamic_map
 from tests.weights.test_kinds import densified, log_probs
 
@@ -30,11 +30,11 @@ def spec_of(kind: str, mesh: Any) -> ModelSpec:
     return ModelSpec(CONFIG, ComputeConfig(loss_vocab_block=64), mesh, Quantization.parse(kind))
 
 
-def weight_of(kind: str, inputs: int, outputs: int) -> Weight:
+def weight_of(kind: str, inputs: int, outputs: int, mesh: Any = None) -> Weight:
     """An abstract matrix of one layer."""
     about = Parameter("matrix", ("embed", "mlp"), (inputs, outputs), inputs, 1, 0)
     return nnx.eval_shape(
-        lambda: Quantization.parse(kind)(about, cpu_mesh(1), nnx.Rngs(0), jnp.dtype("float32"))
+        lambda: Quantization.parse(kind)(about, mesh or cpu_mesh(1), nnx.Rngs(0), jnp.dtype("float32"))
     )
 
 
@@ -56,6 +56,24 @@ def test_a_quantised_model_is_its_dequantised_one(
     expected = log_probs(*densified(one, params))
     assert_same(log_probs(one, params), expected, 1e-5)
     assert_same(log_probs(eight, eight.init(0)), expected, 1e-5)
+
+
+@pytest.mark.parametrize("few", [0, 10**6], ids=["many rows", "few rows"])
+@pytest.mark.parametrize("devices", [1, 8])
+def test_activations_have_the_gradient_of_the_dequantised_weight(
+    devices: int, few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantized, "FEW_ROWS", few)
+    rng, abstract = np.random.default_rng(0), weight_of("nf4", 512, 64, cpu_mesh(devices))
+    arrays = abstract.pack(jnp.asarray(rng.normal(size=(512, 64)) / 512**0.5, jnp.float32))
+    weight = abstract.parts()[0].weight([arrays[name] for name in sorted(arrays)])
+    x = jnp.asarray(rng.normal(size=(8, 4, 512)), jnp.float32)
+
+    def gradient(multiply: Any) -> jax.Array:
+        return jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(multiply(x)))))(x)
+
+    expected = gradient(lambda x: x @ weight.dense())
+    assert_same(gradient(lambda x: weight.matmul(x, Context())), expected, 1e-5)
 
 
 @pytest.mark.slow
