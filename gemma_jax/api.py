@@ -22,14 +22,11 @@ from gemma_jax.pretrained.checkpoint import open_adapter, open_checkpoint
 from gemma_jax.pretrained.end_tokens import END_OF_TURN, EOS
 from gemma_jax.sampling import Chat, FinishReason, Generation, Generator, Request, Scorer, TextCompletion
 from gemma_jax.sampling.chat import MAX_NEW_TOKENS
-from gemma_jax.sampling.decode import MAX_STEPS
 from gemma_jax.sampling.requests import Completion, check_ids, indices_of, padded, requests_of
 from gemma_jax.sharding import make_mesh, platform, row_parts
 from gemma_jax.startup import keep_programs
 from gemma_jax.tokenizer import Tokenizer
 from gemma_jax.weights import Context, Quantization, parameter_table
-
-STRIDE = 8  # tokens between two checks of a text that is streamed or may contain a stop text
 
 
 class Gemma:
@@ -240,7 +237,7 @@ class Gemma:
             )
 
         config = sampling_config(config or SamplingConfig(MAX_NEW_TOKENS), settings)
-        pieces = functools.partial(self._pieces, adapter=adapter)
+        pieces = functools.partial(self._pieces, adapter=adapter, keep=True)
         return Chat(self.tokenizer, pieces, self.config.context_length, system, history, config)
 
     def logits(
@@ -325,10 +322,7 @@ class Gemma:
         if not requests:
             return []
         completions = [self._completion(request.config) for request in requests]
-        # Without stop texts no continuation needs to be checked before its end.
-        stride = STRIDE if any(request.config.stop for request in requests) else MAX_STEPS
-        rows = requests[0].config.batch_size
-        for _ in self._generator.run(requests, completions, rows=rows, stride=stride):
+        for _ in self._generator.run(requests, completions, rows=requests[0].config.batch_size):
             pass
         of_prompts = self._scorer.prompts(r for r in requests if r.config.prompt_log_probs)
         return [
@@ -376,13 +370,18 @@ class Gemma:
         return (piece for piece, _ in self._pieces(prompt, config, adapter) if piece)
 
     def _pieces(
-        self, prompt: str | Sequence[int], config: SamplingConfig, adapter: str | None = None
+        self,
+        prompt: str | Sequence[int],
+        config: SamplingConfig,
+        adapter: str | None = None,
+        *,
+        keep: bool = False,
     ) -> Iterator[tuple[str, FinishReason | None]]:
         """Returns an iterator over pieces of a continuation, some empty; the last has the finish reason."""
         validate_stream(config)
         completion = TextCompletion(self.tokenizer, config.stop)
         requests = self._requests([prompt], config, adapter, {})
-        looks = self._generator.run(requests, [completion], stride=STRIDE)
+        looks = self._generator.run(requests, [completion], watched=True, keep=keep)
         return ((completion.take(), completion.finish_reason) for _ in looks)
 
     def _completion(self, config: SamplingConfig) -> Completion:

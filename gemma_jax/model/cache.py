@@ -86,6 +86,13 @@ class KVCache:
             lengths=self.lengths.at[rows].set(new.lengths, mode="drop"),
         )
 
+    def grown(self, slots: int) -> "KVCache":
+        """Returns the cache with `slots` slots for each row, at least as many as now."""
+        more = slots - self.positions.shape[1]
+        keys, values = (jnp.pad(x, [(0, 0)] * 3 + [(0, more), (0, 0)]) for x in (self.keys, self.values))
+        positions, segments = (jnp.pad(x, [(0, 0), (0, more)]) for x in (self.positions, self.segments))
+        return KVCache(keys, values, positions, segments, self.lengths)
+
     def beginnings(self, rows: jax.Array, lengths: jax.Array) -> "KVCache":
         """Returns copies of the rows `rows` [R] that have only their first `lengths` [R] slots in use."""
         used = jnp.arange(self.positions.shape[1]) < lengths[:, None]

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from gemma_jax.config import SamplingConfig, sampling_config
-from gemma_jax.data.chat import SYSTEM, Message, encode_dialogue
+from gemma_jax.data.chat import SYSTEM, Message, encode_turn, turns
 from gemma_jax.errors import UserError
 from gemma_jax.sampling.requests import FinishReason
 from gemma_jax.tokenizer import Tokenizer
@@ -45,6 +45,7 @@ class Chat:
         self._tokenizer, self._pieces, self._context_length = tokenizer, pieces, context_length
         self._system = [{"role": SYSTEM, "content": system}] if system else []
         self._config = config
+        self._encoded: tuple[list[tuple[str, str]], list[int]] = ([], [tokenizer.bos_id])
 
     def send(self, message: str, **settings: Any) -> str:
         """Returns the model's answer to a message, and appends both to the history.
@@ -64,7 +65,7 @@ class Chat:
         If the caller stops early, the history keeps the text generated so far as the answer.
         """
         said = [*self.history, {"role": "user", "content": message}]
-        prompt = encode_dialogue(self._tokenizer, [*self._system, *said], answer=True, merge_system=True)
+        prompt = self._encode([*self._system, *said])
         if len(prompt) >= self._context_length:
             raise UserError(
                 f"with this message the dialogue has {len(prompt)} tokens, but the model's context holds "
@@ -84,6 +85,17 @@ class Chat:
             self.finish_reason = finish_reason if ended else None
             if ended or answer:
                 self.history = [*said, {"role": "model", "content": answer}]
+
+    def _encode(self, messages: Sequence[Message]) -> list[int]:
+        """Returns the token ids of a dialogue to answer; turns that were encoded before are not again."""
+        spoken, (known, ids) = turns(messages, merge_system=True), self._encoded
+        if spoken[: len(known)] != known:
+            known, ids = [], [self._tokenizer.bos_id]
+        for role, text in spoken[len(known) :]:
+            header, content = encode_turn(self._tokenizer, role, text)
+            ids = ids + header + content
+        self._encoded = spoken, ids
+        return ids + encode_turn(self._tokenizer, "model", "")[0]
 
     def reset(self) -> None:
         """Clears the history; the system instruction stays."""

@@ -189,6 +189,11 @@ class Widths(NamedTuple):
         )
 
 
+def limit_of(request: Request, context_length: int) -> int:
+    """Returns how many new tokens a request may get."""
+    return min(request.config.max_new_tokens, context_length - len(request.token_ids))
+
+
 def slot_settings(
     requests: Sequence[Request], rows: int, widths: Widths, context_length: int
 ) -> SlotSettings:
@@ -211,7 +216,7 @@ def slot_settings(
         values = list(values)
         return [*values, *[padding] * (width - len(values))]
 
-    room = column(lambda r: min(r.config.max_new_tokens, context_length - len(r.token_ids)))
+    room = column(lambda r: limit_of(r, context_length))
     room[len(requests) - empty :] = 0
     options = Options(
         temperature=column(lambda r: r.config.temperature, np.float32),

@@ -92,8 +92,8 @@ def test_what_is_made_does_not_depend_on_how_often_it_is_looked_at(
 ) -> None:
     config = SamplingConfig(NEW, temperature=temperature, seed=2)
     requests, completions = requests_of(PROMPTS, config, []), [Completion() for _ in PROMPTS]
-    looks = [len(completions[0].token_ids) for _ in generator.run(requests, completions, stride=5)]
-    assert looks == [1, 6, 11, 12]
+    looks = [len(completions[0].token_ids) for _ in generator.run(requests, completions, watched=True)]
+    assert looks == sorted(looks) and len(set(looks)) > 3 and looks[-1] == NEW
     assert completions == complete(generator, PROMPTS, config)
 
 
@@ -106,7 +106,7 @@ def test_a_row_that_its_caller_ends_gets_no_further_token(
             return len(self.token_ids) >= 4
 
     completions = [Completion(), Completion(), Short(), Completion()]
-    for _ in generator.run(requests_of(PROMPTS, SamplingConfig(NEW), []), completions, stride=3):
+    for _ in generator.run(requests_of(PROMPTS, SamplingConfig(NEW), []), completions, watched=True):
         pass
     assert [len(completion.token_ids) for completion in completions] == [NEW, NEW, 4, NEW]
     for completion, whole in zip(completions, greedy, strict=True):
@@ -139,6 +139,44 @@ def test_refilled_slots_make_what_fresh_ones_make(generator: Generator, rows: in
         for actual, expected in zip(run(generator, requests[::order], rows)[::order], alone, strict=True):
             assert (actual.token_ids, actual.finish_reason) == (expected.token_ids, expected.finish_reason)
             assert relative_difference(actual.log_probs, expected.log_probs) < 1e-5
+
+
+def test_what_prompts_begin_with_together_is_computed_once(generator: Generator) -> None:
+    """The tokens that all prompts share are not in the chunks of the single prompts, and nothing changes."""
+    rng = np.random.default_rng(3)
+    shared = rng.integers(0, VOCAB, 50).tolist()
+    prompts = [shared + rng.integers(0, VOCAB, length).tolist() for length in (3, 9, 20)]
+    config = SamplingConfig(NEW, temperature=1.0)
+    requests = requests_of(prompts, config, [])
+    alone = [run(generator, [request])[0] for request in requests]
+    starts, prefill = [], generator.prefill
+
+    def spy(params: Any, tokens: Any, start: int, *rest: Any, **sizes: Any) -> Any:
+        starts.append((start, tokens.shape))
+        return prefill(params, tokens, start, *rest, **sizes)
+
+    generator.prefill = spy
+    try:
+        together = run(generator, requests)
+    finally:
+        generator.prefill = prefill
+    assert starts == [(0, (1, 64)), (50, (3, 32))]
+    for actual, expected in zip(together, alone, strict=True):
+        assert actual.token_ids == expected.token_ids
+        assert relative_difference(actual.log_probs, expected.log_probs) < 1e-5
+
+
+def test_a_cache_grows_with_its_text() -> None:
+    """Up to the whole context, in which every token is that of one forward pass."""
+    gemma = lively_gemma(cpu_mesh(1), context_length=700)
+    prompts = [[2, 17, 300], [2] + [5, 9] * 30]
+    completions = complete(generator_of(gemma), prompts, SamplingConfig(700))
+    assert [completion.finish_reason for completion in completions] == ["context", "context"]
+    for prompt, completion in zip(prompts, completions, strict=True):
+        assert len(prompt) + len(completion.token_ids) == 700
+        new = len(completion.token_ids)
+        expected = predictions(gemma, [prompt], [completion], 700)
+        assert completion.token_ids == next(iter(expected))[:new].argmax(axis=-1).tolist()
 
 
 @pytest.mark.parametrize("mesh", [{}, {"devices": 8, "fsdp": 4, "tensor": 2}], ids=["one", "eight"])
