@@ -9,12 +9,13 @@ import itertools
 import math
 import time
 from collections.abc import Hashable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 
-from gemma_jax.sampling.decode import MAX_STEPS, Prompts, Slots, SlotSettings
+from gemma_jax.model import KVCache
+from gemma_jax.sampling.decode import MAX_STEPS, NewTokens, Prompts, Slots, SlotSettings
 from gemma_jax.sampling.requests import (
     Completion,
     FinishReason,
@@ -29,13 +30,28 @@ from gemma_jax.sampling.requests import (
 from gemma_jax.sharding import batch_sharding, row_parts
 
 if TYPE_CHECKING:
-    from gemma_jax.sampling.generate import Generator, Kept, Report
+    from gemma_jax.sampling.generate import Generator
 
 AHEAD = 1  # calls of `decode` that are under way when the tokens of an earlier one are read
 REFILL_STRIDE = 16  # while prompts wait, tokens between two checks for a free slot
 LOOK_SECONDS = 0.05  # between two looks at a text that somebody watches, or that may contain a stop text
 GROWTH = 4  # of a cache that is full; each size is compiled for
 LEAST_SHARED = 32  # tokens that several prompts begin with, from which on they are computed only once
+
+
+class Report(NamedTuple):
+    """What a program did to the slots of a batch."""
+
+    new: NewTokens
+    counts: jax.Array  # [B] int32: as in Slots
+    ended: jax.Array  # [B] bool
+
+
+class Kept(NamedTuple):
+    """The cache of a text, which a longer text with the same beginning can go on with."""
+
+    beginning: tuple[Hashable, ...]  # as `Request.beginning`, of what is in the cache
+    cache: KVCache  # of one row
 
 
 class Batch:
@@ -48,7 +64,7 @@ class Batch:
 
     def __init__(
         self,
-        generator: Generator,
+        generator: "Generator",
         requests: Sequence[Request],
         completions: Sequence[Completion],
         rows: int,

@@ -4,8 +4,8 @@ Shape legend: B slots.
 """
 
 import functools
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,7 +18,7 @@ from gemma_jax.model import KVCache, ModelSpec, layer_views
 from gemma_jax.model.attention import prefill_chunk
 from gemma_jax.model.transformer import compute_dtype
 from gemma_jax.sampling import decode
-from gemma_jax.sampling.batch import Batch
+from gemma_jax.sampling.batch import Batch, Kept, Report
 from gemma_jax.sampling.decode import NewTokens, Slots
 from gemma_jax.sampling.requests import (
     Completion,
@@ -32,21 +32,6 @@ from gemma_jax.sharding import batch_sharding, row_parts
 
 BYTES_OF_TOKEN = 64  # approximate size of a token's id and log-probability in Python lists
 BYTES_OF_ALTERNATIVE = 144  # of a tuple with both
-
-
-class Report(NamedTuple):
-    """What a program did to the slots of a batch."""
-
-    new: NewTokens
-    counts: jax.Array  # [B] int32: as in Slots
-    ended: jax.Array  # [B] bool
-
-
-class Kept(NamedTuple):
-    """The cache of a text, which a longer text with the same beginning can go on with."""
-
-    beginning: tuple[Hashable, ...]  # as `Request.beginning`, of what is in the cache
-    cache: KVCache  # of one row
 
 
 class Generator:
