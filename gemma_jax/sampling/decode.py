@@ -7,12 +7,10 @@ Shape legend: B slots, R prompts of one prefill, P length of a chunk of prompts,
 each slot, E end tokens, T new tokens.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from gemma_jax.model import KVCache, Transformer
 from gemma_jax.sampling.select import select
@@ -62,7 +60,6 @@ def prefill(
     lengths: jax.Array,
     settings: SlotSettings,
     previous: tuple[Slots, NewTokens] | None = None,
-    layers: Sequence[nnx.State] | None = None,
     *,
     size: int = 0,
 ) -> tuple[Slots, NewTokens]:
@@ -78,17 +75,14 @@ def prefill(
       lengths: [R] lengths of the whole prompts. A slot that stays empty has length 0 and must have limit 0.
       settings: Settings of the R slots.
       previous: What the call for the chunk before returned; None for the first chunk.
-      layers: as `Transformer.extend` takes them.
       size: S of the cache that the first call makes.
     """
     R, P = tokens.shape
     slots, no_tokens = previous or _no_slots(model, R, size, settings)
     positions = jnp.broadcast_to(start + jnp.arange(P, dtype=jnp.int32), (R, P))
     segments = (positions < lengths[:, None]).astype(jnp.int32)
-    context = Context(adapters=settings.adapters)
-    hidden, cache = model.extend(
-        slots.cache, tokens, positions, segments, layers, context, empty=previous is None
-    )
+    context = Context(adapters=settings.adapters, sampling=True)
+    hidden, cache = model.extend(slots.cache, tokens, positions, segments, context, empty=previous is None)
     last_index = lengths - 1 - start  # index in the chunk of the prompt's last token
     newest = jnp.take_along_axis(hidden, jnp.clip(last_index, 0, P - 1)[:, None, None], axis=1)[:, 0]
     live = ~slots.done & (last_index >= 0) & (last_index < P)
@@ -129,19 +123,16 @@ def free(slots: Slots, chosen: jax.Array) -> Slots:
     return slots._replace(settings=slots.settings._replace(limits=limits))
 
 
-def decode(
-    model: Transformer, slots: Slots, steps: jax.Array, layers: Sequence[nnx.State] | None = None
-) -> tuple[Slots, NewTokens]:
+def decode(model: Transformer, slots: Slots, steps: jax.Array) -> tuple[Slots, NewTokens]:
     """Generates up to `steps` more tokens in every slot that is not done.
 
     Args:
       model: a Transformer.
       slots: As `prefill`, `insert` or an earlier `decode` returned them.
       steps: Integer scalar, at most MAX_STEPS.
-      layers: as `Transformer.extend` takes them.
     """
     B = slots.last.shape[0]
-    keys, context = _keys(slots.settings), Context(adapters=slots.settings.adapters)
+    keys, context = _keys(slots.settings), Context(adapters=slots.settings.adapters, sampling=True)
     Carry = tuple[jax.Array, Slots, NewTokens]
 
     def unfinished(carry: Carry) -> jax.Array:
@@ -153,7 +144,7 @@ def decode(
         # Slots that are done are treated as padding, which writes nothing to their part of the cache.
         segments = (~slots.done).astype(jnp.int32)[:, None]
         positions = slots.cache.lengths[:, None]
-        hidden, cache = model.extend(slots.cache, slots.last[:, None], positions, segments, layers, context)
+        hidden, cache = model.extend(slots.cache, slots.last[:, None], positions, segments, context)
         slots = slots._replace(cache=cache)
         slots, chosen = _with_next_token(slots, model.logits(hidden[:, 0], context), keys, ~slots.done)
         new = jax.tree.map(lambda all, one: all.at[:, step].set(one), new, chosen)

@@ -17,7 +17,7 @@ from jax.sharding import SingleDeviceSharding
 from gemma_jax.config import SamplingConfig, TransformerConfig
 from gemma_jax.errors import UserError
 from gemma_jax.memory import require_memory
-from gemma_jax.model import KVCache, ModelSpec, layer_views
+from gemma_jax.model import KVCache, ModelSpec
 from gemma_jax.model.attention import prefill_chunk
 from gemma_jax.model.transformer import compute_dtype
 from gemma_jax.sampling.decode import MAX_STEPS, NewTokens, Slots, SlotSettings, decode, free, insert, prefill
@@ -144,12 +144,6 @@ class Generator:
     def use(self, params: nnx.State) -> None:
         """Takes other parameters of the same model, for which nothing is compiled again."""
         self.params = params
-        self.__dict__.pop("layers", None)
-
-    @functools.cached_property
-    def layers(self) -> list[nnx.State] | None:
-        """The blocks' parameters as one entry per layer, where that makes decoding faster; None elsewhere."""
-        return layer_views(self.params, self.mesh)
 
     def cache_size(self, prompt: int, new_tokens: int) -> int:
         """Returns the cache slots that a row needs for the longest prompt and the most new tokens."""
@@ -243,7 +237,7 @@ class Batch:
         assert self._slots is not None
         generator = self._generator
         steps = min(stride, REFILL_STRIDE if self._waiting else MAX_STEPS)
-        self._slots, new = generator.decode(generator.params, self._slots, steps, generator.layers)
+        self._slots, new = generator.decode(generator.params, self._slots, steps)
         self._hand_out(range(len(self._counts)), new)
 
     def _prefill(self, rows: Sequence[int]) -> None:
@@ -262,7 +256,7 @@ class Batch:
         so_far: Any = None
         for start in range(0, lengths.max(), chunk):
             part = put(tokens[:, start : start + chunk])
-            arguments = (part, start, *about, so_far, generator.layers)
+            arguments = (part, start, *about, so_far)
             so_far = generator.prefill(generator.params, *arguments, size=0 if start else size)
         slots, new = so_far
         if not first:

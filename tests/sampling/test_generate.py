@@ -221,9 +221,9 @@ def test_a_slot_that_is_done_writes_nothing_into_its_cache(generator: Generator)
     requests = [Request([2, 17, 300], SamplingConfig(new), []) for new in (2, NEW)]
     settings = slot_settings(requests, 2, 1, generator.config.context_length)
     prompts = padded([request.token_ids for request in requests], 2, 16)
-    arguments = (prompts[0], 0, prompts[1], settings, None, generator.layers)
+    arguments = (prompts[0], 0, prompts[1], settings, None)
     slots, _ = generator.prefill(generator.params, *arguments, size=32)
-    slots, _ = generator.decode(generator.params, slots, NEW, generator.layers)
+    slots, _ = generator.decode(generator.params, slots, NEW)
     # The newest token of each is not in the cache yet.
     assert slots.cache.lengths.tolist() == [3 + 2 - 1, 3 + NEW - 1]
 
@@ -302,12 +302,11 @@ def test_memory_of_a_long_prefill(dtype: Any) -> None:
     spec = ModelSpec(config, ComputeConfig(dtype=dtype, param_dtype="bfloat16"), cpu_mesh(1))
     generator = Generator(spec, spec.params)
     chunk = generator.chunk(8000)
-    layer = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), spec.params["blocks"])
     integers = [jax.ShapeDtypeStruct(shape, np.int32) for shape in ((1, chunk), (), (1,))]
     arguments = (spec.params, *integers, slot_settings([], 1, 1, config.context_length))
     so_far = jax.eval_shape(lambda *x: generator.prefill(*x, size=8064), *arguments)
     for before, size in ((None, 8064), (so_far, 0)):
-        compiled = generator.prefill.lower(*arguments, before, [layer, layer], size=size).compile()
+        compiled = generator.prefill.lower(*arguments, before, size=size).compile()
         assert compiled.memory_analysis().temp_size_in_bytes < 2**30
 
 
