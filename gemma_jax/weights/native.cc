@@ -66,7 +66,7 @@ void parallel(ffi::ThreadPool& pool, int64_t count, const Run& run) {
 
 // ---- the tiles of a matrix ---------------------------------------------------------------------------------
 
-constexpr int64_t kMostRows = 16;
+constexpr int64_t kMostRows = 16;         // in one pass over the weights
 constexpr int64_t kWidest = 2048;         // columns of a tile with one row; fewer rows of sums stay in the cache
 constexpr int64_t kTileBytes = 128 << 10; // smaller tiles are not worth a thread's attention
 constexpr int64_t kMostTiles = 32;        // enough to share evenly; more would only cost sums
@@ -90,25 +90,28 @@ Tiles tiles_of(int64_t rows, int64_t units, int64_t outputs, int64_t bytes) {
   return t;
 }
 
-// Calls tile(unit, end, column, end, sums) for all tiles, which sets `sums` [R, columns] with rows of
-// `outputs`; then adds up what the parts of the contracted axis have in common.
+// Calls tile(row, rows, unit, end, column, end, sums) for all tiles of at most kMostRows rows, which sets `sums`
+// [rows, columns] with rows of `outputs`; then adds up the sums of the parts of the contracted axis.
 template <class Tile>
-void multiply_tiles(ffi::ThreadPool& pool, int64_t rows, int64_t units, int64_t outputs, int64_t bytes,
+void multiply_tiles(ffi::ThreadPool& pool, int64_t all_rows, int64_t units, int64_t outputs, int64_t bytes,
                     float* out, const Tile& tile) {
-  const Tiles t = tiles_of(rows, units, outputs, bytes);
   static thread_local std::vector<float> partial;
-  if (t.splits > 1) partial.resize(t.splits * rows * outputs);
-  float* sums = t.splits > 1 ? partial.data() : out;
-  parallel(pool, t.strips * t.splits, [&](int64_t i) {
-    const int64_t split = i % t.splits, column = i / t.splits * t.width;
-    tile(split * t.depth, std::min(units, (split + 1) * t.depth), column,
-         std::min(outputs, column + t.width), sums + split * rows * outputs + column);
-  });
-  if (t.splits == 1) return;
-  std::memcpy(out, sums, rows * outputs * sizeof(float));
-  for (int64_t split = 1; split < t.splits; ++split) {
-    const float* part = sums + split * rows * outputs;
-    for (int64_t i = 0; i < rows * outputs; ++i) out[i] += part[i];
+  for (int64_t row = 0; row < all_rows; row += kMostRows, out += kMostRows * outputs) {
+    const int64_t rows = std::min(kMostRows, all_rows - row);
+    const Tiles t = tiles_of(rows, units, outputs, bytes);
+    if (t.splits > 1) partial.resize(t.splits * rows * outputs);
+    float* sums = t.splits > 1 ? partial.data() : out;
+    parallel(pool, t.strips * t.splits, [&](int64_t i) {
+      const int64_t split = i % t.splits, column = i / t.splits * t.width;
+      tile(row, rows, split * t.depth, std::min(units, (split + 1) * t.depth), column,
+           std::min(outputs, column + t.width), sums + split * rows * outputs + column);
+    });
+    if (t.splits == 1) continue;
+    std::memcpy(out, sums, rows * outputs * sizeof(float));
+    for (int64_t split = 1; split < t.splits; ++split) {
+      const float* part = sums + split * rows * outputs;
+      for (int64_t i = 0; i < rows * outputs; ++i) out[i] += part[i];
+    }
   }
 }
 
@@ -393,7 +396,7 @@ struct Matrix {
 
 // The sums of one tile: segments [begin, end) of the activations, columns [from, to) of O.
 template <class Code, class Scale, class Q>
-void integer_tile(const Activations<Q>& x, int64_t rows, int64_t inputs, const Matrix<Code, Scale>& m,
+void integer_tile(const Activations<Q>& x, int64_t row, int64_t rows, int64_t inputs, const Matrix<Code, Scale>& m,
                   int64_t begin, int64_t end, int64_t from, int64_t to, float* out) {
   const int64_t width = to - from;
   int64_t vectors = 0;
@@ -412,23 +415,23 @@ void integer_tile(const Activations<Q>& x, int64_t rows, int64_t inputs, const M
     const Scale* scale = m.scale(first) + from;
 #if VECTORS
     for (int64_t r = 0; r < rows && vectors; ++r) {
-      std::fill_n(sums + r * width, vectors, K::initial(x.sum[r * x.segments + s]));
+      std::fill_n(sums + r * width, vectors, K::initial(x.sum[(row + r) * x.segments + s]));
     }
     for (int64_t c = 0; c < count && vectors; c += 4) {
       // At the end of a segment its last row is taken again, with zeros.
-      decltype(address(m.codes, 0)) row[4], at[4];
+      decltype(address(m.codes, 0)) line[4], at[4];
       for (int i = 0; i < 4; ++i) {
         const int64_t number = m.row(first) + std::min(c + i, count - 1) * m.stride();
-        row[i] = address(m.codes, number * m.outputs + from);
+        line[i] = address(m.codes, number * m.outputs + from);
       }
       int32_t factors[kMostRows][2];
       for (int64_t r = 0; r < rows; ++r) {
-        for (int i = 0; i < 2; ++i) factors[r][i] = K::factors(x.at(r, s) + c + 2 * i);
+        for (int i = 0; i < 2; ++i) factors[r][i] = K::factors(x.at(row + r, s) + c + 2 * i);
       }
       const int64_t ahead = address(m.codes, 4 * m.stride() * m.outputs) - address(m.codes, 0);
       for (int64_t j = 0; j < vectors; j += K::kColumns) {
         for (int i = 0; i < 4; ++i) {
-          at[i] = row[i] + (address(m.codes, j) - address(m.codes, 0));
+          at[i] = line[i] + (address(m.codes, j) - address(m.codes, 0));
           _mm_prefetch(reinterpret_cast<const char*>(at[i] + ahead), _MM_HINT_T0);
         }
         __m256i w[8];
@@ -445,7 +448,7 @@ void integer_tile(const Activations<Q>& x, int64_t rows, int64_t inputs, const M
       }
     }
     for (int64_t r = 0; r < rows; ++r) {
-      const __m256 factor = _mm256_set1_ps(x.scale[r * x.segments + s]);
+      const __m256 factor = _mm256_set1_ps(x.scale[(row + r) * x.segments + s]);
       for (int64_t j = 0; j < vectors; j += K::kColumns) {
         K::flush(sums + r * width + j, [&](int64_t column, __m256 v) {
           float* at = floats + r * width + j + column;
@@ -460,12 +463,12 @@ void integer_tile(const Activations<Q>& x, int64_t rows, int64_t inputs, const M
     for (int64_t c = 0; c < count; ++c) {
       const int64_t number = (m.row(first) + c * m.stride()) * m.outputs + from;
       for (int64_t r = 0; r < rows; ++r) {
-        const int32_t factor = x.at(r, s)[c];
+        const int32_t factor = x.at(row + r, s)[c];
         for (int64_t j = vectors; j < width; ++j) plain[r * width + j] += code(m.codes, number + j) * factor;
       }
     }
     for (int64_t r = 0; r < rows; ++r) {
-      const float factor = x.scale[r * x.segments + s];
+      const float factor = x.scale[(row + r) * x.segments + s];
       for (int64_t j = vectors; j < width; ++j) {
         const float f = m.in_blocks ? factor * to_float(scale[j]) : factor;
         floats[r * width + j] += static_cast<float>(plain[r * width + j]) * f;
@@ -630,13 +633,12 @@ ffi::Error dense(ffi::ThreadPool pool, Floats x, ffi::AnyBuffer w, ffi::Buffer<f
                  ffi::Result<Floats> out) {
   const auto shape = w.dimensions();
   const int64_t rows = x.dimensions()[0], inputs = shape[1], outputs = shape[2];
-  if (rows > kMostRows) return wrong("too many rows");
   return with_floats(w, [&](const auto* weights) {
     weights += chosen(layer, shape[0]) * inputs * outputs;
     const int64_t bytes = inputs * outputs * sizeof *weights;
     multiply_tiles(pool, rows, inputs, outputs, bytes, out->typed_data(),
-                   [&](int64_t begin, int64_t end, int64_t from, int64_t to, float* sums) {
-                     dense_tile(x.typed_data(), rows, inputs, weights, outputs, begin, end, from, to, sums);
+                   [&](int64_t row, int64_t count, auto... range) {
+                     dense_tile(x.typed_data() + row * inputs, count, inputs, weights, outputs, range...);
                    });
   });
 }
@@ -652,8 +654,8 @@ void multiply_integers(ffi::ThreadPool& pool, const Floats& x, const Matrix<Code
   const Activations<Q>& activations = rounded;  // that of this thread, also within the threads of the pool
   const int64_t bytes = inputs * m.outputs / (sizeof(Q) == 2 ? 1 : 2);
   multiply_tiles(pool, rows, activations.segments, m.outputs, bytes, out,
-                 [&](int64_t begin, int64_t end, int64_t from, int64_t to, float* sums) {
-                   integer_tile(activations, rows, inputs, m, begin, end, from, to, sums);
+                 [&](int64_t row, int64_t count, auto... range) {
+                   integer_tile(activations, row, count, inputs, m, range...);
                  });
 }
 
@@ -665,7 +667,6 @@ ffi::Error integers(ffi::ThreadPool pool, Floats x, ffi::AnyBuffer codes, ffi::A
   const int64_t number = chosen(layer, shape[0]), scales = scale.dimensions()[1], outputs = shape[3];
   const int64_t start = number * shape[1] * shape[2] * outputs;
   const bool in_blocks = scales == shape[2];
-  if (x.dimensions()[0] > kMostRows) return wrong("too many rows");
   if (in_blocks && shape[1] % 4) return wrong("a block must be a multiple of 4");
   if (start % 2) return wrong("a layer must begin at a byte");
   const auto multiply = [&](const auto* all, const auto* all_scales) {

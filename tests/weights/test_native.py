@@ -22,7 +22,7 @@ from gemma_jax.weights import Context, Kind, kind_of, native
 from tests.weights.kinds import adapters, with_random_adapters
 
 CONFIG = replace(PRESETS["gemma_tiny"], {"num_kv_heads": 1})
-ROWS = (1, 5, 16)
+ROWS = (1, 5, 18)
 # Columns in vectors, beside them, of several strips, and odd; contracted axes cut into parts, and not.
 SHAPES = ((5, 7), (66, 202), (2050, 2130))
 RNG = np.random.default_rng(0)
@@ -134,7 +134,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("rows", [1, 5, 17])
+@pytest.mark.parametrize("rows", [1, 17, native.MOST_ROWS + 1])
 def test_every_layer_is_multiplied_as_by_xla(name: str, rows: int) -> None:
     """Stacked weights and the number of a layer give what the weight of that layer gives."""
     kind, dtype, most = KINDS[name]
