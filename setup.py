@@ -11,6 +11,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["gemma_jax", "gemma_jax.*"]),
+    package_data={"gemma_jax.weights": ["native.cc"]},
     install_requires=[
         "array_record>=0.8",
         "etils[epath]>=1.13",

@@ -22,7 +22,7 @@ def ours(unroll: int) -> Callable[[np.ndarray, int], None]:
     """Returns a function that decodes with gemma_jax, given prompts [B, P] and a number of new tokens."""
     from gemma_jax import Gemma
     from gemma_jax.config import ComputeConfig, MeshConfig, SamplingConfig
-    from gemma_jax.sampling import Completion
+    from gemma_jax.sampling import Completion, complete_requests
     from gemma_jax.sampling.requests import requests_of
 
     compute = ComputeConfig(dtype="float32", scan_unroll=unroll)
@@ -32,7 +32,7 @@ def ours(unroll: int) -> Callable[[np.ndarray, int], None]:
         # There are no stop tokens, so each row generates all its new tokens, as with transformers.
         requests = requests_of(prompts.tolist(), SamplingConfig(max_new_tokens=new), [])
         completions = [Completion() for _ in requests]
-        for _ in gemma._generator.run(requests, completions):
+        for _ in complete_requests(gemma._generator, requests, completions):
             pass
         assert all(len(completion.token_ids) == new for completion in completions)
 

@@ -20,7 +20,16 @@ from gemma_jax.model import ModelSpec
 from gemma_jax.pretrained.adapted import base_spec, with_adapters
 from gemma_jax.pretrained.checkpoint import open_adapter, open_checkpoint
 from gemma_jax.pretrained.end_tokens import END_OF_TURN, EOS
-from gemma_jax.sampling import Chat, FinishReason, Generation, Generator, Request, Scorer, TextCompletion
+from gemma_jax.sampling import (
+    Chat,
+    FinishReason,
+    Generation,
+    Generator,
+    Request,
+    Scorer,
+    TextCompletion,
+    complete_requests,
+)
 from gemma_jax.sampling.chat import MAX_NEW_TOKENS
 from gemma_jax.sampling.requests import Completion, check_ids, indices_of, padded, requests_of
 from gemma_jax.sharding import make_mesh, platform, row_parts
@@ -322,7 +331,9 @@ class Gemma:
         if not requests:
             return []
         completions = [self._completion(request.config) for request in requests]
-        for _ in self._generator.run(requests, completions, rows=requests[0].config.batch_size):
+        for _ in complete_requests(
+            self._generator, requests, completions, rows=requests[0].config.batch_size
+        ):
             pass
         of_prompts = self._scorer.prompts(r for r in requests if r.config.prompt_log_probs)
         return [
@@ -381,7 +392,7 @@ class Gemma:
         validate_stream(config)
         completion = TextCompletion(self.tokenizer, config.stop)
         requests = self._requests([prompt], config, adapter, {})
-        looks = self._generator.run(requests, [completion], watched=True, keep=keep)
+        looks = complete_requests(self._generator, requests, [completion], watched=True, keep=keep)
         return ((completion.take(), completion.finish_reason) for _ in looks)
 
     def _completion(self, config: SamplingConfig) -> Completion:

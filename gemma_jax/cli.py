@@ -63,19 +63,21 @@ def _usage(prog: str, commands: Sequence[str]) -> str:
 
 
 def _version() -> str:
-    """Returns the versions of this package and of jax, and the devices that jax finds."""
+    """Returns the versions of this package and of jax, its devices, and what CPUs sample with."""
     from collections import Counter
 
     import jax
 
     from gemma_jax import __version__
+    from gemma_jax.weights import native
 
     try:
         kinds = Counter(device.device_kind for device in jax.devices())
         devices = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
     except RuntimeError as error:  # for example JAX_PLATFORMS=tpu without a TPU
         devices = f"none ({' '.join(str(error).split())})"
-    return f"gemma_jax {__version__}\njax {jax.__version__}\ndevices: {devices}"
+    lines = [f"gemma_jax {__version__}", f"jax {jax.__version__}", f"devices: {devices}"]
+    return "\n".join([*lines, f"sampling on CPU: {native.kernels()}"])
 
 
 def run_command(name: str, arguments: Sequence[str], prog: str) -> int:

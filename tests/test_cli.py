@@ -13,6 +13,7 @@ import pytest
 
 from gemma_jax import __version__, cli
 from gemma_jax.cli import main
+from gemma_jax.weights import native
 
 
 @pytest.mark.parametrize("prog", ["gemma", "python train.py"])
@@ -29,9 +30,11 @@ def test_usage_names_the_program_and_its_commands(
         assert callable(importlib.import_module(f"gemma_jax.commands.{name.replace('-', '_')}").run)
 
 
-def test_version_names_the_devices(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_names_the_devices_and_the_kernels(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
-    assert capsys.readouterr().out == f"gemma_jax {__version__}\njax {jax.__version__}\ndevices: 8 cpu\n"
+    *lines, kernels = capsys.readouterr().out.splitlines()
+    assert lines == [f"gemma_jax {__version__}", f"jax {jax.__version__}", "devices: 8 cpu"]
+    assert kernels == f"sampling on CPU: {native.kernels()}"
 
 
 @pytest.mark.parametrize("error", [KeyError("a bug"), BrokenPipeError("of a worker")])

@@ -8,7 +8,7 @@ from flax import nnx
 from gemma_jax.config import SamplingConfig, TrainingConfig
 from gemma_jax.data.chat import encode_prompt
 from gemma_jax.model import ModelSpec
-from gemma_jax.sampling import Generator, TextCompletion
+from gemma_jax.sampling import Generator, TextCompletion, complete_requests
 from gemma_jax.sampling.requests import requests_of
 from gemma_jax.tokenizer import Tokenizer
 from gemma_jax.training.evaluation import Evaluator, Numbers, StopRequested
@@ -39,7 +39,7 @@ def answers_to(
         generator = generator or Generator(spec, params)
         generator.use(params)
         completions = [TextCompletion(tokenizer, ()) for _ in requests]
-        for _ in generator.run(requests, completions):
+        for _ in complete_requests(generator, requests, completions):
             if stop_requested():
                 return None
         texts.update(zip(config.evaluation.prompts, (made.text for made in completions), strict=True))

@@ -2,4 +2,4 @@
 
 from gemma_jax.model.cache import KVCache
 from gemma_jax.model.spec import ModelSpec
-from gemma_jax.model.transformer import Transformer, compute_dtype, layer_views
+from gemma_jax.model.transformer import Transformer, compute_dtype

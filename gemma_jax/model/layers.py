@@ -92,7 +92,9 @@ class Block(nnx.Module):
     ) -> jax.Array:
         """Returns [B, L, D] for activations [B, L, D] and positions [B, L]."""
         x = constrain(x, RESIDUAL, self.mesh)
-        x += self.attention(rms_norm(x, self.attention_norm[...], self.epsilon), positions, attend, context)
+        x += self.attention(
+            rms_norm(x, context.pick(self.attention_norm[...]), self.epsilon), positions, attend, context
+        )
         x = checkpoint_name(constrain(x, RESIDUAL, self.mesh), "middle")
-        x += self.feed_forward(rms_norm(x, self.feed_forward_norm[...], self.epsilon), context)
+        x += self.feed_forward(rms_norm(x, context.pick(self.feed_forward_norm[...]), self.epsilon), context)
         return constrain(x, RESIDUAL, self.mesh)

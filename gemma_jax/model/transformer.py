@@ -4,15 +4,13 @@ Shape legend: B batch, L length, S cache slots, D embed, V stored vocabulary row
 """
 
 import dataclasses
-from collections.abc import Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from gemma_jax.config import ComputeConfig, TransformerConfig
 from gemma_jax.errors import UserError
@@ -97,7 +95,6 @@ class Transformer(nnx.Module):
         tokens: IntArray,
         positions: IntArray,
         segments: IntArray,
-        layers: Sequence[nnx.State] | None = None,
         context: Context = NO_CONTEXT,
         *,
         empty: bool = False,
@@ -107,8 +104,6 @@ class Transformer(nnx.Module):
         Args:
           cache: The cache of the earlier tokens.
           tokens, positions, segments: [B, L] as in `__call__`; padding is at the end of a row.
-          layers: The blocks' parameters as one entry per layer (see `layer_views`). They replace the stacked
-            parameters, and the compiled program then contains each layer separately instead of a scan.
           context: The context that every matmul receives; a random key is the same in all layers.
           empty: Whether the cache is still empty, so that the tokens attend only to each other.
 
@@ -122,9 +117,13 @@ class Transformer(nnx.Module):
         Carry = tuple[jax.Array, jax.Array, jax.Array]
 
         # The cache is carried, not scanned over, so that each layer writes its new slots in place.
-        def body(carry: Carry, scanned: tuple[jax.Array | int, nnx.State]) -> tuple[Carry, None]:
+        def body(carry: Carry, scanned: tuple[jax.Array, nnx.State | None]) -> tuple[Carry, None]:
             x, keys, values = carry
             layer, state = scanned
+            if state is None:
+                block, inside = self.blocks, dataclasses.replace(context, layer=layer)
+            else:
+                block, inside = nnx.merge(graphdef, state), context
 
             def remember_and_attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
                 nonlocal keys, values
@@ -134,17 +133,15 @@ class Transformer(nnx.Module):
                     return self_attend(q, k, v, positions, segments, self.mesh)
                 return cache_attend(q, (keys, values), layer, positions, segments, cache, self.mesh)
 
-            x = nnx.merge(graphdef, state)(x, positions, remember_and_attend, context)
+            x = block(x, positions, remember_and_attend, inside)
             return (x, keys, values), None
 
+        # On CPU a scan would copy each layer's weights out of the stack, which takes longer than to multiply
+        # by them. So matmuls take the stack and the number of the layer.
+        whole = context.sampling and self.mesh.size == 1 and platform(self.mesh) == "cpu"
         carry = (self.embed(tokens, context), cache.keys, cache.values)
-        if layers is None:
-            numbers = jnp.arange(self.config.num_layers)
-            carry, _ = lax.scan(body, carry, (numbers, stacked), unroll=self.compute.scan_unroll)
-        else:
-            for scanned in enumerate(layers):
-                carry, _ = body(carry, scanned)
-        x, keys, values = carry
+        scanned = (jnp.arange(self.config.num_layers), None if whole else stacked)
+        (x, keys, values), _ = lax.scan(body, carry, scanned, unroll=self.compute.scan_unroll)
         return self._normed(x), dataclasses.replace(cache, keys=keys, values=values)
 
     def logits(self, hidden: jax.Array, context: Context = NO_CONTEXT) -> jax.Array:
@@ -162,27 +159,3 @@ class Transformer(nnx.Module):
 
     def _normed(self, x: jax.Array) -> jax.Array:
         return rms_norm(x, self.final_norm[...], self.config.norm_epsilon)
-
-
-def layer_views(params: nnx.State, mesh: Mesh) -> list[nnx.State] | None:
-    """Returns the blocks' parameters as one entry per layer, which share the memory of the stacked arrays.
-
-    This is for one CPU device, where a scan copies the weights of each layer out of the stack before the
-    matmul: most of the time of a decoding step. On other meshes, where the copy is part of the matmul, the
-    function returns None.
-
-    Args:
-      params: The parameters of a Transformer. They must outlive the returned views, and must not be donated.
-      mesh: The mesh that the parameters are placed on.
-    """
-    if platform(mesh) != "cpu" or mesh.size > 1:
-        return None
-    replicated = NamedSharding(mesh, PartitionSpec())
-    # Device array to numpy, slice, and back to a device array: none of these steps copies. numpy would unpack
-    # int4 to a byte each, so a layer of that is a copy.
-    stacked = jax.tree.map(lambda x: x if x.dtype == jnp.int4 else np.asarray(x), params["blocks"])
-    layers = len(jax.tree.leaves(stacked)[0])
-    return [
-        jax.tree.map(lambda stack, i=layer: jax.device_put(stack[i], replicated, may_alias=True), stacked)
-        for layer in range(layers)
-    ]

@@ -1,5 +1,6 @@
 """Generation of new tokens from prompts, and scoring of given tokens."""
 
+from gemma_jax.sampling.batch import complete_requests
 from gemma_jax.sampling.chat import Chat
 from gemma_jax.sampling.generate import Generator
 from gemma_jax.sampling.requests import Completion, FinishReason, Generation, Request
@@ -15,4 +16,5 @@ __all__ = [
     "Request",
     "Scorer",
     "TextCompletion",
+    "complete_requests",
 ]

@@ -8,14 +8,14 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Hashable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
-from gemma_jax.model import KVCache
-from gemma_jax.sampling.decode import MAX_STEPS, NewTokens, Prompts, Slots, SlotSettings
+from gemma_jax.sampling.decode import MAX_STEPS, Prompts, Slots, SlotSettings
+from gemma_jax.sampling.generate import Generator, Kept, Report
 from gemma_jax.sampling.requests import (
     Completion,
     FinishReason,
@@ -29,9 +29,6 @@ from gemma_jax.sampling.requests import (
 )
 from gemma_jax.sharding import batch_sharding, row_parts
 
-if TYPE_CHECKING:
-    from gemma_jax.sampling.generate import Generator
-
 AHEAD = 1  # calls of `decode` that are under way when the tokens of an earlier one are read
 REFILL_STRIDE = 16  # while prompts wait, tokens between two checks for a free slot
 LOOK_SECONDS = 0.05  # between two looks at a text that somebody watches, or that may contain a stop text
@@ -39,19 +36,43 @@ GROWTH = 4  # of a cache that is full; each size is compiled for
 LEAST_SHARED = 32  # tokens that several prompts begin with, from which on they are computed only once
 
 
-class Report(NamedTuple):
-    """What a program did to the slots of a batch."""
+def complete_requests(
+    generator: Generator,
+    requests: Sequence[Request],
+    completions: Sequence[Completion],
+    *,
+    rows: int = 0,
+    watched: bool = False,
+    keep: bool = False,
+) -> Iterator[None]:
+    """Continues prompts of any lengths.
 
-    new: NewTokens
-    counts: jax.Array  # [B] int32: as in Slots
-    ended: jax.Array  # [B] bool
+    Args:
+      generator: The model.
+      requests: The prompts to continue; their tokens begin with <bos>.
+      completions: One completion for each request, to which the new tokens are added.
+      rows: How many requests are processed at once; 0 means all.
+      watched: Whether somebody waits for each token. The completions then grow every few hundredths of a
+        second, or with each token if that takes longer.
+      keep: Whether to keep the cache of the only request, so that a later request that begins with the
+        same tokens need not compute them again.
 
+    Yields:
+      None whenever tokens were added, and at the end.
 
-class Kept(NamedTuple):
-    """The cache of a text, which a longer text with the same beginning can go on with."""
-
-    beginning: tuple[Hashable, ...]  # as `Request.beginning`, of what is in the cache
-    cache: KVCache  # of one row
+    Raises:
+      UserError: as `Generator.check`.
+    """
+    generator.check(requests)
+    batch = Batch(generator, requests, completions, rows or len(requests), watched=watched)
+    try:
+        while batch.fill():
+            yield
+            batch.decode()
+        yield
+    finally:
+        if keep:
+            generator.kept = batch.kept()
 
 
 class Batch:
@@ -64,7 +85,7 @@ class Batch:
 
     def __init__(
         self,
-        generator: "Generator",
+        generator: Generator,
         requests: Sequence[Request],
         completions: Sequence[Completion],
         rows: int,
@@ -119,9 +140,7 @@ class Batch:
                 steps = min(steps, max(1, int(LOOK_SECONDS / self._step_seconds)))
             self._promised[rows] += steps
             self._make_room(max(len(self._request(row).token_ids) + self._promised[row] for row in rows))
-            self._slots, report = generator.decode(
-                generator.params, self._slots, steps, generator.layers, top=top
-            )
+            self._slots, report = generator.decode(generator.params, self._slots, steps, top=top)
             self._reports.append((range(len(self._counts)), steps, report))
         self._read(everything=room <= 0)
 
@@ -188,7 +207,7 @@ class Batch:
         for first in range(0, lengths.max(), chunk):
             part = self._put(tokens[:, first : first + chunk])
             made_for = 0 if so_far else size
-            arguments = (part, start + first, *about, so_far, generator.layers)
+            arguments = (part, start + first, *about, so_far)
             so_far = generator.prefill(generator.params, *arguments, size=made_for)
         assert so_far is not None
         return so_far

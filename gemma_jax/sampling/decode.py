@@ -9,12 +9,10 @@ S positions in the cache of each slot, D embed, V stored vocabulary rows, E end 
 N alternatives of each token.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from gemma_jax.model import KVCache, Transformer
 from gemma_jax.sampling.select import Options, likeliest, select
@@ -74,7 +72,6 @@ def prefill(
     lengths: jax.Array,
     adapters: jax.Array,
     previous: Prompts | None = None,
-    layers: Sequence[nnx.State] | None = None,
     *,
     size: int = 0,
 ) -> Prompts:
@@ -90,15 +87,14 @@ def prefill(
       lengths: [R] lengths of the whole prompts; 0 in rows that hold none.
       adapters: [R] indices of the adapters.
       previous: What the call for the chunk before returned; None for the first chunk.
-      layers: as `Transformer.extend` takes them.
       size: S of the cache that the first call makes.
     """
     R, P = tokens.shape
     cache, newest = previous or _no_prompts(model, R, size)
     positions = jnp.broadcast_to(start + jnp.arange(P, dtype=jnp.int32), (R, P))
     segments = (positions < lengths[:, None]).astype(jnp.int32)
-    context = Context(adapters=adapters)
-    hidden, cache = model.extend(cache, tokens, positions, segments, layers, context, empty=previous is None)
+    context = Context(adapters=adapters, sampling=True)
+    hidden, cache = model.extend(cache, tokens, positions, segments, context, empty=previous is None)
     last = lengths - 1 - start  # index in the chunk of the prompt's last token
     at_last = jnp.take_along_axis(hidden, jnp.clip(last, 0, P - 1)[:, None, None], axis=1)[:, 0]
     ends_here = (last >= 0) & (last < P)
@@ -130,7 +126,7 @@ def begin(
     """
     zeros = jnp.zeros(len(settings.limits), jnp.int32)
     slots = Slots(*prompts, settings, zeros, zeros, zeros > 0, seen)
-    logits = model.logits(prompts.newest, Context(adapters=settings.adapters))
+    logits = model.logits(prompts.newest, Context(adapters=settings.adapters, sampling=True))
     slots, first = _with_next_token(slots, logits, _keys(settings), ~slots.done, top)
     return slots, jax.tree.map(lambda x: x[:, None], first)
 
@@ -177,7 +173,6 @@ def decode(
     model: Transformer,
     slots: Slots,
     steps: jax.Array,
-    layers: Sequence[nnx.State] | None = None,
     *,
     top: int = 0,
 ) -> tuple[Slots, NewTokens]:
@@ -187,11 +182,10 @@ def decode(
       model: a Transformer.
       slots: As `begin`, `refill` or an earlier `decode` returned them.
       steps: Integer scalar, at most MAX_STEPS.
-      layers: as `Transformer.extend` takes them.
       top: N.
     """
     B = slots.last.shape[0]
-    keys, context = _keys(slots.settings), Context(adapters=slots.settings.adapters)
+    keys, context = _keys(slots.settings), Context(adapters=slots.settings.adapters, sampling=True)
     Carry = tuple[jax.Array, Slots, NewTokens]
 
     def unfinished(carry: Carry) -> jax.Array:
@@ -203,7 +197,7 @@ def decode(
         # Slots that are done are treated as padding, which writes nothing to their part of the cache.
         segments = (~slots.done).astype(jnp.int32)[:, None]
         positions = slots.cache.lengths[:, None]
-        hidden, cache = model.extend(slots.cache, slots.last[:, None], positions, segments, layers, context)
+        hidden, cache = model.extend(slots.cache, slots.last[:, None], positions, segments, context)
         slots = slots._replace(cache=cache)
         logits = model.logits(hidden[:, 0], context)
         slots, chosen = _with_next_token(slots, logits, keys, ~slots.done, top)

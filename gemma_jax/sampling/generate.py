@@ -3,8 +3,7 @@
 Shape legend: B slots.
 """
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,14 +13,12 @@ from jax.sharding import SingleDeviceSharding
 
 from gemma_jax.config import SamplingConfig
 from gemma_jax.memory import require_memory
-from gemma_jax.model import KVCache, ModelSpec, layer_views
+from gemma_jax.model import KVCache, ModelSpec
 from gemma_jax.model.attention import prefill_chunk
 from gemma_jax.model.transformer import compute_dtype
 from gemma_jax.sampling import decode
-from gemma_jax.sampling.batch import Batch, Kept, Report
 from gemma_jax.sampling.decode import NewTokens, Slots
 from gemma_jax.sampling.requests import (
-    Completion,
     Request,
     bucket,
     check_ids,
@@ -32,6 +29,21 @@ from gemma_jax.sharding import batch_sharding, row_parts
 
 BYTES_OF_TOKEN = 64  # approximate size of a token's id and log-probability in Python lists
 BYTES_OF_ALTERNATIVE = 144  # of a tuple with both
+
+
+class Report(NamedTuple):
+    """What a program did to the slots of a batch."""
+
+    new: NewTokens
+    counts: jax.Array  # [B] int32: as in Slots
+    ended: jax.Array  # [B] bool
+
+
+class Kept(NamedTuple):
+    """The cache of a text, which a longer text with the same beginning can go on with."""
+
+    beginning: tuple[Hashable, ...]  # as `Request.beginning`, of what is in the cache
+    cache: KVCache  # of one row
 
 
 class Generator:
@@ -66,12 +78,6 @@ class Generator:
     def use(self, params: nnx.State) -> None:
         """Takes other parameters of the same model, for which nothing is compiled again."""
         self.params = params
-        self.__dict__.pop("layers", None)
-
-    @functools.cached_property
-    def layers(self) -> list[nnx.State] | None:
-        """The blocks' parameters as one entry per layer, where that makes decoding faster; None elsewhere."""
-        return layer_views(self.params, self.mesh)
 
     def cache_size(self, tokens: int) -> int:
         """Returns the cache slots of a row that holds so many tokens."""
@@ -118,40 +124,3 @@ class Generator:
     def chunk(self, length: int) -> int:
         """Returns how many tokens of each prompt prefill processes at once."""
         return prefill_chunk(length, self.config.head_dim, self.dtype, self.mesh)
-
-    def run(
-        self,
-        requests: Sequence[Request],
-        completions: Sequence[Completion],
-        *,
-        rows: int = 0,
-        watched: bool = False,
-        keep: bool = False,
-    ) -> Iterator[None]:
-        """Continues prompts of any lengths.
-
-        Args:
-          requests: The prompts to continue; their tokens begin with <bos>.
-          completions: One completion for each request, to which the new tokens are added.
-          rows: How many requests are processed at once; 0 means all.
-          watched: Whether somebody waits for each token. The completions then grow every few hundredths of a
-            second, or with each token if that takes longer.
-          keep: Whether to keep the cache of the only request, so that a later request that begins with the
-            same tokens need not compute them again.
-
-        Yields:
-          None whenever tokens were added, and at the end.
-
-        Raises:
-          UserError: as `check`.
-        """
-        self.check(requests)
-        batch = Batch(self, requests, completions, rows or len(requests), watched=watched)
-        try:
-            while batch.fill():
-                yield
-                batch.decode()
-            yield
-        finally:
-            if keep:
-                self.kept = batch.kept()

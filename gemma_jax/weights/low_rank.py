@@ -40,8 +40,7 @@ class _Adapted(Weight):
 
     def of(self, name: str, context: Context) -> jax.Array:
         """Returns the array of the adapters, or its copy if the context asks for the reference."""
-        array: jax.Array = getattr(self, f"reference_{name}" if context.reference else name)[...]
-        return array
+        return context.pick(getattr(self, f"reference_{name}" if context.reference else name)[...])
 
     def dense(self, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
         """Returns the dense array of the weight below, without any adapter."""

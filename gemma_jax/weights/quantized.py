@@ -21,9 +21,10 @@ from jax.sharding import Mesh
 
 from gemma_jax.errors import UserError
 from gemma_jax.sharding import RULES, Axes, partition_spec
+from gemma_jax.weights import native
 from gemma_jax.weights.matmul import matmul, precision
 from gemma_jax.weights.table import Parameter
-from gemma_jax.weights.weight import Context, Weight, initial_values, row_block
+from gemma_jax.weights.weight import Weight, initial_values, row_block
 
 FEW_ROWS = 256  # of activations, up to which a weight in blocks is not made dense before the matmul
 
@@ -134,11 +135,10 @@ class Quantized(Weight):
             out = lax.optimization_barrier(out)
         return out.reshape(*leading, -1, *self.parameter.shape[self.parameter.inputs + 1 :])
 
-    def unembed(self, x: jax.Array, dtype: jax.typing.DTypeLike, context: Context) -> jax.Array:
-        """See `Weight.unembed`. The logits are scaled rather than the table."""
-        with jax.named_scope(self.parameter.name):
-            out = matmul(x, self.unscaled(x.dtype).T, dtype=dtype)
-            return out * self.scales()[:, 0].astype(dtype)
+    def _unembed(self, x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+        """See `Weight._unembed`. The logits are scaled rather than the table."""
+        out = matmul(x, self.unscaled(x.dtype).T, dtype=dtype)
+        return out * self.scales()[:, 0].astype(dtype)
 
 
 class Integer(Quantized):
@@ -174,6 +174,14 @@ class Integer(Quantized):
     def scales(self) -> jax.Array:
         """See `Quantized.scales`."""
         return self.scale[...]
+
+    def native_matmul(self, x: jax.Array, layer: jax.Array) -> jax.Array | None:
+        """See `Weight.native_matmul`. Activations are rounded, see `native.integer_matmul`."""
+        return native.integer_matmul(x, self.codes[...], self.scale[...], layer)
+
+    def native_unembed(self, x: jax.Array) -> jax.Array | None:
+        """See `Weight.native_unembed`."""
+        return native.integer_unembed(x, self.codes[...], self.scale[...])
 
     def pack(self, array: jax.Array) -> dict[str, jax.Array]:
         """See `Weight.pack`."""

@@ -21,7 +21,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from gemma_jax.sharding import logical_axes, partition_spec
-from gemma_jax.weights import fsdp
+from gemma_jax.weights import fsdp, native
 from gemma_jax.weights.matmul import matmul, sharded_matmul
 from gemma_jax.weights.structure import Structure
 from gemma_jax.weights.table import Parameter
@@ -38,8 +38,12 @@ class Context:
     """A random key, such as for dropout; None where nothing is random, as in evaluation and sampling."""
     adapters: jax.Array | None = None
     """[B] int32: index of the adapter of each row of the batch; None if no adapters are selected."""
+    layer: jax.Array | None = None
+    """int32 []: the layer to use of weights that hold all layers; None where they hold one layer."""
     reference: bool = dataclasses.field(default=False, metadata={"static": True})
     """Whether to use the frozen copy of the adapters (`Adapters.reference`) in their place."""
+    sampling: bool = dataclasses.field(default=False, metadata={"static": True})
+    """Whether tokens are generated, so that nothing has a gradient and products may be native."""
 
     def of_layer(self, layer: jax.Array | None) -> "Context":
         """Returns the context within one layer, with a key of its own."""
@@ -47,12 +51,23 @@ class Context:
             return self
         return dataclasses.replace(self, key=jax.random.fold_in(self.key, layer))
 
+    def pick(self, array: jax.Array) -> jax.Array:
+        """Returns the part of `layer` of an array of all layers; the array itself if `layer` is None."""
+        if self.layer is None:
+            return array
+        # Without the barrier XLA converts a bfloat16 array of all layers to float32 before the loop.
+        array, layer = lax.optimization_barrier((array, self.layer))
+        return lax.dynamic_index_in_dim(array, layer, keepdims=False)
+
 
 NO_CONTEXT = Context()
 
 
 class Weight(nnx.Module):
-    """The weight of one layer, or the weights of all layers stacked, which a scan slices per layer.
+    """The weight of one layer, or the weights of all layers stacked.
+
+    A scan slices the stacked weights per layer, or `Context.layer` says which layer to use.
+
 
     A kind creates its arrays as `nnx.Param` with the metadata `axes` (logical axes, `layers` first where they
     are stacked), and defines `dense` and `pack`. The arrays of an embedding have the
@@ -90,9 +105,31 @@ class Weight(nnx.Module):
         """[..., *C] activations -> [..., *O] in their dtype, with arrays that fsdp does not split."""
         return matmul(x, self.dense(x.dtype), self.parameter.inputs)
 
+    def native_matmul(self, x: jax.Array, layer: jax.Array) -> jax.Array | None:
+        """[R, C] activations of few rows -> [R, O], both float32, with one layer of the stacked weights.
+
+        None if this kind has no native product (see `native.usable`).
+        """
+        return None
+
+    def _stacked_matmul(self, x: jax.Array, context: Context) -> jax.Array:
+        """`matmul` with the weight of `context.layer`, on one CPU device."""
+        about = self.parameter
+        if native.usable(x, about.inputs, self.mesh):
+            leading = x.shape[: x.ndim - about.inputs]
+            rows = x.reshape(math.prod(leading), -1)
+            assert context.layer is not None
+            out = self.native_matmul(rows, context.layer)
+            if out is not None:
+                return out.reshape(*leading, *about.shape[about.inputs :])
+        structure, arrays = self.parts()
+        return structure.weight([context.pick(array) for array in arrays]).multiply(x)
+
     def matmul(self, x: jax.Array, context: Context) -> jax.Array:
         """[B, L, *C] activations -> [B, L, *O] in their dtype."""
         with jax.named_scope(self.parameter.name):
+            if context.layer is not None:
+                return self._stacked_matmul(x, context)
             # A batch of one is replicated; the partitioner may then prefer to send activations, not weights.
             if self.mesh.shape[fsdp.AXIS] == 1 or len(x) == 1:
                 return self.multiply(x)
@@ -170,10 +207,22 @@ class Weight(nnx.Module):
         """
         return None
 
+    def native_unembed(self, x: jax.Array) -> jax.Array | None:
+        """[R, D] activations of few rows -> [R, V], both float32; None as for `native_matmul`."""
+        return None
+
     def unembed(self, x: jax.Array, dtype: jax.typing.DTypeLike, context: Context) -> jax.Array:
         """[..., D] activations times the transposed table -> [..., V] in `dtype`."""
         with jax.named_scope(self.parameter.name):
-            return matmul(x, self.dense().T, dtype=dtype)
+            if context.sampling and native.usable(x, 1, self.mesh):
+                out = self.native_unembed(x.reshape(-1, x.shape[-1]))
+                if out is not None:
+                    return out.reshape(*x.shape[:-1], -1).astype(dtype)
+            return self._unembed(x, dtype)
+
+    def _unembed(self, x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+        """`unembed` by XLA."""
+        return matmul(x, self.dense().T, dtype=dtype)
 
 
 Kind = Callable[[Parameter, Mesh, nnx.Rngs, jnp.dtype], Weight]
@@ -198,6 +247,14 @@ class Dense(Weight):
     def pack(self, array: jax.Array) -> dict[str, jax.Array]:
         """See `Weight.pack`."""
         return {"array": array.astype(self.array.dtype)}
+
+    def native_matmul(self, x: jax.Array, layer: jax.Array) -> jax.Array | None:
+        """See `Weight.native_matmul`."""
+        return native.matmul(x, self.array[...], layer)
+
+    def native_unembed(self, x: jax.Array) -> jax.Array | None:
+        """See `Weight.native_unembed`."""
+        return native.unembed(x, self.array[...])
 
 
 def row_block(rows: int) -> int:

@@ -11,7 +11,7 @@ from scipy.special import log_softmax
 
 from gemma_jax import Gemma
 from gemma_jax.config import SamplingConfig
-from gemma_jax.sampling import Completion, Generator, Request
+from gemma_jax.sampling import Completion, Generator, Request, complete_requests
 from gemma_jax.sampling.requests import requests_of
 from gemma_jax.sharding import named_arrays, with_arrays
 from gemma_jax.testing import tiny_gemma
@@ -54,7 +54,7 @@ def complete(
 
 def run(generator: Generator, requests: Sequence[Request], rows: int = 0) -> list[Completion]:
     completions = [Completion() for _ in requests]
-    for _ in generator.run(requests, completions, rows=rows):
+    for _ in complete_requests(generator, requests, completions, rows=rows):
         pass
     return completions
 

@@ -11,7 +11,7 @@ from gemma_jax import Gemma
 from gemma_jax.config import PRESETS, ComputeConfig, SamplingConfig
 from gemma_jax.errors import UserError
 from gemma_jax.model import ModelSpec
-from gemma_jax.sampling import Completion, Generator
+from gemma_jax.sampling import Completion, Generator, complete_requests
 from gemma_jax.sampling.requests import Request, Widths, padded, requests_of, slot_settings
 from gemma_jax.testing import cpu_mesh, relative_difference
 from tests.messages import naming
@@ -92,7 +92,10 @@ def test_what_is_made_does_not_depend_on_how_often_it_is_looked_at(
 ) -> None:
     config = SamplingConfig(NEW, temperature=temperature, seed=2)
     requests, completions = requests_of(PROMPTS, config, []), [Completion() for _ in PROMPTS]
-    looks = [len(completions[0].token_ids) for _ in generator.run(requests, completions, watched=True)]
+    looks = [
+        len(completions[0].token_ids)
+        for _ in complete_requests(generator, requests, completions, watched=True)
+    ]
     assert looks == sorted(looks) and len(set(looks)) > 3 and looks[-1] == NEW
     assert completions == complete(generator, PROMPTS, config)
 
@@ -106,7 +109,9 @@ def test_a_row_that_its_caller_ends_gets_no_further_token(
             return len(self.token_ids) >= 4
 
     completions = [Completion(), Completion(), Short(), Completion()]
-    for _ in generator.run(requests_of(PROMPTS, SamplingConfig(NEW), []), completions, watched=True):
+    for _ in complete_requests(
+        generator, requests_of(PROMPTS, SamplingConfig(NEW), []), completions, watched=True
+    ):
         pass
     assert [len(completion.token_ids) for completion in completions] == [NEW, NEW, 4, NEW]
     for completion, whole in zip(completions, greedy, strict=True):
@@ -197,10 +202,10 @@ def test_a_slot_that_is_done_writes_nothing_into_its_cache(generator: Generator)
     requests = [Request([2, 17, 300], SamplingConfig(new), []) for new in (2, NEW)]
     settings = slot_settings(requests, 2, Widths(), generator.config.context_length)
     tokens, lengths = padded([request.token_ids for request in requests], 2, 16)
-    arguments = (tokens, 0, lengths, settings.adapters, None, generator.layers)
+    arguments = (tokens, 0, lengths, settings.adapters, None)
     prompts = generator.prefill(generator.params, *arguments, size=32)
     slots, _ = generator.begin(generator.params, prompts, settings, None)
-    slots, _ = generator.decode(generator.params, slots, NEW, generator.layers)
+    slots, _ = generator.decode(generator.params, slots, NEW)
     # The newest token of each is not in the cache yet.
     assert slots.cache.lengths.tolist() == [3 + 2 - 1, 3 + NEW - 1]
 
@@ -279,12 +284,11 @@ def test_memory_of_a_long_prefill(dtype: Any) -> None:
     spec = ModelSpec(config, ComputeConfig(dtype=dtype, param_dtype="bfloat16"), cpu_mesh(1))
     generator = Generator(spec, spec.params)
     chunk = generator.chunk(8000)
-    layer = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), spec.params["blocks"])
     integers = [jax.ShapeDtypeStruct(shape, np.int32) for shape in ((1, chunk), (), (1,))]
     arguments = (spec.params, *integers, jax.ShapeDtypeStruct((1,), np.int32))
     so_far = jax.eval_shape(lambda *x: generator.prefill(*x, size=8064), *arguments)
     for before, size in ((None, 8064), (so_far, 0)):
-        compiled = generator.prefill.lower(*arguments, before, [layer, layer], size=size).compile()
+        compiled = generator.prefill.lower(*arguments, before, size=size).compile()
         assert compiled.memory_analysis().temp_size_in_bytes < 2**30
 
 
