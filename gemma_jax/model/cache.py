@@ -97,8 +97,8 @@ class KVCache:
         """Returns copies of the rows `rows` [R] that have only their first `lengths` [R] slots in use."""
         used = jnp.arange(self.positions.shape[1]) < lengths[:, None]
         return KVCache(
-            keys=self.keys[:, rows],
-            values=self.values[:, rows],
+            keys=self.keys[:, :, rows],
+            values=self.values[:, :, rows],
             positions=self.positions[rows],
             segments=jnp.where(used, self.segments[rows], 0),
             lengths=lengths,

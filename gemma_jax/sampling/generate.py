@@ -71,7 +71,7 @@ class Generator:
             for function in (decode.begin, decode.refill, decode.decode)
         )
         self.free = jax.jit(decode.free, donate_argnums=0)
-        self.grown = jax.jit(KVCache.grown, static_argnums=1, donate_argnums=0)
+        self.grown = jax.jit(KVCache.grown, static_argnums=1)
         self.beginnings = jax.jit(KVCache.beginnings)
         self.kept: Kept | None = None
 
