@@ -29,8 +29,10 @@ def base_spec(spec: ModelSpec) -> ModelSpec:
 def base_identity(spec: ModelSpec, params: nnx.State) -> dict[str, Any]:
     """Returns what identifies the weights below adapters, as JSON. It is the same on any mesh.
 
-    `weights` covers every array, as it is in memory: its value depends on the dtype and the quantization,
-    which are returned, too. `norms` covers the scales of the norms in bfloat16, which quantization leaves.
+    `weights` covers the arrays as they are in memory, so its value depends on the dtype and the quantization,
+    which are returned, too. The scales of quantised weights are left out, because the last bits of a sum
+    depend on how the mesh splits it. `norms` covers the scales of the norms in bfloat16, which quantization
+    leaves.
 
     Args:
       spec: The spec of the model with or without adapters.
@@ -40,6 +42,10 @@ def base_identity(spec: ModelSpec, params: nnx.State) -> dict[str, Any]:
     wanted = named_arrays(below.params)
     arrays = {name.replace(".base", "", 1): x for name, x in named_arrays(params).items()}
     arrays = {name: x for name, x in arrays.items() if name in wanted}
+    codes = {name.removesuffix("codes") for name in arrays if name.endswith(".codes")}
+    arrays = {
+        n: x for n, x in arrays.items() if n.endswith(".codes") or n.rpartition(".")[0] + "." not in codes
+    }
     norms = {name: x.astype(jnp.bfloat16) for name, x in arrays.items() if name.endswith("_norm")}
 
     def digest(arrays: Arrays) -> str:

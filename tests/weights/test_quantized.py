@@ -12,6 +12,7 @@ from flax import nnx
 from gemma_jax.config import PRESETS, ComputeConfig, replace
 from gemma_jax.errors import UserError
 from gemma_jax.model import ModelSpec
+from gemma_jax.pretrained.adapted import base_identity
 from gemma_jax.sharding import named_arrays
 from gemma_jax.testing import assert_same, assert_same_on_meshes, cpu_mesh
 from gemma_jax.weights import Context, Parameter, Quantization, Weight, parameter_table, quantized
@@ -52,10 +53,11 @@ def test_a_quantised_model_is_its_dequantised_one(
 ) -> None:
     monkeypatch.setattr(quantized, "FEW_ROWS", few)
     one, eight = spec_of(kind, cpu_mesh(1)), spec_of(kind, cpu_mesh(8, data=2, fsdp=2, tensor=2))
-    params = one.init(0)
+    params, spread = one.init(0), eight.init(0)
     expected = log_probs(*densified(one, params))
     assert_same(log_probs(one, params), expected, 1e-5)
-    assert_same(log_probs(eight, eight.init(0)), expected, 1e-5)
+    assert_same(log_probs(eight, spread), expected, 1e-5)
+    assert base_identity(one, params) == base_identity(eight, spread)
 
 
 @pytest.mark.parametrize("few", [0, 10**6], ids=["many rows", "few rows"])
