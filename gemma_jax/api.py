@@ -37,6 +37,8 @@ from gemma_jax.startup import keep_programs
 from gemma_jax.tokenizer import Tokenizer
 from gemma_jax.weights import Context, Quantization, parameter_table
 
+PROGRAMS = "~/.cache/gemma_jax/programs"  # that were compiled for sampling
+
 
 class Gemma:
     """A Gemma model on a mesh, with its tokenizer.
@@ -126,7 +128,7 @@ class Gemma:
         kind = found.kind(quantization)
         device_mesh = make_mesh(mesh or MeshConfig())
         compute = replace(compute or ComputeConfig(), {"param_dtype": dtype} if dtype else {})
-        keep_programs(compute.compilation_cache)
+        keep_programs(compute.compilation_cache, PROGRAMS)
         tokenizer = found.tokenizer()  # before the weights, so that its errors are reported at once
         ends = found.end_tokens(instruction_tuned)
         spec = ModelSpec(found.config, compute, device_mesh, kind)

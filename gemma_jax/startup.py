@@ -192,7 +192,11 @@ def any_process(flag: bool) -> bool:
     return jax.process_count() > 1 and bool(np.any(multihost_utils.process_allgather(np.array(flag)))) or flag
 
 
-def keep_programs(folder: str) -> None:
-    """Cache compiled programs in a folder or bucket. Does nothing if `folder` is empty."""
+def keep_programs(folder: str, default: str = "") -> None:
+    """Keeps compiled programs in a folder or bucket.
+
+    If `folder` is empty, it is the one that jax was told to use, or else `default`; that may be empty, too.
+    """
+    folder = folder or (default if jax.config.values["jax_compilation_cache_dir"] is None else "")
     if folder:
         jax.config.update("jax_compilation_cache_dir", str(user_path(folder)))

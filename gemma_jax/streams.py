@@ -72,10 +72,15 @@ def _guarded(number: int, stream: TextIO | None) -> TextIO:
     return made
 
 
+def told(text: str) -> None:
+    """Prints a line to standard error, if that is a terminal."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        print(text, file=sys.stderr, flush=True)
+
+
 def progress(text: str) -> None:
     """Prints what the program is doing to standard error, if that is a terminal."""
-    if sys.stderr is not None and sys.stderr.isatty():
-        print(f"{text} ...", file=sys.stderr, flush=True)
+    told(f"{text} ...")
 
 
 def write_now(text: str) -> None:

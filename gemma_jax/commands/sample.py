@@ -3,12 +3,22 @@
 import dataclasses
 import json
 import sys
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gemma_jax.config import LoadConfig, SampleConfig, read_command, validate_sample
+from gemma_jax.config import (
+    LoadConfig,
+    SampleConfig,
+    SamplingConfig,
+    read_command,
+    sampling_config,
+    validate_sample,
+)
 from gemma_jax.errors import UserError
-from gemma_jax.streams import progress
+from gemma_jax.paths import parse_json, read_text
+from gemma_jax.streams import progress, told
 
 if TYPE_CHECKING:
     from gemma_jax.api import Gemma
@@ -35,7 +45,37 @@ def load_gemma(checkpoint: str, config: LoadConfig) -> "Gemma":
     )
 
 
-def encoded_prompts(checkpoint: str, config: SampleConfig) -> tuple[list[list[int]], bool]:
+def read_prompts(config: SampleConfig) -> tuple[list[str], list[SamplingConfig]]:
+    """Returns the prompts of the command line and of prompt_file, and the settings of each.
+
+    Raises:
+      UserError: The file cannot be read, is no text, or has a line that is not an object with a prompt and
+        settings.
+    """
+    prompts, configs = [*config.prompt], [sampling_config(config, {})] * len(config.prompt)
+    name = config.prompt_file
+    if name:
+        text = sys.stdin.read() if name == "-" else read_text(Path(name).expanduser())
+        if not (config.json if name == "-" else name.endswith(".jsonl")):
+            return [*prompts, text.removesuffix("\n")], [*configs, sampling_config(config, {})]
+        for number, line in enumerate(text.split("\n"), start=1):
+            if not line.strip():
+                continue
+            where = f"line {number} of {'standard input' if name == '-' else name}"
+            entry = parse_json(line, where)
+            if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str) or not entry["prompt"]:
+                raise UserError(f'{where} is no object with a prompt; write {{"prompt": TEXT}}.')
+            prompts.append(entry.pop("prompt"))
+            try:
+                configs.append(sampling_config(config, entry))
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from error
+    return prompts, configs
+
+
+def encoded_prompts(
+    checkpoint: str, config: SampleConfig, texts: Sequence[str], configs: Sequence[SamplingConfig]
+) -> tuple[list[list[int]], bool]:
     """Returns the token ids of each prompt, and whether they are turns of a dialogue.
 
     Raises:
@@ -52,11 +92,11 @@ def encoded_prompts(checkpoint: str, config: SampleConfig) -> tuple[list[list[in
     found, tokenizer = open_checkpoint(checkpoint), require_tokenizer(checkpoint)
     ends = found.end_tokens(config.is_instruction_tuned)
     as_turn = END_OF_TURN in ends and not config.raw
-    prompts = [encode_prompt(tokenizer, prompt, turn=as_turn) for prompt in config.prompt]
+    prompts = [encode_prompt(tokenizer, prompt, turn=as_turn) for prompt in texts]
     spec = ModelSpec(found.config, config.compute, make_mesh(config.mesh), found.kind(config.quantization))
     generator = Generator(spec, spec.params)
-    generator.check_memory(prompts, [config] * len(prompts))
-    generator.check(requests_of(prompts, config, ends))
+    generator.check_memory(prompts, configs)
+    generator.check(requests_of(prompts, configs, ends))
     return prompts, as_turn
 
 
@@ -68,31 +108,69 @@ def run(arguments: Sequence[str], prog: str) -> int:
     (checkpoint,), config = read_command(
         arguments, prog, "CHECKPOINT", SampleConfig(), validate=validate_sample
     )
-    if not config.prompt:
+    texts, configs = read_prompts(config)
+    if not all(texts) or not texts:
         raise UserError(f"there is nothing to continue; add --prompt TEXT (see `{prog} --help`).")
+    one = len(texts) == configs[0].samples == 1
+    if config.stream and not one:
+        raise UserError("stream shows one continuation as it is made; give a single prompt.")
 
-    prompts, as_turn = encoded_prompts(checkpoint, config)
+    prompts, as_turn = encoded_prompts(checkpoint, config, texts, configs)
     gemma = load_gemma(checkpoint, config)
     if as_turn:
         print(
             f"{checkpoint} is instruction-tuned, so its chat template is applied (--raw disables it)",
             file=sys.stderr,
         )
-    if config.stream:
-        print(config.prompt[0], end="\n" if as_turn else "", flush=True)
-        for piece in gemma.stream(prompts[0], config):
-            print(piece, end="", flush=True)
-        print()
-        return 0
-    repeated = [prompt for prompt in config.prompt for _ in range(config.samples)]
     progress("compiling and generating")
-    generations = gemma.generate(prompts, config)
-    for index, (prompt, generation) in enumerate(zip(repeated, generations, strict=True)):
+    watch = Watch()
+    if config.stream or (one and not config.json and sys.stdout.isatty()):
+        print(texts[0], end="\n" if as_turn else "", flush=True)
+        made = ""
+        for piece in gemma.stream(prompts[0], configs[0]):
+            print(piece, end="", flush=True)
+            made += piece
+        print()
+        watch.report(len(gemma.tokenizer.encode(made)))
+        return 0
+    generations = gemma.generate(prompts, configs)
+    watch.report(sum(len(generation.token_ids) for generation in generations))
+    places = [
+        (number, sample, text)
+        for number, (text, of_prompt) in enumerate(zip(texts, configs, strict=True), start=1)
+        for sample in range(1, of_prompt.samples + 1)
+    ]
+    for (number, sample, text), generation in zip(places, generations, strict=True):
         if config.json:
-            print(json.dumps({"prompt": prompt, "turn": as_turn, **dataclasses.asdict(generation)}))
+            print(json.dumps({"prompt": text, "turn": as_turn, **dataclasses.asdict(generation)}))
             continue
-        if len(repeated) > 1:  # a text may contain empty lines, so these cannot separate texts
-            number, sample = divmod(index, config.samples)
-            print(f"--- prompt {number + 1}, sample {sample + 1} ---")
-        print(prompt + ("\n" if as_turn else "") + generation.text)
+        if len(places) > 1:  # a text may contain empty lines, so these cannot separate texts
+            print(f"--- prompt {number}, sample {sample} ---")
+        print(text + ("\n" if as_turn else "") + generation.text)
     return 0
+
+
+class Watch:
+    """Measures a command from now on: its time, and the programs that jax compiles meanwhile."""
+
+    def __init__(self) -> None:
+        import jax
+
+        self._start, self._compiled, self._found, self._compiling = time.monotonic(), 0, 0, 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._on_duration)
+        jax.monitoring.register_event_listener(self._on_event)
+
+    def _on_duration(self, event: str, duration_secs: float, **_: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            self._compiled, self._compiling = self._compiled + 1, self._compiling + duration_secs
+
+    def _on_event(self, event: str, **_: object) -> None:
+        self._found += event == "/jax/compilation_cache/cache_hits"
+
+    def report(self, tokens: int) -> None:
+        """Tells a terminal how fast tokens were made; the time for compiling does not count."""
+        seconds = time.monotonic() - self._start - self._compiling
+        told(
+            f"{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:.1f} a second; {self._compiled} "
+            f"programs made in {self._compiling:.1f} s, {self._found} of them from the cache"
+        )

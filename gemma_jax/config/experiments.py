@@ -110,10 +110,15 @@ class SampleConfig(LoadConfig, SamplingConfig):
     """Continue prompts with a trained model."""
 
     prompt: tuple[str, ...] = setting((), "Text to continue; may be given several times.")
+    prompt_file: str = setting(
+        "",
+        "A file that is another prompt, or - for standard input. Of a .jsonl file, or - with --json, a line "
+        "is an object with a prompt and, where they differ, settings of sampling.",
+    )
     raw: bool = setting(
         False, "Continue the prompt as it is, where an instruction-tuned model would get it as a turn."
     )
-    stream: bool = setting(False, "Print text while it is made; for a single prompt and sample.")
+    stream: bool = setting(False, "Print text while it is made, as in a terminal; for a single prompt.")
     json: bool = setting(False, "Print one JSON object a line and nothing else.")
 
 

@@ -351,3 +351,6 @@ class SamplingConfig:
     end_tokens: tuple[int, ...] = setting((), "Token ids that end a continuation, besides the model's.", 0)
     top_log_probs: int = setting(0, "Likeliest tokens to list for each new one, with --json.", 0, 1024)
     prompt_log_probs: bool = setting(False, "List the prompt's log-probabilities, with --json.")
+    prompt_lookup: int = setting(
+        0, "Tokens to guess at each step from what followed the same two tokens before; 0 for none.", 0, 32
+    )

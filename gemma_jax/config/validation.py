@@ -225,10 +225,7 @@ def validate_sample(config: SampleConfig) -> None:
     _require(all(config.prompt), "prompt holds an empty text; give it a text to continue, or leave it out.")
     if config.stream:
         validate_stream(config)
-        _require(
-            len(config.prompt) <= 1 and not config.json,
-            "stream shows one continuation as it is made; give a single prompt, without json.",
-        )
+        _require(not config.json, "stream prints text as it is made, and json prints objects; leave one out.")
     elif not config.json:
         lists = config.top_log_probs or config.prompt_log_probs
         _require(not lists, "top_log_probs and prompt_log_probs are printed by --json only; add it.")

@@ -93,13 +93,18 @@ class KVCache:
         positions, segments = (jnp.pad(x, [(0, 0), (0, more)]) for x in (self.positions, self.segments))
         return KVCache(keys, values, positions, segments, self.lengths)
 
+    def shortened(self, lengths: jax.Array) -> "KVCache":
+        """Returns the cache with only the first `lengths` [B] slots of each row in use."""
+        used = jnp.arange(self.positions.shape[1]) < lengths[:, None]
+        return dataclasses.replace(self, segments=jnp.where(used, self.segments, 0), lengths=lengths)
+
     def beginnings(self, rows: jax.Array, lengths: jax.Array) -> "KVCache":
         """Returns copies of the rows `rows` [R] that have only their first `lengths` [R] slots in use."""
-        used = jnp.arange(self.positions.shape[1]) < lengths[:, None]
-        return KVCache(
+        whole = KVCache(
             keys=self.keys[:, :, rows],
             values=self.values[:, :, rows],
             positions=self.positions[rows],
-            segments=jnp.where(used, self.segments[rows], 0),
-            lengths=lengths,
+            segments=self.segments[rows],
+            lengths=self.lengths[rows],
         )
+        return whole.shortened(lengths)

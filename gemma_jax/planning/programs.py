@@ -14,6 +14,7 @@ from gemma_jax.memory import shard_bytes
 from gemma_jax.model import ModelSpec
 from gemma_jax.model.cache import KEYS_AXES
 from gemma_jax.planning.traffic import Parameter, parameters
+from gemma_jax.sampling.decode import Said
 from gemma_jax.sampling.generate import Generator
 from gemma_jax.sampling.requests import Widths, slot_settings
 from gemma_jax.sharding import batch_sharding, named_arrays, partition_spec
@@ -104,7 +105,7 @@ def _sampling(mode: Mode, config: TrainingConfig, mesh: Mesh, new_tokens: int, k
         lowered = generator.prefill.lower(params, *prompts, size=size)
         return Program(lowered, held | {"batch": _bytes_a_device(batch)}, known, rows * length, None)
     cached = jax.eval_shape(lambda p, *args: generator.prefill(p, *args, size=size), params, *prompts)
-    state, _ = jax.eval_shape(lambda *args: generator.begin(*args, None), params, cached, settings)
+    state, _ = jax.eval_shape(lambda *args: generator.begin(*args, Said()), params, cached, settings)
     # The shardings that prefill produces: the cache is split by rows and heads, everything else by rows.
     where = jax.tree.map(lambda _: by_row, state)
     cache = NamedSharding(mesh, partition_spec(KEYS_AXES, state.cache.keys.shape, mesh, "cache"))

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gemma_jax.sampling.decode import MAX_STEPS, Prompts, Slots, SlotSettings
+from gemma_jax.sampling.decode import MAX_STEPS, Prompts, Said, Slots, SlotSettings
 from gemma_jax.sampling.generate import Generator, Kept, Report
 from gemma_jax.sampling.requests import (
     Completion,
@@ -104,9 +104,11 @@ class Batch:
         self._looked, self._step_seconds = 0.0, math.inf
         longest = max(len(request.token_ids) for request in requests)
         most = max(request.config.max_new_tokens for request in requests)
-        self._size = generator.cache_size(longest + min(most, MAX_STEPS))
         # The same widths for all requests, so that a refill needs no new compilation.
         self._widths = Widths.of(requests)
+        # With guesses it is not known here how many tokens a call adds.
+        first = most if self._widths.guesses else min(most, MAX_STEPS)
+        self._size = generator.cache_size(longest + first + self._widths.guesses)
         self._slots: Slots | None = None
 
     def fill(self) -> bool:
@@ -131,7 +133,7 @@ class Batch:
 
     def decode(self) -> None:
         """Begins to generate further tokens for every slot in use, and hands out those made before."""
-        generator, top = self._generator, self._widths.top
+        generator, widths = self._generator, self._widths
         rows = [*self._active]
         room = max(self._limit(row) - self._promised[row] for row in rows)
         if room > 0:
@@ -140,7 +142,9 @@ class Batch:
                 steps = min(steps, max(1, int(LOOK_SECONDS / self._step_seconds)))
             self._promised[rows] += steps
             self._make_room(max(len(self._request(row).token_ids) + self._promised[row] for row in rows))
-            self._slots, report = generator.decode(generator.params, self._slots, steps, top=top)
+            self._slots, report = generator.decode(
+                generator.params, self._slots, steps, top=widths.top, guesses=widths.guesses
+            )
             self._reports.append((range(len(self._counts)), steps, report))
         self._read(everything=room <= 0)
 
@@ -223,9 +227,9 @@ class Batch:
         generator, widths, total = self._generator, self._widths, len(self._counts)
         whole = self._slots is None and len(set(sources)) == len(rows)
         filled = total if whole else row_bucket(len(rows), row_parts(generator.mesh))
-        settings, seen = self._put(self._settings([self._request(row) for row in rows], filled))
+        settings, said = self._put(self._settings([self._request(row) for row in rows], filled))
         if whole:
-            self._slots, report = generator.begin(generator.params, prompts, settings, seen, top=widths.top)
+            self._slots, report = generator.begin(generator.params, prompts, settings, said, top=widths.top)
         else:
             if self._slots is None:
                 empty = self._put(self._settings([], total))
@@ -233,19 +237,23 @@ class Batch:
             # Rows that only pad the batch have an index out of range, so `refill` drops them.
             unused = filled - len(rows)
             places = (np.array([*x, *[pad] * unused], np.int32) for x, pad in ((sources, 0), (rows, total)))
-            arguments = (self._slots, prompts, *places, settings, seen)
+            arguments = (self._slots, prompts, *places, settings, said)
             self._slots, report = generator.refill(generator.params, *arguments, top=widths.top)
         self._held |= {row: self._request(row).beginning for row in rows}
         self._reports.append((rows, 0, report))
 
-    def _settings(self, requests: Sequence[Request], rows: int) -> tuple[SlotSettings, np.ndarray | None]:
+    def _settings(self, requests: Sequence[Request], rows: int) -> tuple[SlotSettings, Said]:
         """Returns the settings of slots and the tokens of their prompts, as `decode.begin` takes them."""
         config, widths = self._generator.config, self._widths
         seen = np.zeros((rows, config.vocab_rows), bool) if widths.penalty else None
-        if seen is not None:
-            for row, request in enumerate(requests):
+        texts = np.zeros((rows, config.context_length), np.int32) if widths.guesses else None
+        for row, request in enumerate(requests):
+            if seen is not None:
                 seen[row, list(request.token_ids)] = True
-        return slot_settings(requests, rows, widths, config.context_length), seen
+            if texts is not None:
+                texts[row, : len(request.token_ids)] = request.token_ids
+        settings = slot_settings(requests, rows, widths, config.context_length)
+        return settings, Said(seen, texts)  # type: ignore[arg-type]  # numpy arrays, before they are sent
 
     def _read(self, *, everything: bool = False) -> None:
         """Hands out the tokens of all calls but the newest, or of all of them."""

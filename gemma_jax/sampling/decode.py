@@ -39,6 +39,13 @@ class Prompts(NamedTuple):
     newest: jax.Array  # [R, D]: the final hidden state of each prompt's last token
 
 
+class Said(NamedTuple):
+    """The tokens of the prompts and texts of slots, in the forms that some setting needs; None in others."""
+
+    seen: jax.Array | None = None  # [B, V] bool: which tokens occur, for a repetition penalty
+    texts: jax.Array | None = None  # [B, context length] int32: the tokens in order, for guesses
+
+
 class Slots(NamedTuple):
     """The state of a batch between two calls of `refill`, `free` and `decode`."""
 
@@ -48,7 +55,7 @@ class Slots(NamedTuple):
     last: jax.Array  # [B] int32: the newest token, not yet in the cache
     counts: jax.Array  # [B] int32: new tokens so far, the end token included
     ended: jax.Array  # [B] bool: an end token was sampled
-    seen: jax.Array | None  # [B, V] bool: tokens of prompt and text; None if no slot has a repetition penalty
+    said: Said
 
     @property
     def done(self) -> jax.Array:
@@ -106,14 +113,14 @@ def _no_prompts(model: Transformer, rows: int, size: int) -> Prompts:
     return Prompts(cache, jnp.zeros((rows, model.config.embed_dim), model.dtype))
 
 
-def empty_slots(model: Transformer, settings: SlotSettings, seen: jax.Array | None, *, size: int) -> Slots:
+def empty_slots(model: Transformer, settings: SlotSettings, said: Said, *, size: int) -> Slots:
     """Returns slots with nothing in a cache of `size` positions; the settings must have limits of 0."""
     zeros = jnp.zeros(len(settings.limits), jnp.int32)
-    return Slots(*_no_prompts(model, len(zeros), size), settings, zeros, zeros, zeros > 0, seen)
+    return Slots(*_no_prompts(model, len(zeros), size), settings, zeros, zeros, zeros > 0, said)
 
 
 def begin(
-    model: Transformer, prompts: Prompts, settings: SlotSettings, seen: jax.Array | None, *, top: int = 0
+    model: Transformer, prompts: Prompts, settings: SlotSettings, said: Said, *, top: int = 0
 ) -> tuple[Slots, NewTokens]:
     """Makes a slot of each prompt, and chooses its first token.
 
@@ -121,11 +128,11 @@ def begin(
       model: a Transformer.
       prompts: Q prompts.
       settings: Settings of the Q slots. One without a prompt must have limit 0.
-      seen: [Q, V] bool, the tokens of each prompt; None if no slot has a repetition penalty.
+      said: The tokens of the prompts.
       top: N.
     """
     zeros = jnp.zeros(len(settings.limits), jnp.int32)
-    slots = Slots(*prompts, settings, zeros, zeros, zeros > 0, seen)
+    slots = Slots(*prompts, settings, zeros, zeros, zeros > 0, said)
     logits = model.logits(prompts.newest, Context(adapters=settings.adapters, sampling=True))
     slots, first = _with_next_token(slots, logits, _keys(settings), ~slots.done, top)
     return slots, jax.tree.map(lambda x: x[:, None], first)
@@ -138,7 +145,7 @@ def refill(
     sources: jax.Array,
     rows: jax.Array,
     settings: SlotSettings,
-    seen: jax.Array | None,
+    said: Said,
     *,
     top: int = 0,
 ) -> tuple[Slots, NewTokens]:
@@ -150,11 +157,11 @@ def refill(
       prompts: The new prompts; None takes those that slots began with, done or not.
       sources: [Q] index of each new slot's prompt in `prompts`, or of the slot that has the prompt.
       rows: [Q] indices of the slots that are replaced. A new slot whose index is B or larger is dropped.
-      settings, seen, top: as `begin` takes them.
+      settings, said, top: as `begin` takes them.
     """
     found = Prompts(slots.cache, slots.newest) if prompts is None else prompts
     cache = found.cache.beginnings(sources, settings.prompt_lengths)
-    new, first = begin(model, Prompts(cache, found.newest[sources]), settings, seen, top=top)
+    new, first = begin(model, Prompts(cache, found.newest[sources]), settings, said, top=top)
 
     def put(old: jax.Array, new: jax.Array) -> jax.Array:
         return old.at[rows].set(new, mode="drop")
@@ -170,47 +177,71 @@ def free(slots: Slots, chosen: jax.Array) -> Slots:
 
 
 def decode(
-    model: Transformer,
-    slots: Slots,
-    steps: jax.Array,
-    *,
-    top: int = 0,
+    model: Transformer, slots: Slots, steps: jax.Array, *, top: int = 0, guesses: int = 0
 ) -> tuple[Slots, NewTokens]:
-    """Generates up to `steps` more tokens in every slot that is not done.
+    """Generates `steps` more tokens, or up to `guesses` more than that, in every slot that is not done.
+
+    With guesses a step computes several tokens at once: the newest, and what followed the last time that the
+    text had the newest two (prompt lookup decoding). Each token is then chosen as without guesses, from the
+    logits after the tokens before it, until one differs from its guess. So the text is the same.
 
     Args:
       model: a Transformer.
-      slots: As `begin`, `refill` or an earlier `decode` returned them.
+      slots: As `begin`, `refill` or an earlier `decode` returned them. For guesses they have `said.texts`.
       steps: Integer scalar, at most MAX_STEPS.
       top: N.
+      guesses: How many tokens each step guesses.
     """
-    B = slots.last.shape[0]
-    keys, context = _keys(slots.settings), Context(adapters=slots.settings.adapters, sampling=True)
-    Carry = tuple[jax.Array, Slots, NewTokens]
+    B, before = slots.last.shape[0], slots.counts
+    rows, keys = jnp.arange(B), _keys(slots.settings)
+    context = Context(adapters=slots.settings.adapters, sampling=True)
+    Carry = tuple[Slots, NewTokens]
 
-    def unfinished(carry: Carry) -> jax.Array:
-        step, slots, _ = carry
-        return (step < steps) & ~jnp.all(slots.done)
+    def live(slots: Slots) -> jax.Array:
+        return ~slots.done & (slots.counts < before + steps)
 
     def body(carry: Carry) -> Carry:
-        step, slots, new = carry
+        slots, new = carry
+        going, lengths, had = live(slots), slots.cache.lengths, slots.counts
+        guessed = _guesses(slots, guesses)
+        tokens = jnp.concatenate([slots.last[:, None], guessed], axis=1)
+        positions = lengths[:, None] + jnp.arange(1 + guesses, dtype=jnp.int32)
         # Slots that are done are treated as padding, which writes nothing to their part of the cache.
-        segments = (~slots.done).astype(jnp.int32)[:, None]
-        positions = slots.cache.lengths[:, None]
-        hidden, cache = model.extend(slots.cache, slots.last[:, None], positions, segments, context)
-        slots = slots._replace(cache=cache)
-        logits = model.logits(hidden[:, 0], context)
-        slots, chosen = _with_next_token(slots, logits, keys, ~slots.done, top)
-        new = jax.tree.map(lambda all, one: all.at[:, step].set(one), new, chosen)
-        return step + 1, slots, new
+        segments = jnp.broadcast_to(going[:, None], tokens.shape).astype(jnp.int32)
+        hidden, cache = model.extend(slots.cache, tokens, positions, segments, context)
+        logits = model.logits(hidden, context)
+        for place in range(1 + guesses):
+            column = jnp.where(going, slots.counts - before, new.tokens.shape[1])
+            slots, chosen = _with_next_token(slots, logits[:, place], keys, going, top)
+            new = jax.tree.map(
+                lambda all, one, at=column: all.at[rows, at].set(one, mode="drop"), new, chosen
+            )
+            if place < guesses:
+                going &= ~slots.done & (chosen.tokens == guessed[:, place])
+        if guesses:  # what was guessed wrongly leaves the cache
+            cache = cache.shortened(lengths + slots.counts - had)
+        return slots._replace(cache=cache), new
 
-    N = min(top, model.config.vocab_rows)
+    N, most = min(top, model.config.vocab_rows), MAX_STEPS + guesses
     new = NewTokens(
-        *(jnp.zeros((B, MAX_STEPS), dtype) for dtype in (jnp.int32, jnp.float32)),
-        *(jnp.zeros((B, MAX_STEPS, N), dtype) for dtype in (jnp.int32, jnp.float32)),
+        *(jnp.zeros((B, most), dtype) for dtype in (jnp.int32, jnp.float32)),
+        *(jnp.zeros((B, most, N), dtype) for dtype in (jnp.int32, jnp.float32)),
     )
-    _, slots, new = jax.lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), slots, new))
-    return slots, new
+    return jax.lax.while_loop(lambda carry: jnp.any(live(carry[0])), body, (slots, new))
+
+
+def _guesses(slots: Slots, count: int) -> jax.Array:
+    """Returns [B, count] tokens: what followed the last time that each slot's text had the newest two."""
+    texts = slots.said.texts
+    if texts is None or not count:
+        return jnp.zeros((len(slots.last), 0), jnp.int32)
+    newest = (slots.settings.prompt_lengths + slots.counts - 1)[:, None]
+    before = jnp.take_along_axis(texts, newest - 1, axis=1)
+    places = jnp.arange(texts.shape[1], dtype=jnp.int32)
+    same = (texts == slots.last[:, None]) & (jnp.roll(texts, 1, axis=1) == before)
+    found = jnp.max(jnp.where(same & (places > 0) & (places < newest), places, -1), axis=1, keepdims=True)
+    following = found + 1 + jnp.arange(count, dtype=jnp.int32)
+    return jnp.take_along_axis(texts, jnp.minimum(following, texts.shape[1] - 1), axis=1)
 
 
 def _keys(settings: SlotSettings) -> jax.Array:
@@ -226,17 +257,20 @@ def _with_next_token(
     slots: Slots, logits: jax.Array, keys: jax.Array, live: jax.Array, top: int
 ) -> tuple[Slots, NewTokens]:
     """Adds one token to the slots that are live [B]; the tokens [B] of the other slots mean nothing."""
-    settings, seen = slots.settings, slots.seen
+    settings, (seen, texts) = slots.settings, slots.said
     keys = jax.vmap(jax.random.fold_in)(keys, slots.counts)
     chosen, log_probs = select(logits, keys, settings.options, seen)
     is_end = jnp.any(chosen[:, None] == settings.end_tokens, axis=1)
-    if seen is not None:  # what is marked for a slot that is not live is never read
-        seen = seen.at[jnp.arange(len(seen)), chosen].set(True)
+    rows = jnp.arange(len(chosen))
+    if seen is not None:
+        seen = seen.at[rows, jnp.where(live, chosen, seen.shape[1])].set(True, mode="drop")
+    if texts is not None:  # what a slot that is not live writes is written over by its next token
+        texts = texts.at[rows, settings.prompt_lengths + slots.counts].set(chosen, mode="drop")
     slots = slots._replace(
         last=jnp.where(live, chosen, slots.last),
         counts=slots.counts + live,
         ended=slots.ended | (live & is_end),
-        seen=seen,
+        said=Said(seen, texts),
     )
     top_tokens, top_log_probs = likeliest(logits, top)
     return slots, NewTokens(

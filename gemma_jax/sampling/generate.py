@@ -67,8 +67,12 @@ class Generator:
         self.empty_slots = jax.jit(with_model(decode.empty_slots), static_argnames="size")
         # Each returns the slots, which the next call takes over, and a report of its own.
         self.begin, self.refill, self.decode = (
-            jax.jit(with_model(reported(function)), static_argnames="top", donate_argnums=1)
-            for function in (decode.begin, decode.refill, decode.decode)
+            jax.jit(with_model(reported(function)), static_argnames=static, donate_argnums=1)
+            for function, static in (
+                (decode.begin, "top"),
+                (decode.refill, "top"),
+                (decode.decode, ("top", "guesses")),
+            )
         )
         self.free = jax.jit(decode.free, donate_argnums=0)
         self.grown = jax.jit(KVCache.grown, static_argnums=1)

@@ -173,6 +173,7 @@ class Widths(NamedTuple):
     biases: int = 0  # K
     top: int = 0  # alternatives of each token
     penalty: bool = False  # whether there is a repetition penalty
+    guesses: int = 0  # tokens that each step guesses
 
     @classmethod
     def of(cls, requests: Sequence[Request]) -> "Widths":
@@ -186,6 +187,7 @@ class Widths(NamedTuple):
             width(lambda request: len(request.biases)),
             width(lambda request: request.config.top_log_probs),
             any(request.config.repetition_penalty != 1 for request in requests),
+            max(request.config.prompt_lookup for request in requests),
         )
 
 

@@ -1,5 +1,6 @@
 """`gemma sample` as a person calls it."""
 
+import io
 import json
 import re
 from pathlib import Path
@@ -144,3 +145,38 @@ def test_an_instruction_tuned_model_gets_the_prompt_as_a_turn(
     assert entry["turn"] is True and entry["token_ids"] == expected.token_ids
     raw = sample(capsys, run, *prompts("alpha"), *FIVE, *flag, "--raw", "--json")
     assert raw == sample(capsys, run, *prompts("alpha"), *FIVE, "--json") != captured.out
+
+
+def test_prompts_of_a_file_have_settings_of_their_own(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = ['{"prompt": "alpha", "max_new_tokens": 2}', "", '{"prompt": "gamma", "samples": 2}']
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    made = sample(capsys, run, "--prompt_file", tmp_path / "prompts.jsonl", *FIVE, "--json")
+    objects = [json.loads(line) for line in made.splitlines()]
+    assert [entry["prompt"] for entry in objects] == ["alpha", "gamma", "gamma"]
+    assert len(objects[0]["token_ids"]) <= 2 < len(objects[1]["token_ids"])
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    assert sample(capsys, run, "--prompt_file", "-", *FIVE, "--json") == made
+    # Any other file is one prompt, line breaks included.
+    (tmp_path / "prompt.txt").write_text(PROMPTS[2] + "\n")
+    whole = sample(capsys, run, "--prompt", PROMPTS[2], *FIVE)
+    assert sample(capsys, run, "--prompt_file", tmp_path / "prompt.txt", *FIVE) == whole
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ('{"text": "alpha"}', naming("line 2", "prompt")),
+        ('{"prompt": "alpha", "temprature": 1}', naming("line 2", "temprature")),
+        ('{"prompt": "alpha", "top_p": 2}', naming("line 2", "top_p", 2.0)),
+        ("alpha", naming("line 2", "JSON")),
+    ],
+)
+def test_a_wrong_line_of_a_file_is_named(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, named: str
+) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "alpha"}\n' + line)
+    assert main(["sample", str(run), "--prompt_file", str(tmp_path / "prompts.jsonl")]) == 2
+    captured = capsys.readouterr()
+    assert re.search(named, captured.err) and captured.out == ""

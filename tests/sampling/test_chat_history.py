@@ -1,6 +1,7 @@
 """A dialogue with a model: what it is given, what is remembered, how it ends."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -52,6 +53,25 @@ def test_an_answer_continues_the_whole_dialogue(gemma: Gemma) -> None:
     turns = [*chat.history[:2], {"role": "user", "content": "1"}]
     prompt = encode_dialogue(gemma.tokenizer, turns, answer=True)
     assert answers[0] == answers[1] == gemma.generate([prompt], **SHORT, seed=8)[0].text != answers[2]
+
+
+def test_a_turn_computes_only_what_is_new(gemma: Gemma, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the second prompt, everything up to the first answer's beginning is in the cache already."""
+    starts, generator, prefill = [], gemma._generator, gemma._generator.prefill
+
+    def spy(params: Any, tokens: Any, start: int, *rest: Any, **sizes: Any) -> Any:
+        starts.append(start)
+        return prefill(params, tokens, start, *rest, **sizes)
+
+    monkeypatch.setattr(generator, "prefill", spy)
+    chat = gemma.chat(**SHORT)
+    chat.send("1 and 2")
+    first = encode_dialogue(gemma.tokenizer, chat.history[:1], answer=True)
+    chat.send("3 and 4")
+    assert starts[0] == 0 and starts[1] >= len(first)
+    fresh = gemma.chat(**SHORT, history=chat.history[:2])
+    generator.kept = None
+    assert fresh.send("3 and 4") == chat.history[-1]["content"]
 
 
 def test_streamed_pieces_are_the_answer(gemma: Gemma) -> None:

@@ -12,6 +12,7 @@ from gemma_jax.config import PRESETS, ComputeConfig, SamplingConfig
 from gemma_jax.errors import UserError
 from gemma_jax.model import ModelSpec
 from gemma_jax.sampling import Completion, Generator, batch, complete_requests
+from gemma_jax.sampling.decode import Said
 from gemma_jax.sampling.requests import Request, Widths, padded, requests_of, slot_settings
 from gemma_jax.testing import cpu_mesh, relative_difference
 from tests.messages import naming
@@ -200,6 +201,20 @@ def test_prefill_in_chunks_equals_one_forward_pass(mesh: dict[str, int]) -> None
         assert relative_difference(completion.log_probs, of_chosen) < 1e-5
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.3])
+def test_guesses_change_nothing(generator: Generator, temperature: float) -> None:
+    """Of prompts that repeat themselves and of one that does not, with limits, end tokens and a penalty."""
+    prompts = [[2, 5, 9, 7] * 5, [2, 17, 300], [2, 8, 8, 8]]
+    plain = SamplingConfig(40, temperature=temperature, repetition_penalty=1.1, seed=4)
+    expected = complete(generator, prompts, plain)
+    ends = [expected[1].token_ids[20]]
+    for end in ([], ends):
+        guessed = complete(generator, prompts, dataclasses.replace(plain, prompt_lookup=3), end)
+        for actual, wanted in zip(guessed, complete(generator, prompts, plain, end), strict=True):
+            assert (actual.token_ids, actual.finish_reason) == (wanted.token_ids, wanted.finish_reason)
+            assert relative_difference(actual.log_probs, wanted.log_probs) < 1e-5
+
+
 def test_a_slot_that_is_done_writes_nothing_into_its_cache(generator: Generator) -> None:
     """Of two prompts of three tokens, one takes a single step and the other all of them."""
     requests = [Request([2, 17, 300], SamplingConfig(new), []) for new in (2, NEW)]
@@ -207,7 +222,7 @@ def test_a_slot_that_is_done_writes_nothing_into_its_cache(generator: Generator)
     tokens, lengths = padded([request.token_ids for request in requests], 2, 16)
     arguments = (tokens, 0, lengths, settings.adapters, None)
     prompts = generator.prefill(generator.params, *arguments, size=32)
-    slots, _ = generator.begin(generator.params, prompts, settings, None)
+    slots, _ = generator.begin(generator.params, prompts, settings, Said())
     slots, _ = generator.decode(generator.params, slots, NEW)
     # The newest token of each is not in the cache yet.
     assert slots.cache.lengths.tolist() == [3 + 2 - 1, 3 + NEW - 1]

@@ -21,6 +21,7 @@ from gemma_jax.config import (
     TransformerConfig,
 )
 from gemma_jax.data.packing import Batch, empty_rows, fill_row
+from gemma_jax.pretrained.adapted import base_spec, begin_adapters
 from gemma_jax.pretrained.checkpoint import open_checkpoint
 from gemma_jax.pretrained.huggingface import tensor_name
 from gemma_jax.sharding import named_arrays, put_batch, with_arrays
@@ -80,7 +81,7 @@ def ours(folder: Path, sizes: dict[str, Any], weights: Tensors, case: str) -> di
     arrays = our_arrays(adapter, base.config)
     if objective == "dpo":
         arrays |= our_arrays(reference, base.config, "reference_")
-    params = named_arrays(base.params(recipe.model))
+    params = named_arrays(begin_adapters(recipe.model, base.params(base_spec(recipe.model)), 0, None))
     assert {name for name in params if name.endswith((".a", ".b", "_a", "_b"))} == arrays.keys()
     params |= {name: jnp.asarray(x) for name, x in arrays.items()}
     _, sums, gradients = jax.jit(sums_and_gradients(recipe))(

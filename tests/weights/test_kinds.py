@@ -172,8 +172,6 @@ def test_samples_are_the_same_on_one_and_on_eight_devices() -> None:
         settings: dict[str, Any] = {"max_new_tokens": 9, "temperature": 1.0, "seed": 3}
         texts.append([g.token_ids for g in gemma.generate([[2, 5, 6], [2, 9]], **settings)])
     assert texts[0] == texts[1]
-    dense = Gemma(*densified(*adapted(MESHES[0]), 0), None)
-    assert [g.token_ids for g in dense.generate([[2, 5, 6], [2, 9]], **settings)] == texts[0]
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=["one", "eight"])

@@ -15,8 +15,8 @@ import pytest
 
 from gemma_jax.config import PRESETS, ComputeConfig, replace
 from gemma_jax.model import ModelSpec
-from gemma_jax.sampling.decode import decode, prefill
-from gemma_jax.sampling.generate import slot_settings
+from gemma_jax.sampling.decode import Said, begin, decode, prefill
+from gemma_jax.sampling.requests import Widths, slot_settings
 from gemma_jax.testing import cpu_mesh
 from gemma_jax.weights import Context, Kind, kind_of, native
 from tests.weights.kinds import adapters, with_random_adapters
@@ -171,11 +171,12 @@ def test_sampling_uses_them_wherever_there_is_a_compiler() -> None:
         pytest.skip("there is no C++ compiler")
     assert native.kernels().name in ("avx2", "plain")
     spec, params = model_of(kind_of("int4"))
-    settings = slot_settings([], 2, 1, CONFIG.context_length)
+    settings = slot_settings([], 2, Widths(), CONFIG.context_length)
 
     def steps(params: Any, tokens: Any) -> Any:
         model = spec.merge(params)
-        slots, _ = prefill(model, tokens, 0, jnp.array([3, 2]), settings, size=16)
+        prompts = prefill(model, tokens, 0, jnp.array([3, 2]), settings.adapters, size=16)
+        slots, _ = begin(model, prompts, settings, Said())
         return decode(model, slots, jnp.int32(4))
 
     lowered = jax.jit(steps).lower(params, jnp.ones((2, 4), jnp.int32))
