@@ -20,7 +20,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import Mesh
 
-from gemma_jax.sharding import logical_axes, partition_spec
+from gemma_jax.sharding import logical_axes, partition_spec, platform
 from gemma_jax.weights import fsdp, native
 from gemma_jax.weights.matmul import matmul, sharded_matmul
 from gemma_jax.weights.structure import Structure
@@ -160,7 +160,11 @@ class Weight(nnx.Module):
         mesh, table = self.mesh, self.parameter
 
         def take_rows(parts: Sequence[jax.Array], rows: Any, mode: str | None = None) -> jax.Array:
-            return structure.weight([jnp.take(x, rows, axis=0, mode=mode) for x in parts]).dense(dtype)
+            if context.sampling and mesh.size == 1 and platform(mesh) == "cpu":
+                taken = [_sliced_rows(x, rows) for x in parts]
+            else:
+                taken = [jnp.take(x, rows, axis=0, mode=mode) for x in parts]
+            return structure.weight(taken).dense(dtype)
 
         with jax.named_scope(table.name):
             token_spec = partition_spec(("batch", "length"), tokens.shape, mesh, "tokens")
@@ -255,6 +259,20 @@ class Dense(Weight):
     def native_unembed(self, x: jax.Array) -> jax.Array | None:
         """See `Weight.native_unembed`."""
         return native.unembed(x, self.array[...])
+
+
+def _sliced_rows(array: jax.Array, rows: jax.Array) -> jax.Array:
+    """Returns rows of an array, one after the other.
+
+    XLA's CPU compiler has no gather of bfloat16, so it would convert the whole array to float32 at each call;
+    so it would with a slice but for the barriers.
+    """
+
+    def row(index: jax.Array) -> jax.Array:
+        held, place = lax.optimization_barrier((array, index))
+        return lax.optimization_barrier(lax.dynamic_index_in_dim(held, place, keepdims=False))
+
+    return lax.map(row, rows.reshape(-1)).reshape(*rows.shape, *array.shape[1:])
 
 
 def row_block(rows: int) -> int:

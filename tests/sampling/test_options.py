@@ -99,7 +99,7 @@ def test_a_text_is_the_same_alone_and_in_any_batch(gemma: Gemma) -> None:
     assert alone.token_ids == whole[0].token_ids
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 5, 0])
+@pytest.mark.parametrize("rows", [1, 3, 0])
 def test_a_prompt_is_prefilled_once_for_all_its_samples(
     generator: Generator, monkeypatch: pytest.MonkeyPatch, rows: int
 ) -> None:
@@ -158,7 +158,7 @@ def test_log_probabilities_of_the_likeliest_tokens_and_of_the_prompt(gemma: Gemm
 def test_another_value_compiles_nothing(gemma: Gemma) -> None:
     def settings(number: int) -> SamplingConfig:
         return SamplingConfig(
-            4 + number, 1.0 + number, number, 0.9 / number, number, 1, (), 0, 0.1 / number, 1.0 + number,
+            1 + number, 1.0 + number, number, 0.9 / number, number, 1, (), 0, 0.1 / number, 1.0 + number,
             tuple(TokenBias(token, 1.0) for token in range(number)), (7,) * number, (8,) * number, number,
         )  # fmt: skip
 
