@@ -33,7 +33,7 @@ AHEAD = 1  # calls of `decode` that are under way when the tokens of an earlier 
 REFILL_STRIDE = 16  # while prompts wait, tokens between two checks for a free slot
 LOOK_SECONDS = 0.05  # between two looks at a text that somebody watches, or that may contain a stop text
 GROWTH = 4  # of a cache that is full; each size is compiled for
-LEAST_SHARED = 32  # tokens that several prompts begin with, from which on they are computed only once
+LEAST_SHARED = 32  # tokens of a common beginning, from which on it is computed only once
 
 
 def complete_requests(
@@ -99,7 +99,7 @@ class Batch:
         self._active: dict[int, int] = {}  # slot in use -> index of its request
         self._held: dict[int, tuple[Hashable, ...]] = {}  # slot -> `Request.beginning` of its prompt
         self._counts = np.zeros(rows, int)  # tokens that each slot's request has received
-        self._promised = np.zeros(rows, int)  # the most that it will have received after all calls so far
+        self._promised = np.zeros(rows, int)  # tokens that the calls so far give it, unless it ends before
         self._reports: collections.deque[tuple[Sequence[int], int, Report]] = collections.deque()
         self._looked, self._step_seconds = 0.0, math.inf
         longest = max(len(request.token_ids) for request in requests)
@@ -107,8 +107,9 @@ class Batch:
         # The same widths for all requests, so that a refill needs no new compilation.
         self._widths = Widths.of(requests)
         # With guesses it is not known here how many tokens a call adds.
-        first = most if self._widths.guesses else min(most, MAX_STEPS)
-        self._size = generator.cache_size(longest + first + self._widths.guesses)
+        self._largest = generator.cache_size(longest + most + self._widths.guesses)
+        soon = generator.cache_size(longest + min(most, MAX_STEPS))
+        self._size = self._largest if self._widths.guesses else soon
         self._slots: Slots | None = None
 
     def fill(self) -> bool:
@@ -139,9 +140,10 @@ class Batch:
         if room > 0:
             steps = min(room, REFILL_STRIDE if self._waiting else MAX_STEPS)
             if self._watched or any(self._request(row).config.stop for row in rows):
-                steps = min(steps, max(1, int(LOOK_SECONDS / self._step_seconds)))
+                steps = min(steps, max(1, int(LOOK_SECONDS / max(self._step_seconds, 1e-6))))
             self._promised[rows] += steps
-            self._make_room(max(len(self._request(row).token_ids) + self._promised[row] for row in rows))
+            given = {row: min(self._limit(row), self._promised[row]) for row in rows}
+            self._make_room(max(len(self._request(row).token_ids) + given[row] for row in rows))
             self._slots, report = generator.decode(
                 generator.params, self._slots, steps, top=widths.top, guesses=widths.guesses
             )
@@ -150,7 +152,8 @@ class Batch:
 
     def kept(self) -> Kept | None:
         """Returns the cache of the only request, without its newest token, which may not be in it yet."""
-        if self._slots is None or len(self._counts) > 1:
+        # An interrupt may have come while a program was taking the cache over.
+        if self._slots is None or len(self._counts) > 1 or self._slots.cache.keys.is_deleted():
             return None
         ids = self._completions[0].token_ids[:-1]
         return Kept((*self._requests[0].beginning, *ids), self._slots.cache)
@@ -167,8 +170,8 @@ class Batch:
     def _make_room(self, tokens: int) -> None:
         """Makes the cache larger, if it does not hold so many tokens. Each size is compiled for once."""
         assert self._slots is not None
-        while self._size < min(tokens, self._generator.config.context_length):
-            self._size = self._generator.cache_size(GROWTH * self._size)
+        while self._size < tokens:
+            self._size = min(self._generator.cache_size(GROWTH * self._size), self._largest)
             self._slots = self._slots._replace(cache=self._generator.grown(self._slots.cache, self._size))
 
     def _prefill(self, rows: Sequence[int]) -> Prompts:
@@ -186,16 +189,17 @@ class Batch:
         start, cache, kept = 0, None, generator.kept
         if kept and whole and filled == 1:
             start, cache, generator.kept = _common([*beginnings, kept.beginning]), kept.cache, None
-        elif len(rows) > 1 and (shared := _common(beginnings)) >= LEAST_SHARED:
-            first = dataclasses.replace(requests[0], token_ids=requests[0].token_ids[:shared])
-            start, cache = shared, self._extended([first], parts, size, None).cache
-        if not start or cache is None:
+        elif len(rows) > 1 and (start := _common(beginnings)) >= LEAST_SHARED:
+            first = dataclasses.replace(requests[0], token_ids=requests[0].token_ids[:start])
+            cache = self._extended([first], parts, size, None).cache
+        if start < LEAST_SHARED or cache is None:
             return self._extended(requests, filled, size, None)
         if cache.positions.shape[1] < size:
             cache = generator.grown(cache, size)
         elif whole:
             self._size = cache.positions.shape[1]
-        begun = generator.beginnings(cache, *self._put(np.full((2, filled), [[0], [start]], np.int32)))
+        places = self._put((np.zeros(filled, np.int32), np.full(filled, start, np.int32)))
+        begun = generator.beginnings(cache, *places)
         newest = np.zeros((filled, generator.config.embed_dim), generator.dtype)
         return self._extended(requests, filled, size, Prompts(begun, self._put(newest)), start)
 

@@ -81,7 +81,7 @@ class Generator:
 
     def use(self, params: nnx.State) -> None:
         """Takes other parameters of the same model, for which nothing is compiled again."""
-        self.params = params
+        self.params, self.kept = params, None
 
     def cache_size(self, tokens: int) -> int:
         """Returns the cache slots of a row that holds so many tokens."""

@@ -65,7 +65,7 @@ def test_a_turn_computes_only_what_is_new(gemma: Gemma, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(generator, "prefill", spy)
     chat = gemma.chat(**SHORT)
-    chat.send("1 and 2")
+    chat.send(" and ".join(map(str, range(10, 25))))
     first = encode_dialogue(gemma.tokenizer, chat.history[:1], answer=True)
     chat.send("3 and 4")
     assert starts[0] == 0 and starts[1] >= len(first)
