@@ -319,7 +319,8 @@ class Gemma:
             model without an adapter. By default the model's own adapter, if it was loaded as one.
           **settings: Fields of SamplingConfig, which override those of config. docs/sampling.md explains
             them: max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, logit_bias,
-            forbidden_tokens, seed, samples, stop, end_tokens, top_log_probs, prompt_log_probs, batch_size.
+            forbidden_tokens, seed, samples, stop, end_tokens, prompt_lookup, top_log_probs,
+            prompt_log_probs, batch_size.
 
         Returns:
           One generation for each sample of each prompt; all samples of one prompt are adjacent.

@@ -195,7 +195,8 @@ def any_process(flag: bool) -> bool:
 def keep_programs(folder: str, default: str = "") -> None:
     """Keeps compiled programs in a folder or bucket.
 
-    If `folder` is empty, it is the one that jax was told to use, or else `default`; that may be empty, too.
+    If `folder` is empty, jax's own setting (jax_compilation_cache_dir) stays as it is. If that is not set
+    either, programs are kept in `default`, or nowhere if this is empty.
     """
     folder = folder or (default if jax.config.values["jax_compilation_cache_dir"] is None else "")
     if folder:

@@ -72,7 +72,7 @@ def _guarded(number: int, stream: TextIO | None) -> TextIO:
     return made
 
 
-def told(text: str) -> None:
+def tell_terminal(text: str) -> None:
     """Prints a line to standard error, if that is a terminal."""
     if sys.stderr is not None and sys.stderr.isatty():
         print(text, file=sys.stderr, flush=True)
@@ -80,7 +80,7 @@ def told(text: str) -> None:
 
 def progress(text: str) -> None:
     """Prints what the program is doing to standard error, if that is a terminal."""
-    told(f"{text} ...")
+    tell_terminal(f"{text} ...")
 
 
 def write_now(text: str) -> None:

@@ -14,11 +14,12 @@ from gemma_jax.config import (
     SamplingConfig,
     read_command,
     sampling_config,
+    sampling_configs,
     validate_sample,
 )
 from gemma_jax.errors import UserError
 from gemma_jax.paths import parse_json, read_text
-from gemma_jax.streams import progress, told
+from gemma_jax.streams import progress, tell_terminal
 
 if TYPE_CHECKING:
     from gemma_jax.api import Gemma
@@ -54,23 +55,28 @@ def read_prompts(config: SampleConfig) -> tuple[list[str], list[SamplingConfig]]
     """
     prompts, configs = [*config.prompt], [sampling_config(config, {})] * len(config.prompt)
     name = config.prompt_file
+    lines: list[str] = []
     if name:
         text = sys.stdin.read() if name == "-" else read_text(Path(name).expanduser())
-        if not (config.json if name == "-" else name.endswith(".jsonl")):
-            return [*prompts, text.removesuffix("\n")], [*configs, sampling_config(config, {})]
-        for number, line in enumerate(text.split("\n"), start=1):
-            if not line.strip():
-                continue
-            where = f"line {number} of {'standard input' if name == '-' else name}"
-            entry = parse_json(line, where)
-            if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str) or not entry["prompt"]:
-                raise UserError(f'{where} is no object with a prompt; write {{"prompt": TEXT}}.')
-            prompts.append(entry.pop("prompt"))
-            try:
-                configs.append(sampling_config(config, entry))
-            except UserError as error:
-                raise UserError(f"{where}: {error}") from error
-    return prompts, configs
+        if config.json if name == "-" else name.endswith(".jsonl"):
+            lines = text.split("\n")
+        else:
+            prompts, configs = [*prompts, text.removesuffix("\n")], [*configs, sampling_config(config, {})]
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"line {number} of {'standard input' if name == '-' else name}"
+        entry = parse_json(line, where)
+        if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str) or not entry["prompt"]:
+            raise UserError(f'{where} is no object with a prompt; write {{"prompt": TEXT}}.')
+        prompts.append(entry.pop("prompt"))
+        try:
+            configs.append(sampling_config(config, entry))
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+    if not config.json and any(x.top_log_probs or x.prompt_log_probs for x in configs):
+        raise UserError("top_log_probs and prompt_log_probs are printed by --json only; add it.")
+    return prompts, sampling_configs(configs, {}, len(configs))
 
 
 def encoded_prompts(
@@ -169,8 +175,8 @@ class Watch:
 
     def report(self, tokens: int) -> None:
         """Tells a terminal how fast tokens were made; the time for compiling does not count."""
-        seconds = time.monotonic() - self._start - self._compiling
-        told(
+        seconds = max(time.monotonic() - self._start - self._compiling, 1e-3)
+        tell_terminal(
             f"{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:.1f} a second; {self._compiled} "
-            f"programs made in {self._compiling:.1f} s, {self._found} of them from the cache"
+            f"programs compiled or loaded in {self._compiling:.1f} s, {self._found} of them loaded"
         )

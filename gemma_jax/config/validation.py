@@ -226,9 +226,6 @@ def validate_sample(config: SampleConfig) -> None:
     if config.stream:
         validate_stream(config)
         _require(not config.json, "stream prints text as it is made, and json prints objects; leave one out.")
-    elif not config.json:
-        lists = config.top_log_probs or config.prompt_log_probs
-        _require(not lists, "top_log_probs and prompt_log_probs are printed by --json only; add it.")
     _validate_compute(config.compute)
     validate_mesh(config.mesh)
 

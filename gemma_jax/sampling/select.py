@@ -49,8 +49,8 @@ def keep_likeliest(logits: jax.Array, weights: jax.Array, limits: jax.Array) -> 
     Tokens with equal logits are kept or removed together, and the likeliest is always kept. With weights of
     1 this is top-k, with probabilities top-p (nucleus sampling; Holtzman et al., 2020).
 
-    The result is that of sorting, at a twentieth of the time for 256,000 tokens on CPU: the smallest logit
-    that is kept is found by bisection, one bit after the other.
+    The result is that of sorting, which takes much longer: the smallest logit that is kept is found by
+    bisection, one bit after the other.
 
     Args:
       logits: [B, V] float32, at most 0.
@@ -92,7 +92,7 @@ def draw(keys: jax.Array, logits: jax.Array) -> jax.Array:
     """Returns a random token [B] of the distribution that logits [B, V], at most 0, define.
 
     A block of the vocabulary is chosen, then a token in it. This needs two random numbers of a row, where
-    Gumbel noise needs one of each token, which takes ten times as long on CPU. With two, tokens of small
+    Gumbel noise needs one of each token, which takes longer. With two, tokens of small
     probability are not lost in the resolution of one float32 over the whole vocabulary.
     """
     weights = jnp.exp(jnp.pad(logits, ((0, 0), (0, -logits.shape[1] % BLOCK)), constant_values=-jnp.inf))

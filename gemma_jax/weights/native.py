@@ -60,7 +60,7 @@ def kernels() -> Kernels:
     flags = vector_flags()
     try:
         register(compiled(flags), PREFIX)
-    except (OSError, subprocess.SubprocessError, AttributeError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError, AttributeError) as error:
         # The last line of a compiler's output says what the error is, or counts the errors.
         output = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         return Kernels("xla", next((line for line in output if "error" in line), output[-1]))

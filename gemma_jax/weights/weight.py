@@ -68,7 +68,6 @@ class Weight(nnx.Module):
 
     A scan slices the stacked weights per layer, or `Context.layer` says which layer to use.
 
-
     A kind creates its arrays as `nnx.Param` with the metadata `axes` (logical axes, `layers` first where they
     are stacked), and defines `dense` and `pack`. The arrays of an embedding have the
     vocabulary as their first axis.
