@@ -201,3 +201,5 @@ def keep_programs(folder: str, default: str = "") -> None:
     folder = folder or (default if jax.config.values["jax_compilation_cache_dir"] is None else "")
     if folder:
         jax.config.update("jax_compilation_cache_dir", str(user_path(folder)))
+        # By default jax keeps only what took a second; there are more programs that take a little less.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

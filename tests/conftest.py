@@ -14,12 +14,19 @@ from gemma_jax.cli import main
 from gemma_jax.testing import use_cpu_devices
 from tests.tiny_run import config_file, write_corpus
 
-use_cpu_devices(8)
 
-# Most of the suite's time is compiling, and many tests compile the same programs.
-jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".jax_cache"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+def pytest_configure(config: pytest.Config) -> None:
+    """Sets what jax reads when it starts: eight CPU devices, and how programs are compiled.
+
+    Most of the suite's time is compiling. Many tests compile the same programs, and without LLVM's
+    optimisations that takes half as long. Tests marked slow measure programs, so they optimise them.
+    """
+    if config.option.markexpr != "slow":
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+    use_cpu_devices(8)
+    jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".jax_cache"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture(scope="session")

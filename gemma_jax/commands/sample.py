@@ -23,6 +23,7 @@ from gemma_jax.streams import progress, tell_terminal
 
 if TYPE_CHECKING:
     from gemma_jax.api import Gemma
+    from gemma_jax.model import ModelSpec
 
 
 def load_gemma(checkpoint: str, config: LoadConfig) -> "Gemma":
@@ -79,6 +80,17 @@ def read_prompts(config: SampleConfig) -> tuple[list[str], list[SamplingConfig]]
     return prompts, sampling_configs(configs, {}, len(configs))
 
 
+def abstract_model(checkpoint: str, config: SampleConfig) -> tuple["ModelSpec", tuple[int, ...]]:
+    """Returns the model of a checkpoint and its end tokens; the weights are not read."""
+    from gemma_jax.model import ModelSpec
+    from gemma_jax.pretrained.checkpoint import open_checkpoint
+    from gemma_jax.sharding import make_mesh
+
+    found = open_checkpoint(checkpoint)
+    spec = ModelSpec(found.config, config.compute, make_mesh(config.mesh), found.kind(config.quantization))
+    return spec, found.end_tokens(config.is_instruction_tuned)
+
+
 def encoded_prompts(
     checkpoint: str, config: SampleConfig, texts: Sequence[str], configs: Sequence[SamplingConfig]
 ) -> tuple[list[list[int]], bool]:
@@ -88,18 +100,14 @@ def encoded_prompts(
       UserError: The model cannot take a prompt or a setting. Its weights have not been read yet.
     """
     from gemma_jax.data.chat import encode_prompt
-    from gemma_jax.model import ModelSpec
-    from gemma_jax.pretrained.checkpoint import open_checkpoint, require_tokenizer
+    from gemma_jax.pretrained.checkpoint import require_tokenizer
     from gemma_jax.pretrained.end_tokens import END_OF_TURN
     from gemma_jax.sampling import Generator
     from gemma_jax.sampling.requests import requests_of
-    from gemma_jax.sharding import make_mesh
 
-    found, tokenizer = open_checkpoint(checkpoint), require_tokenizer(checkpoint)
-    ends = found.end_tokens(config.is_instruction_tuned)
+    (spec, ends), tokenizer = abstract_model(checkpoint, config), require_tokenizer(checkpoint)
     as_turn = END_OF_TURN in ends and not config.raw
     prompts = [encode_prompt(tokenizer, prompt, turn=as_turn) for prompt in texts]
-    spec = ModelSpec(found.config, config.compute, make_mesh(config.mesh), found.kind(config.quantization))
     generator = Generator(spec, spec.params)
     generator.check_memory(prompts, configs)
     generator.check(requests_of(prompts, configs, ends))
@@ -114,6 +122,8 @@ def run(arguments: Sequence[str], prog: str) -> int:
     (checkpoint,), config = read_command(
         arguments, prog, "CHECKPOINT", SampleConfig(), validate=validate_sample
     )
+    if config.precompile:
+        return compile_programs(checkpoint, config)
     texts, configs = read_prompts(config)
     if not all(texts) or not texts:
         raise UserError(f"there is nothing to continue; add --prompt TEXT (see `{prog} --help`).")
@@ -156,6 +166,24 @@ def run(arguments: Sequence[str], prog: str) -> int:
     return 0
 
 
+def compile_programs(checkpoint: str, config: SampleConfig) -> int:
+    """Compiles the programs of sampling, and prints how many there are."""
+    import jax
+
+    from gemma_jax.api import PROGRAMS
+    from gemma_jax.sampling.precompile import precompile
+    from gemma_jax.startup import keep_programs
+
+    keep_programs(config.compute.compilation_cache, PROGRAMS)
+    settings, watch = sampling_config(config, {}), Watch()
+    spec, ends = abstract_model(checkpoint, config)
+    progress(f"compiling for prompts of up to {spec.config.context_length - 1:,} tokens")
+    count = precompile(spec, settings, ends, config.batch_size or 1)
+    tell_terminal(watch.programs)
+    print(f"{count} programs are in {jax.config.values['jax_compilation_cache_dir']}")
+    return 0
+
+
 class Watch:
     """Measures a command from now on: its time, and the programs that jax compiles meanwhile."""
 
@@ -173,10 +201,15 @@ class Watch:
     def _on_event(self, event: str, **_: object) -> None:
         self._found += event == "/jax/compilation_cache/cache_hits"
 
+    @property
+    def programs(self) -> str:
+        """How many programs there were, in words."""
+        seconds = f"{self._compiling:.1f} s"
+        return f"{self._compiled} programs compiled or loaded in {seconds}, {self._found} of them loaded"
+
     def report(self, tokens: int) -> None:
         """Tells a terminal how fast tokens were made; the time for compiling does not count."""
         seconds = max(time.monotonic() - self._start - self._compiling, 1e-3)
         tell_terminal(
-            f"{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:.1f} a second; {self._compiled} "
-            f"programs compiled or loaded in {self._compiling:.1f} s, {self._found} of them loaded"
+            f"{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:.1f} a second; {self.programs}"
         )

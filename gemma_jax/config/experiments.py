@@ -120,6 +120,11 @@ class SampleConfig(LoadConfig, SamplingConfig):
     )
     stream: bool = setting(False, "Print text while it is made, as in a terminal; for a single prompt.")
     json: bool = setting(False, "Print one JSON object a line and nothing else.")
+    precompile: bool = setting(
+        False,
+        "Only compile and keep the programs for prompts of every length with these settings, batch_size at a "
+        "time (0: one). Weights are not read.",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

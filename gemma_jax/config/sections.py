@@ -231,6 +231,9 @@ class ComputeConfig:
     param_dtype: Literal["float32", "bfloat16", "float64"] = setting(
         "float32", "Parameters and optimizer state."
     )
+    cache: Literal["auto", "int8"] = setting(
+        "auto", "Cached keys and values of sampling, in the dtype of activations or in int8 with scales."
+    )
     remat: Literal["none", "products", "projections", "attention", "full", "offload"] = setting(
         "none",
         "What the backward pass computes again: nothing, all but the products, all but attention and its "

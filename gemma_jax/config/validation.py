@@ -226,6 +226,10 @@ def validate_sample(config: SampleConfig) -> None:
     if config.stream:
         validate_stream(config)
         _require(not config.json, "stream prints text as it is made, and json prints objects; leave one out.")
+    _require(
+        not (config.precompile and (config.prompt or config.prompt_file)),
+        "precompile compiles for prompts of every length; leave out prompt and prompt_file.",
+    )
     _validate_compute(config.compute)
     validate_mesh(config.mesh)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
-from gemma_jax.model.cache import KVCache
+from gemma_jax.model.cache import KVCache, Vectors
 from gemma_jax.model.ops import IntArray
 from gemma_jax.model.paged import fits_paged, paged_attend
 from gemma_jax.model.splash import fits_splash, splash_attend
@@ -121,7 +121,7 @@ def prefill_chunk(length: int, head_dim: int, dtype: jax.typing.DTypeLike, mesh:
 
 def cache_attend(
     q: jax.Array,
-    written: tuple[jax.Array, jax.Array],
+    written: tuple[Vectors, Vectors],
     layer: jax.Array | int,
     positions: IntArray,
     segments: IntArray,
@@ -132,7 +132,7 @@ def cache_attend(
 
     Args:
       q: [B, L, N, H], already scaled.
-      written: Keys and values [K, layers, B, S, H] of the cache, which already contain the new tokens.
+      written: Keys and values of the cache, which already contain the new tokens.
       layer: Integer scalar.
       positions, segments: [B, L], those of the new tokens.
       cache: The cache, which holds the position and segment of each slot.
@@ -141,9 +141,10 @@ def cache_attend(
     Returns:
       [B, L, N, H] in q's dtype.
     """
-    if platform(mesh) == "tpu" and fits_paged(q, written[0], mesh):
-        return paged_attend(q, *written, layer, cache.lengths, mesh)
-    k, v = (x[:, layer].transpose(1, 2, 0, 3) for x in written)
+    if platform(mesh) == "tpu" and fits_paged(q, written[0].numbers, mesh):
+        keys, values = written
+        return paged_attend(q, keys.numbers, values.numbers, layer, cache.lengths, mesh)
+    k, v = (x.of_layer(layer, q.dtype) for x in written)
 
     def of_block(block: tuple[jax.Array, IntArray, IntArray]) -> jax.Array:
         q, positions, segments = block

@@ -4,16 +4,41 @@ Shape legend: B rows, S slots, K key/value heads, H head dim.
 """
 
 import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gemma_jax.config import TransformerConfig
 from gemma_jax.model.ops import IntArray
-from gemma_jax.sharding import constrain, partition_spec
+from gemma_jax.sharding import partition_spec
 
 KEYS_AXES = ("kv_heads", "layers", "batch", "length", "head_dim")
+
+
+class Vectors(NamedTuple):
+    """The keys or the values of all layers, as numbers or as int8 with one scale for each vector."""
+
+    numbers: jax.Array  # [K, layers, B, S, H]
+    scales: jax.Array | None = None  # [K, layers, B, S] float32: a vector is its int8 times its scale
+
+    def written(self, place: tuple[Any, ...], new: jax.Array) -> "Vectors":
+        """Returns the vectors with `new` at `place`, an index of the first four axes, if in range."""
+        if self.scales is None:
+            return Vectors(self.numbers.at[place].set(new, mode="drop"))
+        scales = jnp.max(jnp.abs(new.astype(jnp.float32)), axis=-1) / 127
+        codes = jnp.round(new / jnp.where(scales > 0, scales, 1)[..., None]).astype(jnp.int8)
+        return Vectors(
+            self.numbers.at[place].set(codes, mode="drop"), self.scales.at[place].set(scales, mode="drop")
+        )
+
+    def of_layer(self, layer: jax.Array | int, dtype: jax.typing.DTypeLike) -> jax.Array:
+        """Returns [B, S, K, H], those of one layer."""
+        numbers = self.numbers[:, layer].transpose(1, 2, 0, 3)
+        if self.scales is None:
+            return numbers
+        return (numbers * self.scales[:, layer].transpose(1, 2, 0)[..., None]).astype(dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -25,8 +50,8 @@ class KVCache:
     row's length hold segment 0, to which no token attends. The heads come first for the kernel of `paged.py`.
     """
 
-    keys: jax.Array  # [K, layers, B, S, H]
-    values: jax.Array  # [K, layers, B, S, H]
+    keys: Vectors
+    values: Vectors
     positions: jax.Array  # [B, S] int32
     segments: jax.Array  # [B, S] int32
     lengths: jax.Array  # [B] int32: slots in use
@@ -34,11 +59,16 @@ class KVCache:
     @classmethod
     def abstract(
         cls, config: TransformerConfig, rows: int, slots: int, dtype: jax.typing.DTypeLike, mesh: Mesh
-    ) -> list[jax.ShapeDtypeStruct]:
-        """Returns the shapes and shardings of the keys and values."""
+    ) -> list[Vectors]:
+        """Returns the shapes and shardings of the keys and values; a dtype of int8 has scales."""
         shape = (config.num_kv_heads, config.num_layers, rows, slots, config.head_dim)
-        sharding = NamedSharding(mesh, partition_spec(KEYS_AXES, shape, mesh, "cache"))
-        return [jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)] * 2
+        spec = partition_spec(KEYS_AXES, shape, mesh, "cache")
+
+        def array(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, *axes: Any) -> Any:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
+
+        scales = array(shape[:-1], jnp.float32, *spec[:-1]) if dtype == jnp.int8 else None
+        return [Vectors(array(shape, dtype, *spec), scales)] * 2
 
     @classmethod
     def empty(
@@ -47,7 +77,9 @@ class KVCache:
         """Returns an empty cache, split over the mesh by rows and key/value heads."""
         zeros = jnp.zeros((rows, slots), jnp.int32)
         abstract = cls.abstract(config, rows, slots, dtype, mesh)
-        keys, values = (constrain(jnp.zeros(x.shape, x.dtype), KEYS_AXES, mesh) for x in abstract)
+        keys, values = jax.tree.map(
+            lambda x: jax.lax.with_sharding_constraint(jnp.zeros(x.shape, x.dtype), x.sharding), abstract
+        )
         return cls(keys, values, zeros, zeros, jnp.zeros(rows, jnp.int32))
 
     def slots(self, new: int) -> jax.Array:
@@ -78,9 +110,14 @@ class KVCache:
         free = self.positions.shape[1] - new.positions.shape[1]
         used = slice(0, new.positions.shape[1])
         positions, segments = (jnp.pad(x, ((0, 0), (0, free))) for x in (new.positions, new.segments))
+        keys, values = jax.tree.map(
+            lambda old, new: old.at[:, :, rows, used].set(new, mode="drop"),
+            (self.keys, self.values),
+            (new.keys, new.values),
+        )
         return KVCache(
-            keys=self.keys.at[:, :, rows, used].set(new.keys, mode="drop"),
-            values=self.values.at[:, :, rows, used].set(new.values, mode="drop"),
+            keys,
+            values,
             positions=self.positions.at[rows].set(positions, mode="drop"),
             segments=self.segments.at[rows].set(segments, mode="drop"),
             lengths=self.lengths.at[rows].set(new.lengths, mode="drop"),
@@ -89,7 +126,10 @@ class KVCache:
     def grown(self, slots: int) -> "KVCache":
         """Returns the cache with `slots` slots for each row, at least as many as now."""
         more = slots - self.positions.shape[1]
-        keys, values = (jnp.pad(x, [(0, 0)] * 3 + [(0, more), (0, 0)]) for x in (self.keys, self.values))
+        keys, values = jax.tree.map(
+            lambda x: jnp.pad(x, [(0, more if axis == 3 else 0) for axis in range(x.ndim)]),
+            (self.keys, self.values),
+        )
         positions, segments = (jnp.pad(x, [(0, 0), (0, more)]) for x in (self.positions, self.segments))
         return KVCache(keys, values, positions, segments, self.lengths)
 
@@ -100,9 +140,10 @@ class KVCache:
 
     def beginnings(self, rows: jax.Array, lengths: jax.Array) -> "KVCache":
         """Returns copies of the rows `rows` [R] that have only their first `lengths` [R] slots in use."""
+        keys, values = jax.tree.map(lambda x: x[:, :, rows], (self.keys, self.values))
         whole = KVCache(
-            keys=self.keys[:, :, rows],
-            values=self.values[:, :, rows],
+            keys,
+            values,
             positions=self.positions[rows],
             segments=self.segments[rows],
             lengths=self.lengths[rows],

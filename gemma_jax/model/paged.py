@@ -25,9 +25,8 @@ def fits_paged(q: jax.Array, keys: jax.Array, mesh: Mesh) -> bool:
     """
     K, S, tensor = keys.shape[0], keys.shape[3], mesh.shape["tensor"]
     is_split = K == 1 or K % tensor == 0
-    return (
-        q.shape[1] == 1 and q.dtype == jnp.bfloat16 and q.shape[3] % 128 == 0 and S % PAGE == 0 and is_split
-    )
+    is_bfloat16 = q.dtype == keys.dtype == jnp.bfloat16
+    return q.shape[1] == 1 and is_bfloat16 and q.shape[3] % 128 == 0 and S % PAGE == 0 and is_split
 
 
 def paged_attend(

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from gemma_jax.config import ComputeConfig, TransformerConfig
 from gemma_jax.errors import UserError
 from gemma_jax.model.attention import cache_attend, self_attend
-from gemma_jax.model.cache import KVCache
+from gemma_jax.model.cache import KVCache, Vectors
 from gemma_jax.model.layers import RESIDUAL, Block
 from gemma_jax.model.ops import IntArray, rms_norm
 from gemma_jax.model.remat import rematerialized
@@ -34,6 +34,11 @@ def compute_dtype(compute: ComputeConfig, mesh: Mesh) -> jnp.dtype:
     if compute.dtype != "auto":
         return jnp.dtype(compute.dtype)
     return jnp.dtype(jnp.float32 if platform(mesh) == "cpu" else jnp.bfloat16)
+
+
+def cache_dtype(compute: ComputeConfig, mesh: Mesh) -> jnp.dtype:
+    """Returns the dtype of cached keys and values on this mesh."""
+    return jnp.dtype(jnp.int8) if compute.cache == "int8" else compute_dtype(compute, mesh)
 
 
 class Transformer(nnx.Module):
@@ -114,7 +119,7 @@ class Transformer(nnx.Module):
         heads = jnp.arange(self.config.num_kv_heads)
         cache = cache.extended(positions, segments)
         graphdef, stacked = nnx.split(self.blocks)
-        Carry = tuple[jax.Array, jax.Array, jax.Array]
+        Carry = tuple[jax.Array, Vectors, Vectors]
 
         # The cache is carried, not scanned over, so that each layer writes its new slots in place.
         def body(carry: Carry, scanned: tuple[jax.Array, nnx.State | None]) -> tuple[Carry, None]:
@@ -127,8 +132,9 @@ class Transformer(nnx.Module):
 
             def remember_and_attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
                 nonlocal keys, values
-                keys = keys.at[heads, layer, rows, slots].set(k, mode="drop")
-                values = values.at[heads, layer, rows, slots].set(v, mode="drop")
+                keys, values = (
+                    x.written((heads, layer, rows, slots), n) for x, n in ((keys, k), (values, v))
+                )
                 if empty:
                     return self_attend(q, k, v, positions, segments, self.mesh)
                 return cache_attend(q, (keys, values), layer, positions, segments, cache, self.mesh)

@@ -6,18 +6,17 @@ from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from gemma_jax.config import FinetuneConfig, TrainingConfig
 from gemma_jax.data.packing import Batch
 from gemma_jax.memory import shard_bytes
-from gemma_jax.model import ModelSpec
-from gemma_jax.model.cache import KEYS_AXES
+from gemma_jax.model import KVCache, ModelSpec
 from gemma_jax.planning.traffic import Parameter, parameters
 from gemma_jax.sampling.decode import Said
 from gemma_jax.sampling.generate import Generator
 from gemma_jax.sampling.requests import Widths, slot_settings
-from gemma_jax.sharding import batch_sharding, named_arrays, partition_spec
+from gemma_jax.sharding import batch_sharding, named_arrays
 from gemma_jax.training.finetuning import finetuning
 from gemma_jax.training.hardware import training_flops_a_token
 from gemma_jax.training.objectives import Recipe, pretraining
@@ -107,10 +106,9 @@ def _sampling(mode: Mode, config: TrainingConfig, mesh: Mesh, new_tokens: int, k
     cached = jax.eval_shape(lambda p, *args: generator.prefill(p, *args, size=size), params, *prompts)
     state, _ = jax.eval_shape(lambda *args: generator.begin(*args, Said()), params, cached, settings)
     # The shardings that prefill produces: the cache is split by rows and heads, everything else by rows.
-    where = jax.tree.map(lambda _: by_row, state)
-    cache = NamedSharding(mesh, partition_spec(KEYS_AXES, state.cache.keys.shape, mesh, "cache"))
-    where = where._replace(cache=dataclasses.replace(where.cache, keys=cache, values=cache))
-    state = jax.tree.map(placed, state, where)
+    state = jax.tree.map(placed, state)
+    keys, values = KVCache.abstract(config.model, rows, size, generator.cache_dtype, mesh)
+    state = state._replace(cache=dataclasses.replace(state.cache, keys=keys, values=values))
     steps = jax.ShapeDtypeStruct((), jnp.int32)
     lowered = generator.decode.lower(params, state, steps)
     return Program(lowered, held | {"cache": _bytes_a_device(state)}, known, rows, None)

@@ -144,8 +144,9 @@ class Batch:
             self._promised[rows] += steps
             given = {row: min(self._limit(row), self._promised[row]) for row in rows}
             self._make_room(max(len(self._request(row).token_ids) + given[row] for row in rows))
+            # A number of numpy would have another type, for which the program would be compiled again.
             self._slots, report = generator.decode(
-                generator.params, self._slots, steps, top=widths.top, guesses=widths.guesses
+                generator.params, self._slots, int(steps), top=widths.top, guesses=widths.guesses
             )
             self._reports.append((range(len(self._counts)), steps, report))
         self._read(everything=room <= 0)
@@ -153,7 +154,7 @@ class Batch:
     def kept(self) -> Kept | None:
         """Returns the cache of the only request, without its newest token, which may not be in it yet."""
         # An interrupt may have come while a program was taking the cache over.
-        if self._slots is None or len(self._counts) > 1 or self._slots.cache.keys.is_deleted():
+        if self._slots is None or len(self._counts) > 1 or self._slots.cache.lengths.is_deleted():
             return None
         ids = self._completions[0].token_ids[:-1]
         return Kept((*self._requests[0].beginning, *ids), self._slots.cache)
@@ -172,7 +173,9 @@ class Batch:
         assert self._slots is not None
         while self._size < tokens:
             self._size = min(self._generator.cache_size(GROWTH * self._size), self._largest)
-            self._slots = self._slots._replace(cache=self._generator.grown(self._slots.cache, self._size))
+            self._slots = self._slots._replace(
+                cache=self._generator.grown(self._slots.cache, slots=self._size)
+            )
 
     def _prefill(self, rows: Sequence[int]) -> Prompts:
         """Runs prefill for the prompts in these slots, which all differ.
@@ -195,7 +198,7 @@ class Batch:
         if start < LEAST_SHARED or cache is None:
             return self._extended(requests, filled, size, None)
         if cache.positions.shape[1] < size:
-            cache = generator.grown(cache, size)
+            cache = generator.grown(cache, slots=size)
         elif whole:
             self._size = cache.positions.shape[1]
         places = self._put((np.zeros(filled, np.int32), np.full(filled, start, np.int32)))

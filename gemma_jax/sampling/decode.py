@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from gemma_jax.model import KVCache, Transformer
+from gemma_jax.model.transformer import cache_dtype
 from gemma_jax.sampling.select import Options, likeliest, select
 from gemma_jax.weights import Context
 
@@ -109,7 +110,7 @@ def prefill(
 
 
 def _no_prompts(model: Transformer, rows: int, size: int) -> Prompts:
-    cache = KVCache.empty(model.config, rows, size, model.dtype, model.mesh)
+    cache = KVCache.empty(model.config, rows, size, cache_dtype(model.compute, model.mesh), model.mesh)
     return Prompts(cache, jnp.zeros((rows, model.config.embed_dim), model.dtype))
 
 

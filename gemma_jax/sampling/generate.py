@@ -3,21 +3,23 @@
 Shape legend: B slots.
 """
 
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from gemma_jax.config import SamplingConfig
 from gemma_jax.memory import require_memory
 from gemma_jax.model import KVCache, ModelSpec
 from gemma_jax.model.attention import prefill_chunk
-from gemma_jax.model.transformer import compute_dtype
+from gemma_jax.model.cache import KEYS_AXES
+from gemma_jax.model.transformer import cache_dtype, compute_dtype
 from gemma_jax.sampling import decode
-from gemma_jax.sampling.decode import NewTokens, Slots
+from gemma_jax.sampling.decode import NewTokens, Prompts, Slots
 from gemma_jax.sampling.requests import (
     Request,
     bucket,
@@ -25,7 +27,7 @@ from gemma_jax.sampling.requests import (
     check_options,
     row_bucket,
 )
-from gemma_jax.sharding import batch_sharding, row_parts
+from gemma_jax.sharding import batch_sharding, partition_spec, row_parts
 
 BYTES_OF_TOKEN = 64  # approximate size of a token's id and log-probability in Python lists
 BYTES_OF_ALTERNATIVE = 144  # of a tuple with both
@@ -52,31 +54,51 @@ class Generator:
     def __init__(self, spec: ModelSpec, params: nnx.State) -> None:
         self.config, self.mesh, self.params = spec.config, spec.mesh, params
         self.dtype = compute_dtype(spec.compute, spec.mesh)
+        self.cache_dtype = cache_dtype(spec.compute, spec.mesh)
 
         def with_model(function: Callable[..., Any]) -> Callable[..., Any]:
-            return lambda params, *args, **kwargs: function(spec.merge(params), *args, **kwargs)
+            @functools.wraps(function)  # its name is that of the program in profiles and in the cache
+            def call(params: nnx.State, *args: Any, **kwargs: Any) -> Any:
+                return function(spec.merge(params), *args, **kwargs)
+
+            return call
 
         def reported(function: Callable[..., tuple[Slots, NewTokens]]) -> Callable[..., Any]:
+            @functools.wraps(function)
             def call(*args: Any, **kwargs: Any) -> tuple[Slots, Report]:
                 slots, new = function(*args, **kwargs)
                 return slots, Report(new, slots.counts, slots.ended)
 
             return call
 
-        self.prefill = jax.jit(with_model(decode.prefill), static_argnames="size", donate_argnums=5)
-        self.empty_slots = jax.jit(with_model(decode.empty_slots), static_argnames="size")
-        # Each returns the slots, which the next call takes over, and a report of its own.
-        self.begin, self.refill, self.decode = (
-            jax.jit(with_model(reported(function)), static_argnames=static, donate_argnums=1)
-            for function, static in (
-                (decode.begin, "top"),
-                (decode.refill, "top"),
-                (decode.decode, ("top", "guesses")),
-            )
+        # What a program returns is placed as every other program takes it. Otherwise each would be compiled
+        # once for the slots of `begin`, and again for those of `decode`.
+        rows = batch_sharding(spec.mesh)
+        shape = (self.config.num_kv_heads, self.config.num_layers, row_parts(spec.mesh), 1, 1)
+        heads = NamedSharding(
+            spec.mesh, PartitionSpec(*partition_spec(KEYS_AXES, shape, spec.mesh, "cache")[:3])
         )
-        self.free = jax.jit(decode.free, donate_argnums=0)
-        self.grown = jax.jit(KVCache.grown, static_argnums=1)
-        self.beginnings = jax.jit(KVCache.beginnings)
+        cache: Any = KVCache(heads, heads, rows, rows, rows)  # type: ignore[arg-type]  # shardings, not arrays
+        prompts = Prompts._make([cache, rows])
+        slots = Slots._make([cache, *[rows] * (len(Slots._fields) - 1)])
+
+        def program(
+            function: Callable[..., Any], returned: Any, static: Sequence[str], donated: int | tuple[()]
+        ) -> Any:
+            return jax.jit(
+                with_model(function), out_shardings=returned, static_argnames=static, donate_argnums=donated
+            )
+
+        self.prefill = program(decode.prefill, prompts, ["size"], 5)
+        self.empty_slots = program(decode.empty_slots, slots, ["size"], ())
+        # Each returns the slots, which the next call takes over, and a report of its own.
+        reporting = (slots, rows)
+        self.begin = program(reported(decode.begin), reporting, ["top"], 1)
+        self.refill = program(reported(decode.refill), reporting, ["top"], 1)
+        self.decode = program(reported(decode.decode), reporting, ["top", "guesses"], 1)
+        self.free = jax.jit(decode.free, out_shardings=slots, donate_argnums=0)
+        self.grown = jax.jit(KVCache.grown, out_shardings=cache, static_argnames="slots")
+        self.beginnings = jax.jit(KVCache.beginnings, out_shardings=cache)
         self.kept: Kept | None = None
 
     def use(self, params: nnx.State) -> None:
@@ -98,9 +120,9 @@ class Generator:
         rows, copied = (row_bucket(n, row_parts(self.mesh)) for n in (at_once, min(at_once, len(prompts))))
         longest, new_tokens = max(map(len, prompts)), max(config.max_new_tokens for config in configs)
         size = self.cache_size(longest + new_tokens)
-        held = KVCache.abstract(self.config, rows, size, self.dtype, self.mesh)
+        held: list[Any] = KVCache.abstract(self.config, rows, size, self.cache_dtype, self.mesh)
         if total > len(prompts):  # samples begin with copies of their prompts
-            held += KVCache.abstract(self.config, copied, bucket(longest), self.dtype, self.mesh)
+            held += KVCache.abstract(self.config, copied, bucket(longest), self.cache_dtype, self.mesh)
         if any(config.repetition_penalty != 1 for config in configs):
             shape = (rows, self.config.vocab_rows)
             held.append(jax.ShapeDtypeStruct(shape, np.bool_, sharding=batch_sharding(self.mesh)))

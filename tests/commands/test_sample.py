@@ -3,10 +3,13 @@
 import io
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from gemma_jax import Gemma
 from gemma_jax.cli import main
@@ -120,6 +123,35 @@ def test_mistakes_are_told_before_the_weights_are_read(
     given = words if "--prompt" in words else [*prompts("alpha"), *words]
     assert main(["sample", str(run), *given, "--mesh.cpu_devices", "1"]) == 2
     assert re.search(told, capsys.readouterr().err)
+
+
+@pytest.fixture
+def programs(tmp_path: Path) -> Iterator[Path]:
+    """An empty folder that keeps the programs compiled now, however fast."""
+    settings = {"jax_compilation_cache_dir": str(tmp_path), "jax_persistent_cache_min_compile_time_secs": 0}
+    before = {name: jax.config.values[name] for name in settings}
+    for values in (settings, before):
+        compilation_cache.reset_cache()
+        for name, value in values.items():
+            jax.config.update(name, value)
+        if values is settings:
+            yield tmp_path
+
+
+def test_what_was_compiled_before_is_found(
+    run: Path, programs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Prompts of several lengths, whose texts outgrow their cache, compile nothing more."""
+    settings = {"max_new_tokens": 200, "samples": 2, "top_log_probs": 2}
+    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    told = sample(capsys, run, "--precompile", *words, "--json", "--mesh.cpu_devices", "1")
+    assert int(told.split()[0]) <= len([*programs.glob("*-cache")])
+    gemma, events = Gemma.from_pretrained(run, mesh=MeshConfig(cpu_devices=1)), []
+    jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
+    for length in (1, 20, 50):
+        gemma.generate([[2] * length], **settings)
+    assert "/jax/compilation_cache/cache_hits" in events
+    assert "/jax/compilation_cache/cache_misses" not in events
 
 
 def test_a_prompt_is_text_and_no_control_token(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

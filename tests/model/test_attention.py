@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gemma_jax.model.attention import attend, attention_mask, cache_attend, causal_attend
-from gemma_jax.model.cache import KVCache
+from gemma_jax.model.cache import KVCache, Vectors
 from gemma_jax.model.paged import fits_paged, paged_attend
 from gemma_jax.model.splash import fits_splash, splash_attend
 from gemma_jax.testing import assert_same, cpu_mesh
@@ -47,8 +47,8 @@ def test_blocks_of_queries_equal_the_whole(length: int, kv_heads: int) -> None:
         actual = jax.jit(jax.grad(blocks, (0, 1, 2)))(q, k, v)
         real = slice(0, length - 7)
         assert_same(
-            [attend(q, k, v, mask)[:, real], *(g[:, real] for g in expected)],
-            [causal_attend(q, k, v, positions, segments)[:, real], *(g[:, real] for g in actual)],
+            [jax.jit(attend)(q, k, v, mask)[:, real], *(g[:, real] for g in expected)],
+            [jax.jit(causal_attend)(q, k, v, positions, segments)[:, real], *(g[:, real] for g in actual)],
             1e-12,
         )
 
@@ -110,9 +110,15 @@ def test_paged_attention_equals_the_reference(heads: int, kv_heads: int) -> None
         (normal(kv_heads, 2, 4, slots, 128), normal(kv_heads, 2, 4, slots, 128)),
     )
     positions = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (4, slots))
-    cache = KVCache(*written, positions, (positions < lengths[:, None]).astype(jnp.int32), lengths)
+    cache = KVCache(
+        Vectors(written[0]),
+        Vectors(written[1]),
+        positions,
+        (positions < lengths[:, None]).astype(jnp.int32),
+        lengths,
+    )
     newest, one = lengths[:, None] - 1, jnp.ones((4, 1), jnp.int32)
-    expected = cache_attend(q, written, 1, newest, one, cache, mesh)
+    expected = cache_attend(q, (cache.keys, cache.values), 1, newest, one, cache, mesh)
     assert fits_paged(q, written[0], mesh)
     with tpu.force_tpu_interpret_mode():
         found = jax.jit(paged_attend, static_argnums=5)(q, *written, 1, lengths, mesh)
