@@ -3,10 +3,10 @@
 Both run in turn in one process with the same number of threads, each with its own form of the same weights:
 bfloat16, int8 (q8_0) and int4 (q4_0). llama.cpp is the package xllamacpp, as `make parity` installs it.
 Prints a JSON line with the medians of the rounds and their ratio. Tokens a second are those after the first
-token; a prompt of 64 tokens takes `prefill` seconds.
+token; each prompt takes `prefill` seconds.
 
     .venv-parity/bin/python benchmarks/decode_2b.py [--kinds bfloat16 int8 int4] [--rounds 5] [--new 32]
-        [--threads 2] [--preset gemma_2b] [--batches 1]
+        [--threads 2] [--preset gemma_2b] [--batches 1] [--prompt 64]
 """
 
 import argparse
@@ -21,18 +21,17 @@ from typing import Any
 import numpy as np
 from train_step import use_threads
 
-PROMPT = 64  # tokens
 Speeds = dict[str, float]
 
 
-def ours(gemma: Any, batch: int, new: int) -> Speeds:
+def ours(gemma: Any, batch: int, prompt: int, new: int) -> Speeds:
     """Decodes with gemma_jax."""
     from gemma_jax.config import SamplingConfig
     from gemma_jax.sampling import Completion, complete_requests
     from gemma_jax.sampling.requests import requests_of
 
     rng = np.random.default_rng(0)
-    prompts = [[2, *rng.integers(200, 300, PROMPT - 1).tolist()] for _ in range(batch)]
+    prompts = [[2, *rng.integers(200, 300, prompt - 1).tolist()] for _ in range(batch)]
     requests = requests_of(prompts, SamplingConfig(max_new_tokens=new), [])
     completions = [Completion() for _ in requests]
     start = first = time.perf_counter()
@@ -44,18 +43,18 @@ def ours(gemma: Any, batch: int, new: int) -> Speeds:
     return {"prefill": first - start, "tokens_per_second": batch * (new - had) / seconds}
 
 
-def theirs(path: Path, threads: int) -> Callable[[int], Speeds]:
+def theirs(path: Path, threads: int, length: int) -> Callable[[int], Speeds]:
     """Returns a function that decodes with llama.cpp."""
     import xllamacpp
 
     parameters = xllamacpp.CommonParams()
-    parameters.model.path, parameters.n_ctx, parameters.n_parallel = str(path), 256, 1
+    parameters.model.path, parameters.n_ctx, parameters.n_parallel = str(path), length + 192, 1
     parameters.warmup, parameters.verbosity = False, 0
     parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = threads
     server = xllamacpp.Server(parameters)
 
     def run(new: int) -> Speeds:
-        prompt = [2, *np.random.default_rng(time.monotonic_ns()).integers(200, 300, PROMPT - 1).tolist()]
+        prompt = [2, *np.random.default_rng(time.monotonic_ns()).integers(200, 300, length - 1).tolist()]
         request = {"prompt": prompt, "max_tokens": new, "temperature": 0, "ignore_eos": True}
         answers: list[Any] = []
         server.handle_completions(request | {"timings_per_token": True}, answers.append)
@@ -68,7 +67,7 @@ def theirs(path: Path, threads: int) -> Callable[[int], Speeds]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    for name, default in (("threads", 2), ("rounds", 5), ("new", 32)):
+    for name, default in (("threads", 2), ("rounds", 5), ("new", 32), ("prompt", 64)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--preset", default="gemma_2b")
     parser.add_argument("--kinds", nargs="+", default=["bfloat16", "int8", "int4"])
@@ -94,12 +93,12 @@ def main() -> None:
             if quantization:
                 del whole, gemma
                 gemma = Gemma.from_pretrained(name, mesh=one, quantization=quantization)
-            peer = theirs(next(target.glob("*.gguf")), arguments.threads)
+            peer = theirs(next(target.glob("*.gguf")), arguments.threads, arguments.prompt)
             for batch in arguments.batches:
-                ours(gemma, batch, arguments.new)  # compiles
+                ours(gemma, batch, arguments.prompt, arguments.new)  # compiles
                 rounds: dict[str, list[Speeds]] = {"gemma_jax": [], "llama.cpp": []}
                 for _ in range(arguments.rounds):
-                    rounds["gemma_jax"].append(ours(gemma, batch, arguments.new))
+                    rounds["gemma_jax"].append(ours(gemma, batch, arguments.prompt, arguments.new))
                     rounds["llama.cpp"].append(peer(arguments.new))
                 medians = {
                     program: {name: statistics.median(r[name] for r in found) for name in found[0]}

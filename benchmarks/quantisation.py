@@ -43,12 +43,23 @@ def llama_cpp(path: Path, prompts: list[list[int]], vocabulary: int) -> np.ndarr
     return rows
 
 
+def sampled(gemma: Any, prompts: list[list[int]]) -> np.ndarray:
+    """The same as sampling computes them: few rows by the kernels for CPU, with activations in integers."""
+    count = gemma.config.vocab_size
+    rows = np.full((len(prompts), gemma.config.vocab_rows), np.nan)
+    for row, prompt in zip(rows, prompts, strict=True):
+        (answer,) = gemma.generate([prompt], max_new_tokens=1, top_log_probs=count)
+        tokens, log_probs = zip(*answer.top_log_probs[0], strict=True)
+        row[list(tokens)] = log_probs
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint")
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--prompts", type=int, default=24)
-    parser.add_argument("--length", type=int, default=96)
+    parser.add_argument("--length", type=int, default=64, help="tokens of each prompt; the kernels take 64")
     arguments = parser.parse_args()
 
     import jax
@@ -75,6 +86,7 @@ def main() -> None:
         gemma = Gemma.from_pretrained(arguments.checkpoint, mesh=one, quantization=kind)
         held = sum(stored_bytes(x.shape, x.dtype) for x in jax.tree.leaves(gemma.params))
         report(kind, log_softmax(gemma.logits(prompts)[:, -1]), held)
+        report(f"{kind} sampled", sampled(gemma, prompts), held)
     with tempfile.TemporaryDirectory() as folder:
         for name, kind in {"bf16": "", "q8_0": "int8", "q4_0": "int4"}.items():
             target = Path(folder) / name

@@ -108,7 +108,8 @@ class Gemma:
             random weights of a preset (docs/checkpoints.md).
           mesh: How to split the model over the devices; by default all devices are on the fsdp axis.
           compute: How to execute the model.
-          dtype: The dtype of the parameters in memory, instead of compute.param_dtype.
+          dtype: The dtype of the parameters in memory, instead of compute.param_dtype. Without either they
+            are kept in bfloat16 if the checkpoint stores them so, otherwise in float32.
           instruction_tuned: Whether the model was trained on dialogues. By default it counts as such if its
             generation_config.json lists `<end_of_turn>` or its name ends in `-it`.
           quantization: Quantises the weights while they are loaded: `int8`, `int4` (blocks of 32),
@@ -127,7 +128,8 @@ class Gemma:
         found = open_checkpoint(checkpoint)
         kind = found.kind(quantization)
         device_mesh = make_mesh(mesh or MeshConfig())
-        compute = replace(compute or ComputeConfig(), {"param_dtype": dtype} if dtype else {})
+        compute = compute or ComputeConfig(param_dtype="auto")
+        compute = found.compute(replace(compute, {"param_dtype": dtype} if dtype else {}))
         keep_programs(compute.compilation_cache, PROGRAMS)
         tokenizer = found.tokenizer()  # before the weights, so that its errors are reported at once
         ends = found.end_tokens(instruction_tuned)

@@ -87,7 +87,8 @@ def abstract_model(checkpoint: str, config: SampleConfig) -> tuple["ModelSpec", 
     from gemma_jax.sharding import make_mesh
 
     found = open_checkpoint(checkpoint)
-    spec = ModelSpec(found.config, config.compute, make_mesh(config.mesh), found.kind(config.quantization))
+    compute, kind = found.compute(config.compute), found.kind(config.quantization)
+    spec = ModelSpec(found.config, compute, make_mesh(config.mesh), kind)
     return spec, found.end_tokens(config.is_instruction_tuned)
 
 

@@ -96,7 +96,7 @@ class LoadConfig:
         "",
         "Quantise the weights while loading: int8, int4, int4:BLOCK, int4:channel or nf4; empty: as stored.",
     )
-    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    compute: ComputeConfig = field(default_factory=lambda: ComputeConfig(param_dtype="auto"))
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     @property

@@ -228,8 +228,10 @@ class ComputeConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = setting(
         "auto", "Activations and products; auto is bfloat16 on TPU and GPU, float32 on CPU."
     )
-    param_dtype: Literal["float32", "bfloat16", "float64"] = setting(
-        "float32", "Parameters and optimizer state."
+    param_dtype: Literal["float32", "bfloat16", "float64", "auto"] = setting(
+        "float32",
+        "Parameters and optimizer state; auto, for a model that is loaded: bfloat16 if it is stored so, "
+        "otherwise float32.",
     )
     cache: Literal["auto", "int8"] = setting(
         "auto", "Cached keys and values of sampling, in the dtype of activations or in int8 with scales."

@@ -94,6 +94,10 @@ def validate(config: TrainingConfig) -> None:
     validate_bounds(config)
     validate_model(model)
     _validate_compute(config.compute)
+    _require(
+        config.compute.param_dtype != "auto",
+        "compute.param_dtype is auto, but what is trained has a dtype of its own; give float32 or bfloat16.",
+    )
     _validate_hosts(config.hosts)
     profiled = profiled_steps(config.profile)
     _require(

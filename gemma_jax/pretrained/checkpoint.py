@@ -13,7 +13,7 @@ from flax import nnx
 
 from gemma_jax.checkpoint.folders import STEPS_FOLDER
 from gemma_jax.checkpoint.record import run_record
-from gemma_jax.config import TransformerConfig, from_record, preset, replace, validate_model
+from gemma_jax.config import ComputeConfig, TransformerConfig, from_record, preset, replace, validate_model
 from gemma_jax.errors import UserError
 from gemma_jax.model import ModelSpec
 from gemma_jax.paths import SMALL_FILE, open_regular
@@ -73,6 +73,11 @@ class Checkpoint:
                 f"{quantization}, or give the original weights."
             )
         return kind_of(quantization or self.quantization or self.trained_on)
+
+    def compute(self, given: ComputeConfig) -> ComputeConfig:
+        """Returns how to execute the model, in which the dtype of the parameters is no longer auto."""
+        dtype = "bfloat16" if self.dtype == "bfloat16" else "float32"
+        return replace(given, {"param_dtype": dtype} if given.param_dtype == "auto" else {})
 
     def tokenizer(self) -> Tokenizer | None:
         """Load the tokenizer; returns None if the checkpoint has none.

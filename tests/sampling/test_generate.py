@@ -174,16 +174,17 @@ def test_what_prompts_begin_with_together_is_computed_once(mesh: dict[str, int])
         assert relative_difference(actual.log_probs, expected.log_probs) < 1e-5
 
 
-def test_a_cache_grows_with_its_text() -> None:
+@pytest.mark.parametrize("length", [700, pytest.param(8192, marks=pytest.mark.slow)])
+def test_a_cache_grows_with_its_text(length: int) -> None:
     """Up to the whole context, in which every token is that of one forward pass."""
-    gemma = lively_gemma(cpu_mesh(1), context_length=700)
+    gemma = lively_gemma(cpu_mesh(1), context_length=length)
     prompts = [[2, 17, 300], [2] + [5, 9] * 30]
-    completions = complete(generator_of(gemma), prompts, SamplingConfig(700))
+    completions = complete(generator_of(gemma), prompts, SamplingConfig(length))
     assert [completion.finish_reason for completion in completions] == ["context", "context"]
     for prompt, completion in zip(prompts, completions, strict=True):
-        assert len(prompt) + len(completion.token_ids) == 700
+        assert len(prompt) + len(completion.token_ids) == length
         new = len(completion.token_ids)
-        expected = predictions(gemma, [prompt], [completion], 700)
+        expected = predictions(gemma, [prompt], [completion], length)
         assert completion.token_ids == next(iter(expected))[:new].argmax(axis=-1).tolist()
 
 
