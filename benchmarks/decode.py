@@ -1,10 +1,11 @@
 """Measures greedy decoding speed of the 110M shape in float32, and that of transformers if it is installed.
 
-Both programs run alternately in one process; quote the ratio. Prints one JSON line for each program and batch
-size, then one with the ratio. The time is that of a whole call: prefill and every new token.
+The programs run alternately in one process; quote the ratios. `streamed` is gemma_jax with somebody watching,
+who gets the tokens every few hundredths of a second. Prints one JSON line for each program and batch size,
+then one with the ratios. The time is that of a whole call: prefill and every new token.
 
     python benchmarks/decode.py [--threads 2] [--rounds 5] [--batches 1 8] [--prompt 64] [--new 128]
-        [--unroll 1]
+        [--unroll 1] [--preset gemma_110m]
 """
 
 import argparse
@@ -18,21 +19,22 @@ import numpy as np
 from train_step import PRESET, in_turn, tokens, transformers_model, use_threads
 
 
-def ours(unroll: int) -> Callable[[np.ndarray, int], None]:
-    """Returns a function that decodes with gemma_jax, given prompts [B, P] and a number of new tokens."""
+def ours(preset: str, unroll: int) -> Callable[[np.ndarray, int, bool], None]:
+    """Returns a function that decodes with gemma_jax: prompts [B, P], a number of new tokens, and whether to
+    stream them."""
     from gemma_jax import Gemma
     from gemma_jax.config import ComputeConfig, MeshConfig, SamplingConfig
     from gemma_jax.sampling import Completion, complete_requests
     from gemma_jax.sampling.requests import requests_of
 
     compute = ComputeConfig(dtype="float32", scan_unroll=unroll)
-    gemma = Gemma.from_pretrained(f"random:{PRESET}", mesh=MeshConfig(cpu_devices=1), compute=compute)
+    gemma = Gemma.from_pretrained(f"random:{preset}", mesh=MeshConfig(cpu_devices=1), compute=compute)
 
-    def run(prompts: np.ndarray, new: int) -> None:
+    def run(prompts: np.ndarray, new: int, streamed: bool) -> None:
         # There are no stop tokens, so each row generates all its new tokens, as with transformers.
         requests = requests_of(prompts.tolist(), SamplingConfig(max_new_tokens=new), [])
         completions = [Completion() for _ in requests]
-        for _ in complete_requests(gemma._generator, requests, completions):
+        for _ in complete_requests(gemma._generator, requests, completions, watched=streamed):
             pass
         assert all(len(completion.token_ids) == new for completion in completions)
 
@@ -60,10 +62,15 @@ def main() -> None:
     for name, default in (("threads", 2), ("rounds", 5), ("prompt", 64), ("new", 128), ("unroll", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--preset", default=PRESET, help="transformers runs beside the default only")
     arguments = parser.parse_args()
     use_threads(arguments.threads)
-    programs = {"gemma_jax": ours(arguments.unroll)}
-    if importlib.util.find_spec("transformers"):
+    decode = ours(arguments.preset, arguments.unroll)
+    programs: dict[str, Callable[[np.ndarray, int], None]] = {
+        "gemma_jax": partial(decode, streamed=False),
+        "streamed": partial(decode, streamed=True),
+    }
+    if arguments.preset == PRESET and importlib.util.find_spec("transformers"):
         programs["transformers"] = theirs()
     for batch in arguments.batches:
         prompts = tokens(batch, arguments.prompt)
@@ -72,11 +79,14 @@ def main() -> None:
         for name, s in seconds.items():
             speed = batch * arguments.new / statistics.median(s)
             print(json.dumps({"program": name, "batch": batch, "tokens_per_second": round(speed, 1)}))
-        if len(seconds) == 2:
-            ratios = [b / a for a, b in zip(seconds["gemma_jax"], seconds["transformers"], strict=True)]
-            print(
-                json.dumps({"batch": batch, "gemma_jax / transformers": round(statistics.median(ratios), 3)})
+        own, *others = seconds
+        ratios = {
+            f"{own} / {name}": statistics.median(
+                b / a for a, b in zip(seconds[own], seconds[name], strict=True)
             )
+            for name in others
+        }
+        print(json.dumps({"batch": batch} | {name: round(ratio, 3) for name, ratio in ratios.items()}))
 
 
 if __name__ == "__main__":

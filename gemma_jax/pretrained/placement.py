@@ -15,7 +15,7 @@ from gemma_jax.errors import UserError
 from gemma_jax.memory import require_memory
 from gemma_jax.model import ModelSpec
 from gemma_jax.pretrained.layout import PackedWeights, Weights, in_order
-from gemma_jax.sharding import Arrays, named_arrays, partition_spec, with_arrays
+from gemma_jax.sharding import Arrays, named_arrays, partition_spec, platform, with_arrays
 from gemma_jax.weights import EMBEDDING, Parameter, parameter_table
 from gemma_jax.weights.quantized import from_bytes, to_bytes
 from gemma_jax.weights.weight import row_block
@@ -38,7 +38,7 @@ def place(weights: Weights, spec: ModelSpec) -> nnx.State:
     """
     require_memory(spec.params, "the model")
     abstract = named_arrays(spec.params)
-    held_as = {name: _held_as(x) for name, x in abstract.items()}
+    held_as = {name: _held_as(x, spec.mesh) for name, x in abstract.items()}
     table = parameter_table(spec.config)
     stored = {
         name: jax.eval_shape(
@@ -46,7 +46,16 @@ def place(weights: Weights, spec: ModelSpec) -> nnx.State:
         )
         for name, parameter in table.items()
     }
-    fills: dict[tuple[str, tuple[int, ...] | None], Callable[..., Any]] = {}
+    packs: dict[tuple[str, tuple[int, ...]], Callable[..., Any]] = {}
+    writes = {
+        name: jax.jit(
+            functools.partial(_write, whole=not parameter.layers),
+            donate_argnums=0,
+            out_shardings={n: held_as[n].sharding for n in stored[name]},
+        )
+        for name, parameter in table.items()
+    }
+    are_finite = jax.jit(lambda floats: jnp.stack([jnp.isfinite(x).all() for x in floats]).all())
     filled: Arrays = {}
     packed = weights.packed if isinstance(weights, PackedWeights) and weights.kind == spec.kind else None
     for name, layer in in_order(spec.config):
@@ -58,20 +67,31 @@ def place(weights: Weights, spec: ModelSpec) -> nnx.State:
         else:
             pieces = _pieces(weights.get(name, layer), layer, table[name], spec.mesh)
         for start, order, piece in pieces:
-            if (name, order) not in fills:
-                out = {n: held_as[n] for n in stored[name]}
-                fills[name, order] = _fill(order, functools.partial(spec.pack, name), out, layer is None)
-            stacks = {n: filled.pop(n) if n in filled else _zeros(held_as[n]) for n in stored[name]}
-            arrays, finite = fills[name, order](piece, stacks, start)
-            filled |= arrays
-            if not finite:  # reading this waits for the device, so only one piece is in transit at a time
+            # Three programs, because XLA's CPU compiler makes the transposition five times as slow when it
+            # joins it with what follows.
+            arrays: Any = piece
+            if order:
+                if (name, order) not in packs:
+                    packs[name, order] = _pack(order, functools.partial(spec.pack, name))
+                arrays = packs[name, order](piece)
+            floats = [x for x in arrays.values() if jnp.issubdtype(x.dtype, jnp.floating)]
+            if order and len(floats) < len(arrays):
+                floats.append(piece)  # what became an integer
+            del piece
+            if not are_finite(floats):
                 raise UserError(
                     f"{weights.where(name, layer)} holds NaN or infinity, so the weights are damaged; "
                     "copy or download them again."
                 )
+            stacks = {n: filled.pop(n) if n in filled else _zeros(held_as[n]) for n in stored[name]}
+            # Waiting keeps only one piece in transit at a time.
+            filled |= jax.block_until_ready(writes[name](stacks, arrays, start))
     for name, x in abstract.items():
         if filled[name].dtype != x.dtype:
-            filled[name] = jax.block_until_ready(jax.jit(from_bytes, out_shardings=x.sharding)(filled[name]))
+            from_held = (
+                _from_bits if x.dtype == jnp.bfloat16 else jax.jit(from_bytes, out_shardings=x.sharding)
+            )
+            filled[name] = jax.block_until_ready(from_held(filled[name]))
     return with_arrays(spec.params, filled)
 
 
@@ -104,14 +124,19 @@ def _sent(part: np.ndarray, shape: Sequence[int], split: Iterable[Any], mesh: Me
         wanted = [len(range(*s.indices(size))) for s, size in zip(index, shape, strict=True)]
         if list(held.shape) != wanted:
             return np.pad(held, [(0, most - some) for most, some in zip(wanted, held.shape, strict=True)])
-        # Copied, because jax may keep the array, and a view would change if others changed the file.
-        return np.array(held)
+        return held  # jax may keep this view of the file, but what is written to the stacks is a copy
 
     return jax.make_array_from_callback(tuple(shape), NamedSharding(mesh, P(*split)), shard)
 
 
-def _held_as(abstract: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """Returns how an array is kept while it is filled: int4 as bytes, if each shard has whole ones."""
+def _held_as(abstract: jax.ShapeDtypeStruct, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """Returns how an array is kept while it is filled.
+
+    It is int4 as bytes, if each shard has whole ones, and bfloat16 as its bits on CPU, where XLA would
+    convert the whole stack to float32 and back for each layer.
+    """
+    if abstract.dtype == jnp.bfloat16 and platform(mesh) == "cpu":
+        return jax.ShapeDtypeStruct(abstract.shape, jnp.uint16, sharding=abstract.sharding)
     if abstract.dtype != jnp.int4 or abstract.sharding.shard_shape(abstract.shape)[-1] % 2:
         return abstract
     shape = (*abstract.shape[:-1], abstract.shape[-1] // 2)
@@ -122,29 +147,30 @@ def _zeros(held: jax.ShapeDtypeStruct) -> jax.Array:
     return jax.jit(functools.partial(jnp.zeros, held.shape, held.dtype), out_shardings=held.sharding)()
 
 
-def _fill(
-    order: tuple[int, ...] | None, pack: Pack, held_as: dict[str, jax.ShapeDtypeStruct], whole: bool
-) -> Callable[..., Any]:
-    """Makes a program that writes one layer's arrays, or some rows of an embedding, to their place.
+def _pack(order: tuple[int, ...], pack: Pack) -> Callable[[jax.Array], Arrays]:
+    """Makes a program that packs a dense array, which was sent with its axes in `order`."""
+    return jax.jit(lambda piece: pack(piece.transpose([int(axis) for axis in np.argsort(order)])))
 
-    It packs a dense array that was sent with its axes in `order`. Without an order it receives packed arrays.
+
+def _write(stacks: Arrays, arrays: Arrays, start: jax.Array, whole: bool) -> Arrays:
+    """Writes one layer's arrays, or some rows of an embedding, to their place.
+
     `whole` says that the arrays have no axis of layers.
     """
+    written = {}
+    for name, x in arrays.items():
+        if stacks[name].dtype == jnp.uint8:
+            x = to_bytes(x)
+        elif stacks[name].dtype == jnp.uint16:
+            x = jax.lax.bitcast_convert_type(x, jnp.uint16)
+        written[name] = jax.lax.dynamic_update_slice_in_dim(stacks[name], x if whole else x[None], start, 0)
+    return written
 
-    def fill(piece: Any, stacks: Arrays, start: Any) -> tuple[Arrays, jax.Array]:
-        arrays, checked = piece, []
-        if order is not None:
-            dense = piece.transpose([int(axis) for axis in np.argsort(order)])
-            arrays, checked = pack(dense), [dense]
-        floats = [x for x in (*checked, *arrays.values()) if jnp.issubdtype(x.dtype, jnp.floating)]
-        finite = jnp.stack([jnp.isfinite(x).all() for x in floats]).all()
-        for name, x in arrays.items():
-            x = to_bytes(x) if held_as[name].dtype == jnp.uint8 else x
-            stacks[name] = jax.lax.dynamic_update_slice_in_dim(
-                stacks[name], x if whole else x[None], start, 0
-            )
-        return stacks, finite
 
-    out = {name: x.sharding for name, x in held_as.items()}
-    copied = NamedSharding(next(iter(out.values())).mesh, P())
-    return jax.jit(fill, donate_argnames="stacks", out_shardings=(out, copied))
+def _from_bits(x: jax.Array) -> jax.Array:
+    """Returns the bfloat16 numbers with these bits, in the same memory on CPU: a program would copy them."""
+    parts = [
+        jax.device_put(np.asarray(shard.data).view(jnp.bfloat16), shard.device, may_alias=True)
+        for shard in x.addressable_shards
+    ]
+    return jax.make_array_from_single_device_arrays(x.shape, x.sharding, parts)

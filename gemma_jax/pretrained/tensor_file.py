@@ -74,6 +74,10 @@ class TensorFile:
 
     def raw(self, name: str) -> np.ndarray:
         """Returns a read-only view of a tensor's bytes. Data is read from disk when it is accessed."""
+        # What was read before leaves the memory of this process; the system keeps it, and an older view reads
+        # it again. Otherwise a loaded model would be in memory twice.
+        if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+            self.bytes.madvise(mmap.MADV_DONTNEED)
         stored = self.tensors[name]
         return np.frombuffer(self.bytes, np.uint8, stored.size, stored.start)
 
