@@ -65,6 +65,8 @@ def main() -> None:
     parser.add_argument("--preset", default=PRESET, help="transformers runs beside the default only")
     arguments = parser.parse_args()
     use_threads(arguments.threads)
+    from gemma_jax.config import PRESETS
+
     decode = ours(arguments.preset, arguments.unroll)
     programs: dict[str, Callable[[np.ndarray, int], None]] = {
         "gemma_jax": partial(decode, streamed=False),
@@ -73,7 +75,7 @@ def main() -> None:
     if arguments.preset == PRESET and importlib.util.find_spec("transformers"):
         programs["transformers"] = theirs()
     for batch in arguments.batches:
-        prompts = tokens(batch, arguments.prompt)
+        prompts = tokens(batch, arguments.prompt) % PRESETS[arguments.preset].vocab_size
         calls = {name: partial(program, prompts, arguments.new) for name, program in programs.items()}
         seconds = in_turn(calls, arguments.rounds)
         for name, s in seconds.items():
