@@ -18,8 +18,8 @@ from tests.tiny_run import config_file, write_corpus
 def pytest_configure(config: pytest.Config) -> None:
     """Sets what jax reads when it starts: eight CPU devices, and how programs are compiled.
 
-    Most of the suite's time is compiling. Many tests compile the same programs, and without LLVM's
-    optimisations that takes half as long. Tests marked slow measure programs, so they optimise them.
+    Most of the suite's time is compiling. Many tests compile the same programs, and LLVM's
+    optimisations take more time than they save. Tests marked slow measure programs, so they optimise them.
     """
     if config.option.markexpr != "slow":
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
