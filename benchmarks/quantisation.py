@@ -45,13 +45,19 @@ def llama_cpp(path: Path, prompts: list[list[int]], vocabulary: int) -> np.ndarr
 
 def sampled(gemma: Any, prompts: list[list[int]]) -> np.ndarray:
     """The same as sampling computes them: few rows by the kernels for CPU, with activations in integers."""
-    count = gemma.config.vocab_size
-    rows = np.full((len(prompts), gemma.config.vocab_rows), np.nan)
-    for row, prompt in zip(rows, prompts, strict=True):
-        (answer,) = gemma.generate([prompt], max_new_tokens=1, top_log_probs=count)
-        tokens, log_probs = zip(*answer.top_log_probs[0], strict=True)
-        row[list(tokens)] = log_probs
-    return rows
+    import jax
+    import jax.numpy as jnp
+
+    from gemma_jax.sampling.decode import prefill
+    from gemma_jax.weights import Context
+
+    @jax.jit
+    def last(params: Any, tokens: jax.Array) -> jax.Array:
+        model, lengths = gemma.spec.merge(params), jnp.full(len(tokens), tokens.shape[1])
+        read = prefill(model, tokens, 0, lengths, jnp.zeros_like(lengths), size=tokens.shape[1])
+        return model.logits(read.newest, Context(sampling=True))[..., : gemma.config.vocab_size]
+
+    return log_softmax(np.concatenate([last(gemma.params, np.asarray([prompt])) for prompt in prompts]))
 
 
 def main() -> None:

@@ -107,7 +107,13 @@ def _print_time(console: Console, plan: Plan, analysis: Analysis, figures: Estim
         )
     if mode in ("pretrain", "finetune") and (loops := analysis.uncounted_loops):
         console.print(f"{loops} loops of unknown length are counted once: the step takes longer")
-    if figures.unknown_kernels:
+    if mode == "decode":
+        read, call = _seconds(figures.read_seconds), _seconds(figures.call_seconds)
+        console.print(
+            f"reading the weights and the whole cache alone takes {read}, and a step is counted so at least; "
+            f"beside its steps, a call takes {call}"
+        )
+    elif figures.unknown_kernels:
         console.print(f"{figures.unknown_kernels} Pallas kernels state no work and are left out")
     for network, seconds in figures.link_seconds.items():
         what = "links between chips" if network == "ici" else "data-centre network"

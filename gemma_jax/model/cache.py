@@ -18,9 +18,13 @@ KEYS_AXES = ("kv_heads", "layers", "batch", "length", "head_dim")
 
 
 class Vectors(NamedTuple):
-    """The keys or the values of all layers, as numbers or as int8 with one scale for each vector."""
+    """The keys or the values of all layers, as numbers or as int8 with one scale for each vector.
 
-    numbers: jax.Array  # [K, layers, B, S, H]
+    One int16 holds the int8 of the first and of the second half of a vector: to write a row of int8, the TPU
+    compiler would copy the whole cache into another layout and back.
+    """
+
+    numbers: jax.Array  # [K, layers, B, S, H], or [K, layers, B, S, H / 2] int16
     scales: jax.Array | None = None  # [K, layers, B, S] float32: a vector is its int8 times its scale
 
     def written(self, place: tuple[Any, ...], new: jax.Array) -> "Vectors":
@@ -28,7 +32,9 @@ class Vectors(NamedTuple):
         if self.scales is None:
             return Vectors(self.numbers.at[place].set(new, mode="drop"))
         scales = jnp.max(jnp.abs(new.astype(jnp.float32)), axis=-1) / 127
-        codes = jnp.round(new / jnp.where(scales > 0, scales, 1)[..., None]).astype(jnp.int8)
+        codes = jnp.round(new / jnp.where(scales > 0, scales, 1)[..., None]).astype(jnp.int16)
+        low, high = jnp.split(codes, 2, axis=-1)
+        codes = (low & 255) | (high << 8)
         return Vectors(
             self.numbers.at[place].set(codes, mode="drop"), self.scales.at[place].set(scales, mode="drop")
         )
@@ -38,6 +44,8 @@ class Vectors(NamedTuple):
         numbers = self.numbers[:, layer].transpose(1, 2, 0, 3)
         if self.scales is None:
             return numbers
+        low, high = (numbers << 8) >> 8, numbers >> 8
+        numbers = jnp.concatenate([low, high], axis=-1).astype(dtype)
         return (numbers * self.scales[:, layer].transpose(1, 2, 0)[..., None]).astype(dtype)
 
 
@@ -67,8 +75,10 @@ class KVCache:
         def array(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, *axes: Any) -> Any:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
 
-        scales = array(shape[:-1], jnp.float32, *spec[:-1]) if dtype == jnp.int8 else None
-        return [Vectors(array(shape, dtype, *spec), scales)] * 2
+        if dtype == jnp.int8:
+            codes = array((*shape[:-1], shape[-1] // 2), jnp.int16, *spec)
+            return [Vectors(codes, array(shape[:-1], jnp.float32, *spec[:-1]))] * 2
+        return [Vectors(array(shape, dtype, *spec))] * 2
 
     @classmethod
     def empty(

@@ -43,6 +43,7 @@ class Analysis:
 
     memory: dict[str, int]  # bytes by purpose; their sum is what the program needs
     cycles: int  # the compiler's estimates, with loop iterations but without Pallas kernels
+    cycles_outside: int  # of these, those outside loops of unknown length
     uncounted_loops: int  # loops counted once, because the program does not state their trip count
     kernels: tuple[Kernel, ...]
     collectives: tuple[Collective, ...]
@@ -68,6 +69,7 @@ def analyse(compiled: Compiled, argument_bytes: Mapping[str, int], mesh_shape: M
     return Analysis(
         memory,
         sum(e.instruction.cycles * e.count for e in executed),
+        sum(e.instruction.cycles * e.count for e in executed if e.counted),
         sum(e.instruction.opcode == "while" and not e.counted for e in executed),
         tuple(_kernel(e, fused) for e in kernels),
         tuple(collectives(module, mesh_shape)),

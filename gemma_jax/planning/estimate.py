@@ -14,6 +14,7 @@ ATTENTION_UTILISATION = 0.5
 ASSUMPTIONS = (
     "seconds are the compiler's own estimate for each instruction, times loop rounds, over the clock",
     f"attention kernels run at {ATTENTION_UTILISATION:.0%} of peak, and causality saves half of their work",
+    "kernels that state no work, as those of decoding, take the time of reading the whole cache",
     "collectives that the compiler runs during computation cost nothing; neither do input and checkpoints",
 )
 
@@ -25,15 +26,17 @@ class Estimate:
     calibrated: bool  # False if the clock is not published
     compiled_seconds: float  # without Pallas kernels
     kernel_seconds: float
-    unknown_kernels: int  # number of kernels that state no FLOPs; they are left out
+    unknown_kernels: int  # number of kernels that state no FLOPs; they are left out, except in decoding
     utilisation: float | None  # model FLOPs as a fraction of peak; causal attention counts half
     tokens_per_second: float  # of all chips together
     link_seconds: dict[str, float]  # minimum time to send the bytes of a step, by network
+    read_seconds: float  # of decoding: minimum time to read the weights and the cache
+    call_seconds: float  # of decoding: what a call takes beside its steps
 
     @property
     def seconds(self) -> float:
         """The time of a step."""
-        return self.compiled_seconds + self.kernel_seconds
+        return max(self.compiled_seconds + self.kernel_seconds, self.read_seconds)
 
 
 def estimate(
@@ -43,6 +46,7 @@ def estimate(
     devices: int,
     tokens: int,
     model_flops: float | None,
+    cache_bytes: int | None = None,
 ) -> Estimate:
     """Estimate the time of a step.
 
@@ -53,6 +57,8 @@ def estimate(
       devices: The number of devices.
       tokens: The number of tokens that a step processes.
       model_flops: The floating-point operations of the model in a step, or None if unknown.
+      cache_bytes: The bytes of keys and values on one device, of which a step of decoding reads all. None if
+        the program is not one of decoding, which makes any number of steps in a loop.
     """
     generation = topology.generation
     peak = peak_flops / devices
@@ -60,9 +66,15 @@ def estimate(
         kernel.flops / peak / (ATTENTION_UTILISATION if kernel.attention else 1)
         for kernel in analysis.kernels
     )
-    compiled_seconds = analysis.cycles / generation.clock
-    seconds = compiled_seconds + kernel_seconds
     devices_a_chip = devices / topology.chips
+    read_seconds = call_seconds = 0.0
+    unknown = sum(not kernel.flops for kernel in analysis.kernels)
+    if cache_bytes is not None:
+        speed = generation.hbm_bytes_a_second / devices_a_chip
+        read_seconds = (analysis.memory["parameters"] + cache_bytes) / speed
+        call_seconds = analysis.cycles_outside / generation.clock
+        kernel_seconds += cache_bytes / speed if unknown else 0
+    compiled_seconds = analysis.cycles / generation.clock - call_seconds
     traffic = {"ici": 0.0, "dcn": 0.0}
     for collective in analysis.collectives:
         traffic["dcn" if "slice" in collective.axis else "ici"] += collective.bytes
@@ -72,10 +84,21 @@ def estimate(
         for name, speed in speeds.items()
         if speed and traffic[name]
     }
-    calibrated, unknown = generation.clock_is_published, sum(not kernel.flops for kernel in analysis.kernels)
-    utilisation = model_flops / (seconds * peak_flops) if model_flops is not None and seconds else None
-    speed = tokens / seconds if seconds else math.inf
-    return Estimate(calibrated, compiled_seconds, kernel_seconds, unknown, utilisation, speed, link_seconds)
+    found = Estimate(
+        calibrated=generation.clock_is_published,
+        compiled_seconds=compiled_seconds,
+        kernel_seconds=kernel_seconds,
+        unknown_kernels=unknown,
+        utilisation=None,
+        tokens_per_second=math.inf,
+        link_seconds=link_seconds,
+        read_seconds=read_seconds,
+        call_seconds=call_seconds,
+    )
+    if not (seconds := found.seconds):
+        return found
+    utilisation = model_flops / (seconds * peak_flops) if model_flops is not None else None
+    return dataclasses.replace(found, utilisation=utilisation, tokens_per_second=tokens / seconds)
 
 
 @dataclasses.dataclass(frozen=True)

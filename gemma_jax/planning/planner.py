@@ -87,9 +87,8 @@ class Planner:
         if entry.analysis:
             peak = peak_flops(self.devices)
             assert peak is not None  # every generation of topology.py is in the table
-            figures = estimate(
-                entry.analysis, self.topology, peak, len(self.devices), program.tokens, program.model_flops
-            )
+            work = program.tokens, program.model_flops, program.cache_bytes
+            figures = estimate(entry.analysis, self.topology, peak, len(self.devices), *work)
         if entry.analysis and mode in ("pretrain", "finetune") and mesh.shape["fsdp"] > 1:
             passes = config.optimizer.accumulation_steps
             least = fsdp_minimum(program.parameters, mesh.shape["fsdp"], passes)

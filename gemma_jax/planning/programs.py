@@ -38,6 +38,7 @@ class Program:
     parameters: list[Parameter]
     tokens: int  # tokens that one run of the program processes or generates
     model_flops: float | None  # of the model, per run and for all devices; None if unknown
+    cache_bytes: int | None = None  # on one device, of keys and values; None if it is not decoding
 
 
 def lower(mode: Mode, config: TrainingConfig, mesh: Mesh, new_tokens: int, quantization: str = "") -> Program:
@@ -111,4 +112,5 @@ def _sampling(mode: Mode, config: TrainingConfig, mesh: Mesh, new_tokens: int, k
     state = state._replace(cache=dataclasses.replace(state.cache, keys=keys, values=values))
     steps = jax.ShapeDtypeStruct((), jnp.int32)
     lowered = generator.decode.lower(params, state, steps)
-    return Program(lowered, held | {"cache": _bytes_a_device(state)}, known, rows, None)
+    cache_bytes = _bytes_a_device((keys, values))
+    return Program(lowered, held | {"cache": _bytes_a_device(state)}, known, rows, None, cache_bytes)

@@ -16,6 +16,7 @@ class Generation:
     dimensions: int  # number of dimensions of the torus of chips
     cores_a_chip: int  # TensorCores, which names count: v5p-128 has 64 chips, v5e-256 has 256
     hbm_gib: int
+    hbm_bytes_a_second: float
     most_chips: int  # in one slice
     clock: float  # cycles per second of a TensorCore
     clock_is_published: bool
@@ -32,11 +33,11 @@ class Generation:
 # For the other generations this method results in clocks that are 2% too high (benchmarks/LOG.md).
 _FLOPS_A_CYCLE = 4 * 128 * 128 * 2  # per TensorCore
 GENERATIONS = {
-    "v4": Generation("v4", 3, 2, 32, 4096, 275e12 / (2 * _FLOPS_A_CYCLE), True, None, None),
-    "v5e": Generation("v5e", 2, 1, 16, 256, 197e12 / _FLOPS_A_CYCLE, True, 200e9, 6.4e12 / 8 / 256),
-    "v5p": Generation("v5p", 3, 2, 95, 8960, 459e12 / (2 * _FLOPS_A_CYCLE), True, 600e9, 50e9 / 8),
-    "v6e": Generation("v6e", 2, 1, 32, 256, 2.222e9, False, 400e9, 100e9 / 8),
-    "tpu7x": Generation("tpu7x", 3, 2, 192, 9216, 2.476e9, False, 600e9, 100e9 / 8),
+    "v4": Generation("v4", 3, 2, 32, 1200e9, 4096, 275e12 / (2 * _FLOPS_A_CYCLE), True, None, None),
+    "v5e": Generation("v5e", 2, 1, 16, 819e9, 256, 197e12 / _FLOPS_A_CYCLE, True, 200e9, 6.4e12 / 8 / 256),
+    "v5p": Generation("v5p", 3, 2, 95, 2765e9, 8960, 459e12 / (2 * _FLOPS_A_CYCLE), True, 600e9, 50e9 / 8),
+    "v6e": Generation("v6e", 2, 1, 32, 1638e9, 256, 2.222e9, False, 400e9, 100e9 / 8),
+    "tpu7x": Generation("tpu7x", 3, 2, 192, 7380e9, 9216, 2.476e9, False, 600e9, 100e9 / 8),
 }
 MOST_SLICES = 256
 OTHER_NAMES = {"v5litepod": "v5e", "v7x": "tpu7x"}

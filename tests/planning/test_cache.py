@@ -12,6 +12,7 @@ ENTRY = Entry(
     Analysis(
         {"parameters": 7, "temporaries": 3},
         123,
+        23,
         1,
         (Kernel("splash", True, 18, 1e12),),
         (Collective("all-gather", "fsdp", ("bf16[8,4]",), 18, 1.5, "a.py:1 < b.py:2", "jit(step)"),),

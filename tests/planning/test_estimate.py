@@ -11,7 +11,9 @@ from gemma_jax.planning.topology import parse_topology
 
 
 def analysis(*kernels: Kernel, collectives: tuple[Collective, ...] = ()) -> Analysis:
-    return Analysis({"parameters": 1}, 3_000_000_000, 0, kernels, collectives, ())
+    return Analysis(
+        {"parameters": 819_000_000_000}, 3_006_000_000, 1_503_000_000, 0, kernels, collectives, ()
+    )
 
 
 def test_seconds_of_a_step() -> None:
@@ -21,11 +23,24 @@ def test_seconds_of_a_step() -> None:
     stated = Kernel("own", False, 1, 197e11)
     silent = Kernel("silent", False, 1, 0.0)
     figures = estimate(analysis(attention, stated, silent), v5e, peak, 4, 1000, peak)
-    assert figures.compiled_seconds == pytest.approx(3e9 / 1.503e9, rel=1e-3)  # the published clock
+    assert figures.compiled_seconds == pytest.approx(2, rel=1e-3)  # the published clock
     assert figures.kernel_seconds == pytest.approx(1 / ATTENTION_UTILISATION + 0.1)
     assert figures.unknown_kernels == 1 and figures.calibrated
     assert figures.utilisation == pytest.approx(1 / figures.seconds)
     assert figures.tokens_per_second == pytest.approx(1000 / figures.seconds)
+
+
+@pytest.mark.parametrize(("cache", "seconds"), [(0.5, 1.5), (4.0, 5.0)])
+def test_a_step_of_decoding_reads_the_weights_and_the_cache(cache: float, seconds: float) -> None:
+    """What a call does beside its steps is not part of a step; the weights take one second to be read."""
+    size = int(cache * 819e9)
+    kernel = Kernel("paged", False, 1, 0.0)
+    figures = estimate(analysis(kernel), parse_topology("v5e-1"), 197e12, 1, 8, None, size)
+    assert figures.call_seconds == pytest.approx(1, rel=1e-3)
+    assert figures.read_seconds == pytest.approx(1 + cache, rel=1e-3)
+    assert figures.seconds == pytest.approx(seconds, rel=1e-3)
+    without = estimate(analysis(), parse_topology("v5e-1"), 197e12, 1, 8, None, size)
+    assert without.kernel_seconds == 0 and without.seconds == pytest.approx(1 + cache, rel=1e-3)
 
 
 def test_a_clock_that_nobody_publishes_is_said_to_be_uncalibrated() -> None:

@@ -189,6 +189,24 @@ def test_a_cache_grows_with_its_text(length: int) -> None:
 
 
 @pytest.mark.parametrize("mesh", [{}, {"devices": 8, "fsdp": 4, "tensor": 2}], ids=["one", "eight"])
+def test_a_cache_of_int8_grows_and_is_refilled(mesh: dict[str, int]) -> None:
+    """With fewer slots than prompts: as each prompt alone on one device."""
+    compute = ComputeConfig(dtype="float32", cache="int8")
+
+    def generator(gemma: Gemma) -> Generator:
+        return Generator(dataclasses.replace(gemma.spec, compute=compute), gemma.params)
+
+    requests = requests_of(PROMPTS, SamplingConfig(140), [])
+    one, spread = lively_gemma(cpu_mesh(1)), lively_gemma(cpu_mesh(**{"devices": 1, **mesh}))
+    alone = [run(generator(one), [request])[0] for request in requests]
+    for actual, expected in zip(run(generator(spread), requests, 2), alone, strict=True):
+        assert actual.token_ids == expected.token_ids
+        assert relative_difference(actual.log_probs, expected.log_probs) < 1e-3
+    exact = complete(generator_of(one), PROMPTS[:1], SamplingConfig(NEW))[0]
+    assert 1e-5 < relative_difference(alone[0].log_probs[:4], exact.log_probs[:4]) < 0.05
+
+
+@pytest.mark.parametrize("mesh", [{}, {"devices": 8, "fsdp": 4, "tensor": 2}], ids=["one", "eight"])
 def test_prefill_in_chunks_equals_one_forward_pass(mesh: dict[str, int]) -> None:
     """Prompts of one to three chunks, one of them as long as two chunks, in one batch."""
     gemma = lively_gemma(cpu_mesh(**{"devices": 1, **mesh}), context_length=2048)

@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 from scipy.special import softmax
 
-from gemma_jax.sampling.select import Options, likeliest, restricted, select
+from gemma_jax.sampling.select import Options, keep_likeliest, likeliest, restricted, select
 from gemma_jax.sampling.select import draw as draw_tokens
 
 # Probabilities that float32 sums exactly, in no order. The likeliest is token 3, the next 1, then 5.
@@ -131,6 +131,16 @@ def test_what_may_not_be_chosen_never_is() -> None:
     for settings in [*wide, {"top_k": 5, "top_p": 0.99}]:
         assert set(draw(logits, **settings).tolist()) == {1, 3}, settings
     assert set(draw(np.array([-np.inf, -5.0, -np.inf]), temperature=0.0).tolist()) == {1}
+
+
+@pytest.mark.parametrize("limit", [1e-30, 0.3, 0.999, 1.0, np.inf])
+def test_several_bits_in_one_pass_find_what_one_bit_finds(limit: float) -> None:
+    """A TPU finds four at once."""
+    logits = jnp.asarray(np.random.default_rng(0).integers(-40, 0, (3, 999)) / 4, jnp.float32)
+    logits = logits.at[:, 0].set(0).at[1, 1:9].set(-jnp.inf)
+    weights, limits = jax.nn.softmax(logits), jnp.full(3, limit, jnp.float32)
+    kept = [np.isfinite(keep_likeliest(logits, weights, limits, bits)) for bits in (1, 4)]
+    np.testing.assert_array_equal(*kept)
 
 
 def sorted_reference(logits: np.ndarray, top_k: int, top_p: float, min_p: float) -> np.ndarray:
