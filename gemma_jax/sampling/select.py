@@ -59,21 +59,21 @@ def keep_likeliest(
       weights: [B, V], or any shape that broadcasts to it.
       limits: [B], above 0.
       bits: The bits that are found in one pass over the logits, a divisor of 32. If left out, 4 on TPU, where
-        a pass is bound by reading, and 1 elsewhere.
+        reading takes most of a pass (benchmarks/LOG.md), and 1 elsewhere.
     """
-    distances = lax.bitcast_convert_type(jnp.abs(logits), jnp.uint32)  # in the order of the absolute values
+    distances = lax.bitcast_convert_type(jnp.abs(logits), jnp.int32)  # in the order of the absolute values
 
     def found(bits: int) -> jax.Array:
         def body(done: jax.Array, largest: jax.Array) -> jax.Array:
-            shift = (KEY_BITS - bits * (done + 1)).astype(jnp.uint32)
-            found = largest
+            found, shift = largest, KEY_BITS - bits * (done + 1)
             for step in range(1, 1 << bits):
-                larger = largest | (jnp.uint32(step) << shift)
+                larger = largest | (step << shift)  # negative with the sign bit, which no distance has
                 likelier = jnp.where(distances < larger[:, None], weights, 0)
-                found = jnp.where(jnp.sum(likelier, axis=-1) < limits, larger, found)
+                more = (larger > 0) & (jnp.sum(likelier, axis=-1) < limits)
+                found = jnp.where(more, larger, found)
             return found
 
-        return lax.fori_loop(0, KEY_BITS // bits, body, jnp.zeros(len(logits), jnp.uint32))
+        return lax.fori_loop(0, KEY_BITS // bits, body, jnp.zeros(len(logits), jnp.int32))
 
     if bits is None:
         largest = lax.platform_dependent(tpu=lambda: found(4), default=lambda: found(1))
