@@ -67,9 +67,9 @@ void parallel(ffi::ThreadPool& pool, int64_t count, const Run& run) {
 // ---- the tiles of a matrix ---------------------------------------------------------------------------------
 
 constexpr int64_t kMostRows = 16;         // in one pass over the weights
-constexpr int64_t kWidest = 2048;         // columns of a tile with one row; fewer rows of sums stay in the cache
+constexpr int64_t kWidest = 4096;         // columns of a tile with one row; fewer rows of sums stay in the cache
 constexpr int64_t kTileBytes = 128 << 10; // smaller tiles are not worth a thread's attention
-constexpr int64_t kMostTiles = 32;        // enough to share evenly; more would only cost sums
+constexpr int64_t kTilesAThread = 4;      // enough to share evenly; more would only cost sums
 
 struct Tiles {
   int64_t width, strips;  // columns
@@ -78,13 +78,14 @@ struct Tiles {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-Tiles tiles_of(int64_t rows, int64_t units, int64_t outputs, int64_t bytes) {
+Tiles tiles_of(int64_t threads, int64_t rows, int64_t units, int64_t outputs, int64_t bytes) {
   Tiles t;
-  const int64_t widest = rows <= 2 ? kWidest : rows <= 4 ? kWidest / 2 : rows <= 8 ? kWidest / 4 : kWidest / 8;
+  int64_t widest = kWidest;
+  for (int64_t more = 1; more < rows; more *= 2) widest /= 2;
   t.strips = ceil_div(outputs, widest);
   t.width = ceil_div(ceil_div(outputs, t.strips), 64) * 64;
   t.strips = ceil_div(outputs, t.width);
-  const int64_t wanted = std::clamp<int64_t>(bytes / kTileBytes, 1, kMostTiles);
+  const int64_t wanted = std::clamp<int64_t>(bytes / kTileBytes, 1, kTilesAThread * threads);
   t.depth = ceil_div(units, std::clamp<int64_t>(wanted / t.strips, 1, units));
   t.splits = ceil_div(units, t.depth);
   return t;
@@ -98,7 +99,7 @@ void multiply_tiles(ffi::ThreadPool& pool, int64_t all_rows, int64_t units, int6
   static thread_local std::vector<float> partial;
   for (int64_t row = 0; row < all_rows; row += kMostRows, out += kMostRows * outputs) {
     const int64_t rows = std::min(kMostRows, all_rows - row);
-    const Tiles t = tiles_of(rows, units, outputs, bytes);
+    const Tiles t = tiles_of(pool.num_threads(), rows, units, outputs, bytes);
     if (t.splits > 1) partial.resize(t.splits * rows * outputs);
     float* sums = t.splits > 1 ? partial.data() : out;
     parallel(pool, t.strips * t.splits, [&](int64_t i) {
@@ -175,7 +176,7 @@ template <class T>
 void dense_tile(const float* x, int64_t rows, int64_t inputs, const T* w, int64_t outputs, int64_t begin,
                 int64_t end, int64_t from, int64_t to, float* out) {
   const int64_t width = to - from, vectors = VECTORS ? width / 16 * 16 : 0;
-  alignas(64) float sums[2 * kWidest];
+  alignas(64) float sums[kWidest];
   std::fill_n(sums, rows * width, 0.0f);
 #if VECTORS
   for (int64_t c = begin; c < end; c += 4) {
@@ -400,13 +401,13 @@ void integer_tile(const Activations<Q>& x, int64_t row, int64_t rows, int64_t in
                   int64_t begin, int64_t end, int64_t from, int64_t to, float* out) {
   const int64_t width = to - from;
   int64_t vectors = 0;
-  alignas(64) float floats[2 * kWidest];
-  alignas(64) int32_t plain[2 * kWidest];
+  alignas(64) float floats[kWidest];
+  alignas(64) int32_t plain[kWidest];
   std::fill_n(floats, rows * width, 0.0f);
 #if VECTORS
   using K = Kernel<Code>;
   static_assert(std::is_same_v<Q, typename K::Q>);
-  alignas(64) typename K::Sum sums[2 * kWidest];
+  alignas(64) typename K::Sum sums[kWidest];
   // A vector of nibbles begins at a byte.
   if (std::is_same_v<Code, int8_t> || m.outputs % 2 == 0) vectors = width / K::kColumns * K::kColumns;
 #endif
