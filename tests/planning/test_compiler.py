@@ -6,13 +6,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gemma_jax.config import PRESETS, ComputeConfig, DataConfig, MeshConfig, PretrainConfig, replace
+from gemma_jax.config import (
+    PRESETS,
+    ComputeConfig,
+    DataConfig,
+    ExampleDataConfig,
+    FinetuneConfig,
+    LoraConfig,
+    MeshConfig,
+    PretrainConfig,
+    replace,
+)
 from gemma_jax.errors import UserError
 from gemma_jax.planning.cache import PlanCache
 from gemma_jax.planning.compiler import devices_of, memory_told
 from gemma_jax.planning.hlo import executions, parse
 from gemma_jax.planning.planner import Plan, Planner
 from gemma_jax.planning.topology import Topology, parse_topology
+from gemma_jax.planning.traffic import origin
 from gemma_jax.sharding import make_mesh
 from gemma_jax.weights import fsdp
 from tests.messages import naming
@@ -107,6 +118,33 @@ def test_traffic_of_the_real_step(plan: Plan) -> None:
     received, least = plan.fsdp
     assert 0.3 * least < gathered < least
     assert least < received < 1.1 * least
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("tpu_compiler")
+def test_a_frozen_base_of_4_bits_is_gathered_as_it_is_stored(cache: PlanCache) -> None:
+    """Once in the forward and once in the backward pass, with its scales; no gradient of it is exchanged."""
+    config = FinetuneConfig(
+        model=SHALLOW.model,
+        data=ExampleDataConfig(batch_size=8, sequence_length=256),
+        quantization="nf4",
+        lora=LoraConfig(rank=4),
+        mesh=MeshConfig(fsdp=8),
+    )
+    plan = Planner(parse_topology("v5e-8"), cache).plan(config, "finetune")
+    assert plan.analysis is not None
+    packed = sum(
+        p.item_bytes * np.prod(p.shape) * p.layers
+        for p in plan.program.parameters
+        if p.name.startswith("blocks.") and ".base." in p.name
+    )
+    received: dict[str, float] = {}
+    for c in plan.analysis.collectives:
+        names = origin(c, plan.program.parameters).parameters
+        if any(name.startswith("blocks.") and ".base." in name for name in names):
+            received[c.kind] = received.get(c.kind, 0) + c.bytes
+    assert received.pop("all-gather") == pytest.approx(2 * 7 / 8 * packed, rel=0.1)
+    assert sum(received.values()) < 0.2 * packed  # adapters; a gradient of the base would be 4 times as large
 
 
 @pytest.mark.slow
