@@ -164,6 +164,9 @@ void store16(float* to, const float* sums) {
   _mm256_storeu_ps(to, a), _mm256_storeu_ps(to + 8, b);
 }
 
+// Brings the line of memory at p into the cache. Memory that nobody may read is left alone.
+void fetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
 float total(__m256 v) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -192,7 +195,7 @@ void dense_tile(const float* x, int64_t rows, int64_t inputs, const T* w, int64_
       __m256 a[4], b[4];
       for (int i = 0; i < 4; ++i) {
         load16(row[i] + j, a[i], b[i]);
-        _mm_prefetch(reinterpret_cast<const char*>(row[i] + j + ahead), _MM_HINT_T0);
+        fetch(row[i] + j + ahead);
       }
       for (int64_t r = 0; r < rows; ++r) {
         float* at = sums + r * width + j;
@@ -433,7 +436,7 @@ void integer_tile(const Activations<Q>& x, int64_t row, int64_t rows, int64_t in
       for (int64_t j = 0; j < vectors; j += K::kColumns) {
         for (int i = 0; i < 4; ++i) {
           at[i] = line[i] + (address(m.codes, j) - address(m.codes, 0));
-          _mm_prefetch(reinterpret_cast<const char*>(at[i] + ahead), _MM_HINT_T0);
+          if (j % 128 == 0 || !std::is_same_v<Code, Nibble>) fetch(at[i] + ahead);
         }
         __m256i w[8];
         K::prepare(at, w);
@@ -513,6 +516,7 @@ struct DenseTable {
     for (int64_t d = 0; d + 16 <= size; d += 16) {
       for (int i = 0; i < kTableRows; ++i) {
         __m256 a, b;
+        if (d * sizeof(T) % 64 == 0) fetch(w[i] + d + kTableRows * size);
         load16(w[i] + d, a, b);
         for (int r = 0; r < R; ++r) {
           const float* at = rows_of_x[r] + d;
@@ -562,6 +566,7 @@ struct IntegerTable {
       for (auto& of_row : sums) std::fill_n(of_row, kTableRows, _mm256_setzero_si256());
       for (int64_t d = 0; d < vectors; d += 16) {
         for (int i = 0; i < kTableRows; ++i) {
+          if (d % 64 == 0) fetch(w[i] + d + kTableRows * size);
           const __m256i codes =
               _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w[i] + d)));
           for (int r = 0; r < R; ++r) {
