@@ -55,7 +55,9 @@ def place(weights: Weights, spec: ModelSpec) -> nnx.State:
         )
         for name, parameter in table.items()
     }
-    are_finite = jax.jit(lambda floats: jnp.stack([jnp.isfinite(x).all() for x in floats]).all())
+    # Times zero they add up to zero, unless one is NaN or infinite. On CPU this takes a quarter of the time
+    # of isfinite, whose result is stored; and the largest of some numbers need not be NaN if one is.
+    are_finite = jax.jit(lambda floats: jnp.stack([jnp.sum(x * 0) == 0 for x in floats]).all())
     filled: Arrays = {}
     packed = weights.packed if isinstance(weights, PackedWeights) and weights.kind == spec.kind else None
     for name, layer in in_order(spec.config):

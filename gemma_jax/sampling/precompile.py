@@ -3,6 +3,7 @@
 The programs go into the cache of compiled programs, where later processes find them.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -28,9 +29,12 @@ def precompile(spec: ModelSpec, config: SamplingConfig, end_tokens: Sequence[int
       prompts: How many prompts, each with `config.samples`, are processed at once.
 
     Raises:
-      UserError: as `Generator.check`.
+      UserError: as `Generator.check`, or so many prompts do not fit into memory.
     """
     generator = Precompiler(spec, spec.params)
+    # As many rows as those prompts will have, of the shortest length.
+    rows = dataclasses.replace(config, samples=prompts * config.samples, batch_size=0)
+    generator.check_memory([[0]], [rows])
     longest = spec.config.context_length - 1
     # The shortest and the longest prompt of each bucket: their caches may differ.
     powers = [1 << power for power in range(4, longest.bit_length() + 1)]

@@ -108,6 +108,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "alternatives as text": (["--top_log_probs", "3"], naming("top_log_probs", "--json")),
     "alternatives in a stream": (["--stream", "--top_log_probs", "3"], naming("top_log_probs", 3)),
     "stop": (["--stop", ""], naming("stop", "empty")),
+    "prompt to compile for": (["--precompile"], naming("precompile", "prompt")),
 }
 
 
@@ -153,6 +154,15 @@ def test_what_was_compiled_before_is_found(
         gemma.generate([[2] * length], **settings)
     assert "/jax/compilation_cache/cache_hits" in events
     assert "/jax/compilation_cache/cache_misses" not in events
+
+
+@pytest.mark.parametrize("name", ["samples", "batch_size"])
+def test_nothing_is_compiled_for_what_does_not_fit(
+    run: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    words = ["--precompile", f"--{name}", str(10**9), "--mesh.cpu_devices", "1"]
+    assert main(["sample", str(run), *words]) == 2
+    assert re.search(naming("1,000,000,000", "GiB"), capsys.readouterr().err)
 
 
 def test_a_prompt_is_text_and_no_control_token(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
