@@ -99,7 +99,8 @@ def _backward(
     contract, mesh = structure.parameter.inputs, structure.mesh
     if isinstance(d_out, jax.custom_derivatives.SymbolicZero):
         return jnp.zeros_like(x), None
-    (d_x,) = jax.linear_transpose(_gathered(arrays, structure).multiply, x)(d_out)
+    # Not linear_transpose, which cannot transpose a barrier around activations and a weight.
+    (d_x,) = jax.vjp(_gathered(arrays, structure).multiply, x)[1](d_out)
     if trained is None:
         return d_x, None
     spec = structure.dense_spec

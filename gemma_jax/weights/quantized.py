@@ -123,7 +123,7 @@ class Quantized(Weight):
             # Many rows are brought into the order of the codes, and the weight of a layer is made dense. The
             # TPU compiler would otherwise keep the codes of all layers a second time, in the rows' order.
             weight = (self.unscaled(jnp.float32) * scales).astype(x.dtype)
-            rows, codes = lax.optimization_barrier(rows.swapaxes(1, 2)), lax.optimization_barrier(weight)
+            rows, codes = lax.optimization_barrier((rows.swapaxes(1, 2), weight))
             contracted = ((1, 2), (0, 1))
         elif in_blocks:
             codes = codes * scales.astype(x.dtype)
