@@ -122,11 +122,13 @@ class Quantized(Weight):
         if in_blocks and len(rows) > FEW_ROWS:
             # Many rows are brought into the order of the codes, and the weight of a layer is made dense. The
             # TPU compiler would otherwise keep the codes of all layers a second time, in the rows' order. It
-            # may do so unless both are matrices, which they cannot be if the mesh splits the blocks.
+            # may do so unless both are matrices, which they cannot be if the mesh splits the blocks. Without
+            # the first barrier it would store the scale of each number.
             rows, codes = rows.swapaxes(1, 2), (self.unscaled(jnp.float32) * scales).astype(x.dtype)
             contracted = ((1, 2), (0, 1))
             if self.mesh.shape["tensor"] == 1:
-                rows, codes = rows.reshape(len(rows), -1), codes.reshape(blocks * size, -1)
+                rows = rows.reshape(len(rows), -1)
+                codes = lax.optimization_barrier(codes).reshape(blocks * size, -1)
                 contracted = ((1,), (0,))
             rows, codes = lax.optimization_barrier((rows, codes))
         elif in_blocks:
