@@ -15,7 +15,7 @@ from gemma_jax.config import (
 )
 
 # gemma plan finetune_ultrachat_qlora --topology v5e-1 --data.batch_size 1 --optimizer.accumulation_steps 1
-#   7.01 GiB a chip; 1.211 s a step of one row, with all its tokens in the loss
+#   7.02 GiB a chip; 1.212 s a step of one row, with all its tokens in the loss
 #   (libtpu 0.0.42.1, jax 0.10.2)
 config = FinetuneConfig(
     init_from="google/gemma-7b",
