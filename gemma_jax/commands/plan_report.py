@@ -110,8 +110,8 @@ def _print_time(console: Console, plan: Plan, analysis: Analysis, figures: Estim
     if mode == "decode":
         read, call = _seconds(figures.read_seconds), _seconds(figures.call_seconds)
         console.print(
-            f"reading the weights and the whole cache alone takes {read}, and a step is counted so at least; "
-            f"beside its steps, a call takes {call}"
+            f"a step takes at least {read}, the time of reading the weights and the whole cache; a call, "
+            f"which makes many steps, takes {call} more"
         )
     elif figures.unknown_kernels:
         console.print(f"{figures.unknown_kernels} Pallas kernels state no work and are left out")

@@ -14,7 +14,7 @@ ATTENTION_UTILISATION = 0.5
 ASSUMPTIONS = (
     "seconds are the compiler's own estimate for each instruction, times loop rounds, over the clock",
     f"attention kernels run at {ATTENTION_UTILISATION:.0%} of peak, and causality saves half of their work",
-    "kernels that state no work, as those of decoding, take the time of reading the whole cache",
+    "the kernels of decoding, which state no work, take the time of reading the whole cache",
     "collectives that the compiler runs during computation cost nothing; neither do input and checkpoints",
 )
 

@@ -52,7 +52,7 @@ def keep_likeliest(
     1 this is top-k, with probabilities top-p (nucleus sampling; Holtzman et al., 2020).
 
     The result is that of sorting, which takes much longer: the smallest logit that is kept is found by
-    bisection, some bits after the others.
+    bisection, a few bits at a time.
 
     Args:
       logits: [B, V] float32, at most 0.
