@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from gemma_jax.config import PretrainConfig, load, replace
-from gemma_jax.planning.compiler import compiler_version, prepare
+from gemma_jax.planning.compiler import prepare
+from gemma_jax.planning.topology import parse_topology
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "plans.md"
@@ -76,7 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[""], help="cases whose config's name has one of these")
     chosen = parser.parse_args()
-    prepare()
+    prepare(parse_topology("v5e-1"))
     rows = []
     for case in CASES:
         if any(part in case.config for part in chosen.only):
@@ -95,7 +96,6 @@ def planned(case: Case) -> dict[str, Any]:
     from gemma_jax.commands.plan_report import record
     from gemma_jax.planning.cache import PlanCache
     from gemma_jax.planning.planner import Planner
-    from gemma_jax.planning.topology import parse_topology
 
     config, name = load(str(ROOT / "configs" / f"{case.config}.py"), PretrainConfig)
     config = replace(config, case.changes)
@@ -164,7 +164,7 @@ def page(rows: Sequence[tuple[Case, dict[str, Any]]]) -> str:
     text = [
         "# Plans of the shipped configs",
         "",
-        f"Written by `python benchmarks/tpu_plans.py` with {compiler_version()}. Nothing here was run:",
+        f"Written by `python benchmarks/tpu_plans.py` with {rows[0][1]['compiler']}. Nothing here was run:",
         "the real TPU compiler compiled each step; [sharding.md](sharding.md) says how its output is read.",
         "`X of Y` is a figure beside the most that it may be.",
         "",

@@ -1,4 +1,4 @@
-"""`gemma plan CONFIG --topology v5e-256`: prints what a run would need on TPUs that are not here."""
+"""`gemma plan CONFIG --topology v5e-256`: prints what a run would need on TPUs or GPUs that are not here."""
 
 import dataclasses
 import itertools
@@ -36,9 +36,10 @@ class _PlanSettings:
 
     topology: str = setting(
         "",
-        "The slice: v5e-256, v6e-8; v4-32, v5p-128 and tpu7x-64 count TensorCores; or a layout, v5p-4x4x8.",
+        "TPUs: v5e-256, v6e-8; v4-32, v5p-128 and tpu7x-64 count TensorCores; or a layout, v5p-4x4x8. GPUs: "
+        "h100-8, h200-8, a100-40-1, a100-80-1, l4-1, t4-1, rtx-4090-1; 2x h100-8 is two nodes.",
     )
-    slices: int = setting(1, "So many of it, connected by the data-centre network.")
+    slices: int = setting(1, "So many slices or nodes, connected by the data-centre network.")
     mode: Literal["pretrain", "finetune", "prefill", "decode"] = setting(
         "pretrain",
         "The step of training, as the config is; or, for data.batch_size prompts of data.sequence_length "
@@ -72,12 +73,12 @@ class _PlanSettings:
 
 @dataclasses.dataclass(frozen=True)
 class PlanOptions(_PlanSettings, PretrainConfig):
-    """Compile a config's program for TPUs that are not here, and print what it would need."""
+    """Compile a config's program for TPUs or GPUs that are not here, and print what it would need."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FinetunePlanOptions(_PlanSettings, FinetuneConfig):
-    """Compile a config's program for TPUs that are not here, and print what it would need."""
+    """Compile a config's program for TPUs or GPUs that are not here, and print what it would need."""
 
     mode: Literal["pretrain", "finetune", "prefill", "decode"] = setting("finetune", "As for other configs.")
 
@@ -98,7 +99,7 @@ def run(arguments: Sequence[str], prog: str) -> int:
     from gemma_jax.planning.topology import parse_topology
 
     topology = parse_topology(options.topology, options.slices)
-    prepare()
+    prepare(topology)
 
     from gemma_jax.commands.plan_report import print_plan, print_sweep, record
     from gemma_jax.planning.cache import PlanCache
@@ -138,7 +139,7 @@ def _validate(options: AnyOptions) -> None:
             "prefill."
         )
     if not options.topology:
-        raise UserError("topology is empty; name the TPUs to plan for, such as --topology v5e-256.")
+        raise UserError("topology is empty; name what to plan for, such as --topology v5e-256 or h100-8.")
 
 
 def token_count(text: str) -> float:

@@ -12,11 +12,18 @@ from gemma_jax.commands.tables import report_console, table
 from gemma_jax.config import TrainingConfig, to_dict
 from gemma_jax.planning.analysis import Analysis
 from gemma_jax.planning.compiler import compiler_version
-from gemma_jax.planning.estimate import ASSUMPTIONS, Estimate, budget
+from gemma_jax.planning.estimate import ASSUMPTIONS, GPU_ASSUMPTIONS, Estimate, budget
+from gemma_jax.planning.gpu import GpuTopology
 from gemma_jax.planning.planner import Plan
 from gemma_jax.planning.traffic import origin, places_of, work_of
 
 GIB = 2**30
+NETWORKS = {
+    "ici": "links between chips",
+    "dcn": "data-centre network",
+    "node": "links between the GPUs of a node",
+    "network": "network between nodes",
+}
 
 
 def record(name: str, config: TrainingConfig, plan: Plan, tokens: float, price: float) -> dict[str, Any]:
@@ -29,7 +36,7 @@ def record(name: str, config: TrainingConfig, plan: Plan, tokens: float, price: 
         "devices": plan.devices,
         "mesh": dict(plan.mesh_shape),
         "settings": to_dict(config),
-        "compiler": compiler_version(),
+        "compiler": compiler_version(topology),
         "fits": analysis is not None,
     }
     if analysis is None or figures is None:
@@ -48,8 +55,12 @@ def record(name: str, config: TrainingConfig, plan: Plan, tokens: float, price: 
         "fsdp_bytes": plan.fsdp and {"received": plan.fsdp[0], "minimum": plan.fsdp[1]},
         "estimate": dataclasses.asdict(figures) | {"seconds": figures.seconds},
         "run": dataclasses.asdict(budget(tokens, figures.tokens_per_second, topology.chips, price)),
-        "assumptions": ASSUMPTIONS,
+        "assumptions": _assumptions(plan),
     }
+
+
+def _assumptions(plan: Plan) -> tuple[str, ...]:
+    return GPU_ASSUMPTIONS if isinstance(plan.topology, GpuTopology) else ASSUMPTIONS
 
 
 def print_plan(name: str, plan: Plan, mode: str, tokens: float, price: float, explain: bool) -> None:
@@ -58,9 +69,8 @@ def print_plan(name: str, plan: Plan, mode: str, tokens: float, price: float, ex
     topology, analysis, figures = plan.topology, plan.analysis, plan.estimate
     chips = f"{topology.chips} chip" + ("s" if topology.chips > 1 else "")
     devices = f"{chips}, {plan.devices} devices" if plan.devices != topology.chips else chips
-    console.print(
-        f"[bold]{name}[/], {mode}, on {topology} ({devices}; mesh {_mesh(plan)}; {compiler_version()})"
-    )
+    where = f"{topology} ({devices}; mesh {_mesh(plan)}; {compiler_version(topology)})"
+    console.print(f"[bold]{name}[/], {mode}, on {where}")
     if analysis is None or figures is None:
         console.print(f"[bold]does not fit[/]: {_lack(plan)}")
         return
@@ -71,7 +81,7 @@ def print_plan(name: str, plan: Plan, mode: str, tokens: float, price: float, ex
         for part, size in analysis.memory.items()
         if part not in ("padding", "outputs") or size >= 0.001 * total
     )
-    console.print(f"[bold]fits[/]: {_size(total)} of {topology.generation.hbm_gib} GiB a chip ({parts})")
+    console.print(f"[bold]fits[/]: {_size(total)} of {topology.memory / GIB:.4g} GiB a chip ({parts})")
     console.print()
     console.print(_collectives(plan, explain))
     if plan.fsdp:
@@ -91,18 +101,19 @@ def print_plan(name: str, plan: Plan, mode: str, tokens: float, price: float, ex
         console.print(
             f"{_count(run.tokens)} tokens: {run.days:,.2f} days, {run.chip_hours:,.0f} chip-hours{cost}"
         )
-    console.print(f"[dim]assumed: {'; '.join(ASSUMPTIONS)}[/]")
+    console.print(f"[dim]assumed: {'; '.join(_assumptions(plan))}[/]")
 
 
 def _print_time(console: Console, plan: Plan, analysis: Analysis, figures: Estimate, mode: str) -> None:
     run = "a step" if mode in ("pretrain", "finetune", "decode") else "a batch"
     whole, compiled = _seconds(figures.seconds), _seconds(figures.compiled_seconds)
     kernels = f" + {_seconds(figures.kernel_seconds)} in Pallas kernels" if analysis.kernels else ""
-    console.print(f"[bold]{whole} {run}[/] = {compiled} compiled by XLA{kernels}")
+    modelled = " (a roofline)" if isinstance(plan.topology, GpuTopology) else ""
+    waits = f", or {_seconds(figures.wait_seconds)} of collectives" if figures.wait_seconds else ""
+    console.print(f"[bold]{whole} {run}[/]{modelled} = {compiled} compiled by XLA{kernels}{waits}")
     if not figures.calibrated:
-        generation = plan.topology.generation.name
         console.print(
-            f"[bold]uncalibrated[/]: no clock is published for {generation}; it is taken so that the "
+            f"[bold]uncalibrated[/]: no clock is published for {plan.topology}; it is taken so that the "
             "compiler's cycles for a large product give the chip's published peak"
         )
     if mode in ("pretrain", "finetune") and (loops := analysis.uncounted_loops):
@@ -116,11 +127,11 @@ def _print_time(console: Console, plan: Plan, analysis: Analysis, figures: Estim
     elif figures.unknown_kernels:
         console.print(f"{figures.unknown_kernels} Pallas kernels state no work and are left out")
     for network, seconds in figures.link_seconds.items():
-        what = "links between chips" if network == "ici" else "data-centre network"
-        console.print(f"the bytes above alone take {_seconds(seconds)} at full speed of the {what}")
+        speed = f"full speed of the {NETWORKS[network]}"
+        console.print(f"the bytes above alone take {_seconds(seconds)} at {speed}")
     share = "" if figures.utilisation is None else f", modelled utilisation {figures.utilisation:.1%} of peak"
-    speed = figures.tokens_per_second
-    console.print(f"{speed:,.0f} tokens/s, {speed / plan.topology.chips:,.0f} a chip{share}")
+    tokens = figures.tokens_per_second
+    console.print(f"{tokens:,.0f} tokens/s, {tokens / plan.topology.chips:,.0f} a chip{share}")
 
 
 def _collectives(plan: Plan, explain: bool) -> Table:
@@ -162,8 +173,8 @@ def _costs(plan: Plan) -> Table:
 def print_sweep(name: str, found: Sequence[tuple[TrainingConfig, Plan]], tokens: float, price: float) -> None:
     """Print one line per plan, in the order of `found` (best first)."""
     console = report_console()
-    first = found[0][1]
-    console.print(f"[bold]{name}[/] on {first.topology} ({first.topology.chips} chips; {compiler_version()})")
+    topology = found[0][1].topology
+    console.print(f"[bold]{name}[/] on {topology} ({topology.chips} chips; {compiler_version(topology)})")
     figures = ["GiB a chip", "s a step", "tokens/s a chip", "utilisation", "days"]
     shown = table(["mesh", "remat", "batch", *figures], right=figures)
     for config, plan in found:

@@ -245,6 +245,7 @@ class ComputeConfig:
     tpu_options: tuple[str, ...] = setting(
         (), "Options of XLA's TPU compiler for the training step, NAME=VALUE; without effect elsewhere."
     )
+    gpu_options: tuple[str, ...] = setting((), "The same of XLA's GPU compiler.")
     loss_block: int = setting(256, "Positions of a row whose logits exist at one time in the loss.", 1)
     loss_vocab_block: int = setting(
         0,

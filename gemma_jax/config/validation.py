@@ -76,11 +76,11 @@ def validate_model(model: TransformerConfig) -> None:
 
 
 def _validate_compute(compute: ComputeConfig) -> None:
-    for option in compute.tpu_options:
+    for option in (*compute.tpu_options, *compute.gpu_options):
         name, equals, value = option.partition("=")
         _require(
             bool(name and equals and value),
-            f"compute.tpu_options holds {option!r}, but an option of the compiler is written NAME=VALUE.",
+            f"compute.tpu_options or gpu_options holds {option!r}, but an option is written NAME=VALUE.",
         )
 
 

@@ -13,6 +13,7 @@ from gemma_jax.model.cache import KVCache, Vectors
 from gemma_jax.model.ops import IntArray
 from gemma_jax.model.paged import fits_paged, paged_attend
 from gemma_jax.model.splash import fits_splash, splash_attend
+from gemma_jax.model.triton import fits_triton, triton_attend
 from gemma_jax.sharding import platform
 from gemma_jax.weights.matmul import precision
 
@@ -84,6 +85,8 @@ def self_attend(
     """
     if platform(mesh) == "tpu" and fits_splash(q):
         return splash_attend(q, k, v, segments, mesh, residuals=ATTENDED)
+    if platform(mesh) == "gpu" and fits_triton(q, mesh):
+        return triton_attend(q, k, v, segments, mesh, residuals=ATTENDED)
     return checkpoint_name(causal_attend(q, k, v, positions, segments), ATTENDED)
 
 
@@ -116,7 +119,9 @@ def prefill_chunk(length: int, head_dim: int, dtype: jax.typing.DTypeLike, mesh:
     length, and each chunk would have to gather the weights again that fsdp splits.
     """
     q = jax.ShapeDtypeStruct((1, length, 1, head_dim), jnp.dtype(dtype))
-    return length if platform(mesh) == "tpu" and fits_splash(q) else min(length, PREFILL_CHUNK)
+    if platform(mesh) == "tpu" and fits_splash(q) or platform(mesh) == "gpu" and fits_triton(q, mesh):
+        return length
+    return min(length, PREFILL_CHUNK)
 
 
 def cache_attend(

@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 
 from gemma_jax.planning.collectives import Collective, collectives
 from gemma_jax.planning.compiler import Compiled
+from gemma_jax.planning.gpu import Chip
 from gemma_jax.planning.hlo import ITEM_BYTES, Array, Execution, Module, executions, parse
+from gemma_jax.planning.roofline import with_times
 
 # Number of matmuls in each of splash attention's kernels, by a part of the kernel's name. The forward kernel
 # computes scores and output; the dq kernel computes scores and the gradients of the attention weights and the
@@ -16,6 +18,8 @@ from gemma_jax.planning.hlo import ITEM_BYTES, Array, Execution, Module, executi
 # backward pass is fused into one kernel, dkv does the work of dq too.
 SPLASH_PRODUCTS = {"_fwd": 2, "_dq": 3, "_dkv": 4}
 FUSED_BACKWARD_PRODUCTS = 5
+# The same for jax's Triton kernels. The backward one computes scores and gradients of the weights twice.
+TRITON_PRODUCTS = {"mha_forward": 2, "mha_backward": 7}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,19 +54,27 @@ class Analysis:
     costs: tuple[Cost, ...]  # most cycles first
 
 
-def analyse(compiled: Compiled, argument_bytes: Mapping[str, int], mesh_shape: Mapping[str, int]) -> Analysis:
+def analyse(
+    compiled: Compiled,
+    argument_bytes: Mapping[str, int],
+    mesh_shape: Mapping[str, int],
+    chip: Chip | None = None,
+) -> Analysis:
     """Analyse a compiled program.
 
     Args:
       compiled: The program.
       argument_bytes: Bytes of its arguments by purpose, computed from their shapes.
       mesh_shape: Sizes of the mesh axes, in the order that defines the device indices.
+      chip: The GPU that the program is for, whose cycles are modelled nanoseconds; None for TPU.
     """
     memory = dict(argument_bytes)
     memory["padding"] = compiled.arguments - sum(memory.values())  # bytes that the layouts add to the shapes
     memory["outputs"] = compiled.outputs - compiled.aliased  # those not in the memory of arguments
     memory["temporaries"] = compiled.temporaries
     module = parse(compiled.text)
+    if chip:
+        module = with_times(module, chip)
     executed = list(executions(module))
     kernels = [e for e in executed if e.instruction.is_kernel]
     fused = not any("_dq" in e.instruction.name for e in kernels)
@@ -89,7 +101,14 @@ def _costs(module: Module, executed: Sequence[Execution]) -> tuple[Cost, ...]:
 def _kernel(executed: Execution, fused_backward: bool) -> Kernel:
     instruction = executed.instruction
     name = re.sub(r"\.\d+$", "", instruction.name)
+    if on_gpu := re.search(r"\bmha_(forward|backward)\b", instruction.metadata("op_name")):
+        name = on_gpu[0]
     products = next((n for part, n in SPLASH_PRODUCTS.items() if part in name), 0)
+    if name in TRITON_PRODUCTS:
+        # q [B, L, K, G, H] and k [B, S, K, H]
+        q, k = executed.operand_arrays[:2]
+        product = 2.0 * math.prod(q.shape) * k.shape[1]
+        return Kernel(name, True, executed.count, TRITON_PRODUCTS[name] * product / 2 * executed.count)
     if not name.startswith("splash") or not products:
         # The author of a kernel may have stated its FLOPs (pallas.CostEstimate).
         stated = re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', instruction.attributes)

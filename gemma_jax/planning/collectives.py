@@ -92,9 +92,10 @@ def _whole_arrays(instruction: Instruction, kind: str, size: int) -> tuple[Array
     arrays = instruction.arrays
     if instruction.opcode == "recv":
         return arrays[:1]  # the received array; a counter follows
-    if instruction.opcode.endswith("-start") and kind in ("all-gather", "collective-permute"):
-        # The type is (operands, results, and counters for a permute); take the results.
-        return arrays[len(instruction.operands) : 2 * len(instruction.operands)]
+    if instruction.opcode.endswith("-start") and kind != "all-reduce":
+        # The type is (operands, results, and counters for a permute); take the whole ones.
+        count = len(instruction.operands)
+        return arrays[:count] if kind == "reduce-scatter" else arrays[count : 2 * count]
     if instruction.opcode == "reduce-scatter":
         return tuple(Array(a.dtype, (size, *a.shape)) for a in arrays)
     return arrays

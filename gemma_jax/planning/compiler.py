@@ -1,4 +1,4 @@
-"""Runs the TPU compiler without a TPU: makes the devices of a topology and compiles programs for them."""
+"""Runs the compilers for TPU and GPU without either: makes the devices of a topology, compiles for them."""
 
 import dataclasses
 import importlib.metadata
@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemma_jax.errors import UserError
-from gemma_jax.planning.topology import Topology
+from gemma_jax.planning.gpu import GpuTopology
+from gemma_jax.planning.topology import AnyTopology
 
 if TYPE_CHECKING:
     import jax
@@ -25,14 +26,24 @@ ENVIRONMENT = {
     "TPU_WORKER_ID": "0",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
+# jax hides GPUs from the plugin whose compiler is used here, if there are any.
+GPU_PACKAGES = (
+    ("jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc", "nvidia-nvvm"),
+    ("jax-cuda12-plugin", "jax-cuda12-pjrt", "nvidia-cuda-nvcc-cu12"),
+)
+GPU_ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "-1"}
+# The compiler cannot time kernels without a GPU, so it takes those that it expects to be fast.
+GPU_OPTIONS = {"xla_gpu_autotune_level": "0"}
 
 
-def compiler_version() -> str:
-    """Returns the versions of libtpu and jax, which determine what a program is compiled to.
+def compiler_version(topology: AnyTopology) -> str:
+    """Returns the versions of the compiler and jax, which determine what a program is compiled to.
 
     Raises:
-      UserError: libtpu is not installed.
+      UserError: The compiler is not installed, or not for this jax.
     """
+    if isinstance(topology, GpuTopology):
+        return _gpu_compiler_version()
     given = os.environ.get("TPU_LIBRARY_PATH")  # jax looks here first, and sets it to the installed package
     places = [str(Path(given).parents[1])] if given else sys.path
     package = next(iter(importlib.metadata.distributions(name="libtpu", path=places)), None)
@@ -45,20 +56,42 @@ def compiler_version() -> str:
     return f"libtpu {library}, jax {importlib.metadata.version('jax')}"
 
 
-def prepare() -> None:
+def _gpu_compiler_version() -> str:
+    wanted = importlib.metadata.version("jax")
+    for packages in GPU_PACKAGES:
+        found = {name: version for name in packages if (version := _version_of(name))}
+        if len(found) == len(packages):
+            break
+    else:
+        raise UserError(
+            f"planning for GPUs needs the compiler, the packages {', '.join(GPU_PACKAGES[0])}, which are not "
+            "all installed; install them with: pip install 'gemma_jax[gpu-compiler]' (no GPU is needed)."
+        )
+    plugin, version = next(iter(found.items()))
+    if version != wanted:
+        raise UserError(f"{plugin} is {version}, but jax is {wanted}; install {plugin}=={wanted}.")
+    return ", ".join(f"{name} {version}" for name, version in [*found.items(), ("jax", wanted)][1:])
+
+
+def _version_of(package: str) -> str | None:
+    found = next(iter(importlib.metadata.distributions(name=package)), None)
+    return found.version if found else None
+
+
+def prepare(topology: AnyTopology) -> None:
     """Set up this process for compiling. Call it before jax is imported, unless jax already runs on CPU.
 
     Raises:
-      UserError: libtpu is not installed.
+      UserError: The compiler is not installed.
     """
-    compiler_version()
-    os.environ.update(ENVIRONMENT)
+    compiler_version(topology)
+    os.environ.update(GPU_ENVIRONMENT if isinstance(topology, GpuTopology) else ENVIRONMENT)
     if "jax" not in sys.modules:
         os.environ["JAX_PLATFORMS"] = "cpu"  # planning never needs an accelerator, even if there is one
 
 
-def devices_of(topology: Topology) -> "list[jax.Device]":
-    """Returns the devices of slices that need not exist. A device is a chip, or a TensorCore for tpu7x.
+def devices_of(topology: AnyTopology) -> "list[jax.Device]":
+    """Returns the devices of a topology that need not exist. A device is a chip, or a TensorCore for tpu7x.
 
     Raises:
       UserError: The compiler knows no such slice.
@@ -66,6 +99,11 @@ def devices_of(topology: Topology) -> "list[jax.Device]":
     import jax
     from jax.experimental import topologies
 
+    if isinstance(topology, GpuTopology):
+        described = topologies.get_topology_desc(
+            platform="cuda", target_config=topology.target, topology=topology.compiler_name
+        )
+        return list(described.devices)
     layout = topology.layout + (1,) * (3 - len(topology.layout))
     options: dict[str, object] = {}
     if layout[0] % 2 or layout[1] % 2:

@@ -16,6 +16,10 @@ ITEM_BYTES = {
     "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "s64": 8,
     "u64": 8, "f16": 2, "bf16": 2, "f32": 4, "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1, "c64": 8, "c128": 16,
 }  # fmt: skip
+# A Pallas kernel on TPU; on GPU, one of attention: what other kernels do there is modelled by their bytes.
+_KERNEL = re.compile(
+    r'custom_call_target="(tpu_custom_call|__gpu\$xla\.gpu\.triton".*\bmha_(forward|backward)\b)'
+)
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 # Strings in attributes may contain line breaks, so an instruction can have several lines.
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ", re.M)
@@ -49,6 +53,7 @@ class Instruction:
     operands: tuple[str, ...]  # names
     attributes: str  # the text after the operands
     arguments: str  # the text between the parentheses; for a constant, its value
+    modelled: int | None = None  # cycles, where the compiler estimates none (roofline.py)
 
     @functools.cached_property
     def arrays(self) -> tuple[Array, ...]:
@@ -62,14 +67,16 @@ class Instruction:
 
     @property
     def cycles(self) -> int:
-        """The compiler's estimate for one execution; 0 if it has none."""
+        """The compiler's estimate for one execution, or the modelled one; 0 if it has none."""
+        if self.modelled is not None:
+            return self.modelled
         found = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
         return int(found[1]) if found else 0
 
     @property
     def is_kernel(self) -> bool:
         """Whether this is a Pallas kernel, for which the compiler estimates no cycles."""
-        return self.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in self.attributes
+        return self.opcode == "custom-call" and _KERNEL.search(self.attributes) is not None
 
     def called(self, attribute: str) -> list[str]:
         """Names of the computations in an attribute such as `calls`, `body` or `branch_computations`."""

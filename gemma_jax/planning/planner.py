@@ -1,16 +1,26 @@
 """Makes plans: compiles a config for a topology, analyses the program and estimates its speed."""
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
+from jax.sharding import Mesh, use_abstract_mesh
+
 from gemma_jax.config import TrainingConfig, validate_on_devices
 from gemma_jax.planning.analysis import Analysis, analyse
 from gemma_jax.planning.cache import Entry, PlanCache, key_of
-from gemma_jax.planning.compiler import OutOfMemory, compile_lowered, compiler_version, devices_of
+from gemma_jax.planning.compiler import (
+    GPU_OPTIONS,
+    OutOfMemory,
+    compile_lowered,
+    compiler_version,
+    devices_of,
+)
 from gemma_jax.planning.estimate import Estimate, estimate
+from gemma_jax.planning.gpu import GpuTopology
 from gemma_jax.planning.programs import Mode, Program, lower
-from gemma_jax.planning.topology import Topology
+from gemma_jax.planning.topology import AnyTopology
 from gemma_jax.planning.traffic import fsdp_minimum, fsdp_traffic
 from gemma_jax.sharding import make_mesh
 from gemma_jax.streams import progress
@@ -21,7 +31,7 @@ from gemma_jax.training.hardware import peak_flops
 class Plan:
     """The plan of one program on one topology."""
 
-    topology: Topology
+    topology: AnyTopology
     devices: int
     mesh_shape: Mapping[str, int]
     program: Program
@@ -43,7 +53,7 @@ class Plan:
 class Planner:
     """Makes plans for one topology, whose devices are created only once."""
 
-    def __init__(self, topology: Topology, cache: PlanCache) -> None:
+    def __init__(self, topology: AnyTopology, cache: PlanCache) -> None:
         self.topology = topology
         self.devices = devices_of(topology)
         self._cache = cache
@@ -70,16 +80,21 @@ class Planner:
         """
         validate_on_devices(config, len(self.devices))
         mesh = make_mesh(config.mesh, self.devices)
-        program = lower(mode, config, mesh, new_tokens, quantization)
-        options = dict(option.split("=", 1) for option in config.compute.tpu_options)
+        chip = self.topology.chip if isinstance(self.topology, GpuTopology) else None
+        # Without a GPU, Pallas finds in the mesh what it compiles for.
+        with use_abstract_mesh(mesh.abstract_mesh) if chip else contextlib.nullcontext():
+            program = lower(mode, config, mesh, new_tokens, quantization)
+        given = config.compute.gpu_options if chip else config.compute.tpu_options
+        options = dict(option.split("=", 1) for option in given) | (GPU_OPTIONS if chip else {})
         name = f"{self.topology.slices} x {self.topology.compiler_name}, {list(mesh.shape.items())}"
-        key = key_of(program.lowered.as_text(), name, options, compiler_version())
+        name += self.topology.target if isinstance(self.topology, GpuTopology) else ""
+        key = key_of(program.lowered.as_text(), name, options, compiler_version(self.topology))
         entry = None if dump_hlo else self._cache.get(key)
         if entry is None:
             progress(f"compiling for {self.topology}, which can take minutes")
-            entry = self._compile(program, options, dict(mesh.shape), dump_hlo)
+            entry = self._compile(program, options, mesh, dump_hlo)
             self._cache.put(key, entry)
-        available = self.topology.generation.hbm_gib * 2**30 * self.topology.chips // len(self.devices)
+        available = self.topology.memory * self.topology.chips // len(self.devices)
         needed = sum(entry.analysis.memory.values()) if entry.analysis else 0
         if needed > available:  # the compiler does not reject all such programs (benchmarks/LOG.md)
             entry = Entry(None, needed, available)
@@ -88,20 +103,20 @@ class Planner:
             peak = peak_flops(self.devices)
             assert peak is not None  # every generation of topology.py is in the table
             work = program.tokens, program.model_flops, program.cache_bytes
-            figures = estimate(entry.analysis, self.topology, peak, len(self.devices), *work)
+            figures = estimate(entry.analysis, self.topology, peak, dict(mesh.shape), *work)
         if entry.analysis and mode in ("pretrain", "finetune") and mesh.shape["fsdp"] > 1:
             passes = config.optimizer.accumulation_steps
             least = fsdp_minimum(program.parameters, mesh.shape["fsdp"], passes)
             fsdp = (fsdp_traffic(entry.analysis.collectives), least)
         return Plan(self.topology, len(self.devices), dict(mesh.shape), program, entry, figures, fsdp)
 
-    def _compile(
-        self, program: Program, options: Mapping[str, str], mesh_shape: Mapping[str, int], dump: Path | None
-    ) -> Entry:
+    def _compile(self, program: Program, options: Mapping[str, str], mesh: Mesh, dump: Path | None) -> Entry:
+        chip = self.topology.chip if isinstance(self.topology, GpuTopology) else None
         try:
-            compiled = compile_lowered(program.lowered, options)
+            with use_abstract_mesh(mesh.abstract_mesh) if chip else contextlib.nullcontext():
+                compiled = compile_lowered(program.lowered, options)
         except OutOfMemory as error:
             return Entry(None, error.needed, error.available)
         if dump:
             dump.write_text(compiled.text, encoding="utf-8")
-        return Entry(analyse(compiled, program.argument_bytes, mesh_shape))
+        return Entry(analyse(compiled, program.argument_bytes, dict(mesh.shape), chip))

@@ -1,11 +1,13 @@
-"""TPU slices by their common names, and the published figures of their chips."""
+"""TPU slices and GPUs by their common names, and the published figures of TPU chips."""
 
 import dataclasses
 import itertools
 import math
 import re
+from collections.abc import Mapping
 
 from gemma_jax.errors import UserError
+from gemma_jax.planning.gpu import CHIPS, GpuTopology, parse_gpus
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +59,35 @@ class Topology:
         return self.slices * math.prod(self.layout)
 
     @property
+    def memory(self) -> int:
+        """Bytes that a program may take on a chip."""
+        return self.generation.hbm_gib * 2**30
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes per second of a chip's memory."""
+        return self.generation.hbm_bytes_a_second
+
+    @property
+    def clock(self) -> float:
+        """Cycles per second of a TensorCore."""
+        return self.generation.clock
+
+    @property
+    def clock_is_published(self) -> bool:
+        """Whether the clock is published, or computed from what the compiler says."""
+        return self.generation.clock_is_published
+
+    @property
+    def networks(self) -> dict[str, float | None]:
+        """Bytes per second that a chip receives, by network; None if unknown."""
+        return {"ici": self.generation.ici_bytes_a_second, "dcn": self.generation.dcn_bytes_a_second}
+
+    def network_of(self, axes: str, mesh_shape: Mapping[str, int]) -> str:
+        """Returns the network of a collective over these mesh axes, joined by ` x `."""
+        return "dcn" if "slice" in axes else "ici"
+
+    @property
     def compiler_name(self) -> str:
         """The name of a slice for libtpu, such as v5e:16x16."""
         return f"{self.generation.name}:{'x'.join(map(str, self.layout))}"
@@ -66,23 +97,29 @@ class Topology:
         return f"{self.slices} x {name}" if self.slices > 1 else name
 
 
-def parse_topology(name: str, slices: int = 1) -> Topology:
+AnyTopology = Topology | GpuTopology
+
+
+def parse_topology(name: str, slices: int = 1) -> AnyTopology:
     """Returns the topology that a name stands for.
 
     Args:
       name: A name as in the cloud's documents, such as `v5e-256`, `v5litepod-256` or `v5p-128` (which counts
-        TensorCores, so it has 64 chips), or a generation with a layout of chips, such as `v5p-4x4x8`.
-      slices: The number of such slices, connected by the data-centre network.
+        TensorCores, so it has 64 chips), or a generation with a layout of chips, such as `v5p-4x4x8`; or of
+        GPUs, such as `h100-8` or `2x h100-8`.
+      slices: The number of such slices or nodes, connected by the data-centre network.
 
     Raises:
-      UserError: There is no such generation, or it has no slice of that size, or `slices` is out of range.
+      UserError: There is no such chip, or it has no slice of that size, or `slices` is out of range.
     """
+    if gpus := parse_gpus(name, slices):
+        return gpus
     match = re.fullmatch(r"([a-z0-9]+)[-:](\d{1,18}(?:x\d{1,18})*)", name.strip().lower())
     generation = GENERATIONS.get(OTHER_NAMES.get(match[1], match[1])) if match else None
     if match is None or generation is None:
         raise UserError(
-            f"topology {name!r} is not known; give a generation ({', '.join(GENERATIONS)}) and a size, "
-            "such as v5e-256 or v5p-4x4x8."
+            f"topology {name!r} is not known; give a TPU ({', '.join(GENERATIONS)}) or GPU "
+            f"({', '.join(CHIPS)}) and a size, such as v5e-256, v5p-4x4x8, h100-8 or 2x h100-8."
         )
     if not 1 <= slices <= MOST_SLICES:
         raise UserError(f"slices is {slices}, but must be from 1 to {MOST_SLICES}.")

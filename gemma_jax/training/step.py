@@ -119,10 +119,11 @@ def make_train_step(recipe: Recipe) -> TrainStep:
         return TrainState(state.step + 1, state.frozen, trainable, opt_state), metrics
 
     out = jax.tree.map(lambda leaf: leaf.sharding, abstract_train_state(recipe))
-    options = dict(option.split("=", 1) for option in config.compute.tpu_options)
+    compute, kind = config.compute, platform(recipe.model.mesh)
+    options = {"tpu": compute.tpu_options, "gpu": compute.gpu_options}.get(kind, ())
     return jax.jit(
         train_step,
         donate_argnums=0,
         out_shardings=(out, None),
-        compiler_options=options if platform(recipe.model.mesh) == "tpu" else None,
+        compiler_options=dict(option.split("=", 1) for option in options) or None,
     )

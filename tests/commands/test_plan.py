@@ -35,8 +35,8 @@ def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("gemma_jax.planning.planner.compile_lowered", compile_lowered)
     monkeypatch.setattr("gemma_jax.planning.planner.peak_flops", lambda devices: 8 * 197e12)
     for module in ("gemma_jax.planning.planner", "gemma_jax.commands.plan_report"):
-        monkeypatch.setattr(f"{module}.compiler_version", lambda: "libtpu 0, jax 0")
-    monkeypatch.setattr("gemma_jax.planning.compiler.prepare", lambda: None)
+        monkeypatch.setattr(f"{module}.compiler_version", lambda topology: "libtpu 0, jax 0")
+    monkeypatch.setattr("gemma_jax.planning.compiler.prepare", lambda topology: None)
     config = replace(
         PretrainConfig(model=PRESETS["gemma_tiny"]),
         {"data.sequence_length": 32, "data.batch_size": 8, "data.cache_dir": str(tmp_path / "cache")},

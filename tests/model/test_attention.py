@@ -9,6 +9,7 @@ from gemma_jax.model.attention import attend, attention_mask, cache_attend, caus
 from gemma_jax.model.cache import KVCache, Vectors
 from gemma_jax.model.paged import fits_paged, paged_attend
 from gemma_jax.model.splash import fits_splash, splash_attend
+from gemma_jax.model.triton import triton_attend
 from gemma_jax.testing import assert_same, cpu_mesh
 
 
@@ -84,6 +85,42 @@ def test_splash_equals_the_reference(heads: int, kv_heads: int, mesh: dict[str, 
 
     expected = value_and_gradients(lambda q, k, v: attend(q, k, v, mask))
     assert_same(value_and_gradients(splash), expected, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "length", "mesh"),
+    [
+        (4, 1, 256, 128, {}),
+        (4, 2, 128, 150, {}),
+        (2, 2, 64, 100, {}),
+        (4, 2, 64, 70, {"devices": 8, "fsdp": 2, "tensor": 4}),
+    ],
+    ids=["multi-query", "grouped", "multi-head", "copied keys"],
+)
+def test_the_kernel_of_the_gpu_equals_the_reference(
+    heads: int, kv_heads: int, head_dim: int, length: int, mesh: dict[str, int]
+) -> None:
+    """Interpreted: value and gradients of packed rows, in float32, also of lengths without whole blocks."""
+    rng = np.random.default_rng(0)
+    segments = np.sort(rng.integers(1, 4, (2, length)), axis=1).astype(np.int32)
+    positions = np.broadcast_to(np.arange(length), (2, length))
+    q, k, v = (rng.normal(size=(2, length, n, head_dim)) for n in (heads, kv_heads, kv_heads))
+    q, k, v, weights = (x.astype(np.float32) for x in (q * head_dim**-0.5, k, v, rng.normal(size=q.shape)))
+    mask = attention_mask(positions, segments, positions, segments)
+    on_mesh = cpu_mesh(**{"devices": 1, **mesh})
+
+    def value_and_gradients(function):
+        loss = lambda *x: jnp.sum(function(*x) * weights)  # noqa: E731
+        return jax.jit(function)(q, k, v), jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)
+
+    def kernel(q, k, v):
+        return triton_attend(q, k, v, segments, on_mesh, residuals="attended", interpret=True)
+
+    expected, gradients = value_and_gradients(lambda q, k, v: attend(q, k, v, mask))
+    found, found_gradients = value_and_gradients(kernel)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+    for one, other in zip(found_gradients, gradients, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5 * np.abs(other).max())
 
 
 def test_the_kernel_of_the_tpu_takes_no_float32_and_no_odd_shapes() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from gemma_jax.planning.compiler import prepare
+from gemma_jax.planning.topology import parse_topology
 
 LIBRARY = Path(__file__).parents[2] / ".venv" / "libtpu" / "libtpu" / "libtpu.so"
 
@@ -24,7 +25,7 @@ def tpu_compiler() -> Iterator[None]:
         if not LIBRARY.exists():
             pytest.skip("the TPU compiler is not installed: make .venv/libtpu/installed")
         os.environ["TPU_LIBRARY_PATH"] = str(LIBRARY)
-    prepare()
+    prepare(parse_topology("v5e-1"))
     yield
     if not given:
         os.environ.pop("TPU_LIBRARY_PATH", None)

@@ -22,7 +22,7 @@ def test_seconds_of_a_step() -> None:
     attention = Kernel("splash_mha_fwd", True, 18, 197e12)
     stated = Kernel("own", False, 1, 197e11)
     silent = Kernel("silent", False, 1, 0.0)
-    figures = estimate(analysis(attention, stated, silent), v5e, peak, 4, 1000, peak)
+    figures = estimate(analysis(attention, stated, silent), v5e, peak, {"fsdp": 4}, 1000, peak)
     assert figures.compiled_seconds == pytest.approx(2, rel=1e-3)  # the published clock
     assert figures.kernel_seconds == pytest.approx(1 / ATTENTION_UTILISATION + 0.1)
     assert figures.unknown_kernels == 1 and figures.calibrated
@@ -35,16 +35,16 @@ def test_a_step_of_decoding_reads_the_weights_and_the_cache(cache: float, second
     """What a call does beside its steps is not part of a step; the weights take one second to be read."""
     size = int(cache * 819e9)
     kernel = Kernel("paged", False, 1, 0.0)
-    figures = estimate(analysis(kernel), parse_topology("v5e-1"), 197e12, 1, 8, None, size)
+    figures = estimate(analysis(kernel), parse_topology("v5e-1"), 197e12, {"fsdp": 1}, 8, None, size)
     assert figures.call_seconds == pytest.approx(1, rel=1e-3)
     assert figures.read_seconds == pytest.approx(1 + cache, rel=1e-3)
     assert figures.seconds == pytest.approx(seconds, rel=1e-3)
-    without = estimate(analysis(), parse_topology("v5e-1"), 197e12, 1, 8, None, size)
+    without = estimate(analysis(), parse_topology("v5e-1"), 197e12, {"fsdp": 1}, 8, None, size)
     assert without.kernel_seconds == 0 and without.seconds == pytest.approx(1 + cache, rel=1e-3)
 
 
 def test_a_clock_that_nobody_publishes_is_said_to_be_uncalibrated() -> None:
-    figures = estimate(analysis(), parse_topology("v6e-4"), 4 * 918e12, 4, 1000, None)
+    figures = estimate(analysis(), parse_topology("v6e-4"), 4 * 918e12, {"fsdp": 4}, 1000, None)
     assert not figures.calibrated and figures.utilisation is None
 
 
@@ -58,12 +58,12 @@ def test_least_time_on_each_network() -> None:
     over_links = Collective("all-gather", "fsdp", (), 1, 6e9, "", "")
     between = dataclasses.replace(over_links, axis="slice", bytes=1.25e9)
     traffic = analysis(collectives=(over_links, between))
-    v6e = estimate(traffic, parse_topology("v6e-4", 2), 1.0, 8, 1, None)
+    v6e = estimate(traffic, parse_topology("v6e-4", 2), 1.0, {"fsdp": 8}, 1, None)
     assert v6e.link_seconds == {"ici": pytest.approx(6 / 400), "dcn": pytest.approx(0.1)}
-    tpu7x = estimate(traffic, parse_topology("tpu7x-8", 2), 1.0, 16, 1, None)
+    tpu7x = estimate(traffic, parse_topology("tpu7x-8", 2), 1.0, {"fsdp": 16}, 1, None)
     assert tpu7x.link_seconds["ici"] == pytest.approx(2 * 6 / 600)
     # Nothing is published for v4.
-    assert estimate(traffic, parse_topology("v4-8", 2), 1.0, 8, 1, None).link_seconds == {}
+    assert estimate(traffic, parse_topology("v4-8", 2), 1.0, {"fsdp": 8}, 1, None).link_seconds == {}
 
 
 def test_a_whole_run() -> None:
