@@ -105,7 +105,12 @@ def parameters_used(replay: Replay) -> str:
 
 
 def not_finite(replay: Replay) -> str:
-    """Returns the gradients that are not finite, by parameter and layer, as the end of a sentence."""
+    """Returns the gradients that are not finite, by parameter and layer, as the end of a sentence.
+
+    With float16 it names the layer whose activations are too large for it, if there is one.
+    """
+    if len(over := np.flatnonzero(~np.isfinite(replay.largest))):
+        return f"; layer {over[0]} exceeds the range of float16: take compute.dtype float32 or bfloat16"
     found = []
     for name, norms in replay.gradient_norms.items():
         bad = np.flatnonzero(~np.isfinite(np.atleast_1d(norms)))
@@ -113,7 +118,8 @@ def not_finite(replay: Replay) -> str:
             layers = f" (layers {', '.join(map(str, bad))})" if len(bad) < norms.size else ""
             found.append(f"{name}{layers}")
     if found:
-        return f"; not finite are the gradients of {', '.join(found)}"
+        remedy = ", which optimizer.loss_scale dynamic can prevent" if len(replay.largest) else ""
+        return f"; not finite are the gradients of {', '.join(found)}{remedy}"
     if not np.isfinite(replay.loss):
         return ""
     return "; computed again from the same parameters, loss and gradients are finite: suspect the hardware"

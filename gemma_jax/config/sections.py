@@ -201,6 +201,11 @@ class OptimizerConfig:
     )
     clip_norm: float = setting(1.0, "Largest global gradient norm; 0 turns clipping off.", 0)
     z_loss: float = setting(0.0, "Weight of the squared log-partition penalty (PaLM, 2022: 1e-4).", 0)
+    loss_scale: Literal["dynamic", "off"] = setting(
+        "dynamic",
+        "With compute.dtype float16, multiply the loss by a number, so that no gradient becomes 0; it falls "
+        "when a gradient overflows.",
+    )
     accumulation_steps: int = setting(1, "Parts that a batch is computed in, one after the other.", 1)
 
 
@@ -225,8 +230,10 @@ class MeshConfig:
 class ComputeConfig:
     """How the model is executed. This changes speed and memory, and results only by rounding."""
 
-    dtype: Literal["auto", "float32", "bfloat16", "float64"] = setting(
-        "auto", "Activations and products; auto is bfloat16 on TPU and GPU, float32 on CPU."
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = setting(
+        "auto",
+        "Activations and products; auto is bfloat16 on TPU and GPU (float16 on a GPU that lacks it), float32 "
+        "on CPU.",
     )
     param_dtype: Literal["float32", "bfloat16", "float64", "auto"] = setting(
         "float32",

@@ -8,6 +8,7 @@ F hidden, N query heads, K key/value heads, H head dim.
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
@@ -27,10 +28,25 @@ MakeScale = Callable[[str], nnx.Param[jax.Array]]
 
 RESIDUAL = ("batch", "length", "residual")
 
+# With float16, whose numbers end at 65,504, what a block adds to the residual stream is computed at this
+# scale: the hidden layer of the feed-forward and the sums over it reach more than that.
+SHRINK = 2.0**-6
+
 # Up to this width the TPU compiler loses nothing when it fuses a norm or the gelu into the matmul after it.
 # At 3072 a matmul with such a fusion takes a third longer. At the 2B's width, preventing the fusion would
 # cost up to 1% (benchmarks/LOG.md).
 FUSED_WIDTH = 2048
+
+
+def shrunk(x: jax.Array) -> jax.Array:
+    """Returns x * SHRINK if it is float16, otherwise x."""
+    return x * jnp.asarray(SHRINK, x.dtype) if x.dtype == jnp.float16 else x
+
+
+def _added(weight: Weight, x: jax.Array, context: Context) -> jax.Array:
+    """Returns what a block adds to the residual stream, in its dtype, from shrunk activations."""
+    out = weight.matmul(x, context)
+    return out.astype(jnp.float32) / SHRINK if x.dtype == jnp.float16 else out
 
 
 class Attention(nnx.Module):
@@ -52,7 +68,7 @@ class Attention(nnx.Module):
         k = rope(self.k.matmul(x, context), positions, config.rope_base)
         v = self.v.matmul(x, context)
         q, k, v = checkpoint_name(q, "query"), checkpoint_name(k, "key"), checkpoint_name(v, "value")
-        return self.o.matmul(attend(q, k, v), context)
+        return _added(self.o, shrunk(attend(q, k, v)), context)
 
 
 class FeedForward(nnx.Module):
@@ -70,31 +86,35 @@ class FeedForward(nnx.Module):
         x = unfused(x) if apart else x
         gate = checkpoint_name(self.gate.matmul(x, context), "gate")
         up = checkpoint_name(self.up.matmul(x, context), "up")
-        hidden = gated_gelu(gate, up)
+        hidden = gated_gelu(gate, shrunk(up))
         # A step of decoding has so few rows that the compiler would even compute `up` within the last matmul.
         apart |= x.shape[1] == 1 and platform(self.mesh) == "tpu"
-        return self.down.matmul(unfused(hidden) if apart else hidden, context)
+        return _added(self.down, unfused(hidden) if apart else hidden, context)
 
 
 class Block(nnx.Module):
     """Attention and feed-forward, each applied to a normed copy of the residual stream and added to it."""
 
-    def __init__(self, config: TransformerConfig, mesh: Mesh, weight: MakeWeight, scale: MakeScale) -> None:
+    def __init__(
+        self, config: TransformerConfig, mesh: Mesh, weight: MakeWeight, scale: MakeScale, dtype: jnp.dtype
+    ) -> None:
         self.attention_norm = scale("blocks.attention_norm")
         self.attention = Attention(config, weight)
         self.feed_forward_norm = scale("blocks.feed_forward_norm")
         self.feed_forward = FeedForward(weight, mesh)
         self.epsilon = config.norm_epsilon
         self.mesh = mesh
+        self.dtype = dtype  # of the activations in matmuls
 
     def __call__(
         self, x: jax.Array, positions: IntArray, attend: Attend, context: Context = NO_CONTEXT
     ) -> jax.Array:
         """Returns [B, L, D] for activations [B, L, D] and positions [B, L]."""
         x = constrain(x, RESIDUAL, self.mesh)
-        x += self.attention(
-            rms_norm(x, context.pick(self.attention_norm[...]), self.epsilon), positions, attend, context
-        )
+        x += self.attention(self._normed(x, self.attention_norm, context), positions, attend, context)
         x = checkpoint_name(constrain(x, RESIDUAL, self.mesh), "middle")
-        x += self.feed_forward(rms_norm(x, context.pick(self.feed_forward_norm[...]), self.epsilon), context)
+        x += self.feed_forward(self._normed(x, self.feed_forward_norm, context), context)
         return constrain(x, RESIDUAL, self.mesh)
+
+    def _normed(self, x: jax.Array, scale: nnx.Param[jax.Array], context: Context) -> jax.Array:
+        return rms_norm(x, context.pick(scale[...]), self.epsilon).astype(self.dtype)

@@ -19,6 +19,7 @@ from gemma_jax.model.cache import KVCache, Vectors
 from gemma_jax.model.layers import RESIDUAL, Block
 from gemma_jax.model.ops import IntArray, rms_norm
 from gemma_jax.model.remat import rematerialized
+from gemma_jax.model.triton import is_ampere
 from gemma_jax.sharding import constrain, platform
 from gemma_jax.weights import EMBEDDING, FINAL_NORM, NO_CONTEXT, Context, Kind, Weight, parameter_table
 
@@ -27,13 +28,24 @@ def compute_dtype(compute: ComputeConfig, mesh: Mesh) -> jnp.dtype:
     """Returns the dtype of activations on this mesh.
 
     Raises:
-      UserError: the config asks for float64, but x64 is off, so jax would silently compute in float32.
+      UserError: the config asks for float64, but x64 is off, so jax would silently compute in float32; or for
+        a dtype that the mesh's devices lack.
     """
     if "float64" in (compute.dtype, compute.param_dtype) and jnp.result_type(float) != jnp.float64:
         raise UserError("compute.dtype float64 needs the environment variable JAX_ENABLE_X64=1; set it.")
+    kind = platform(mesh)
+    lacks = {"tpu": "float16"}.get(kind)
+    if kind == "gpu" and not is_ampere(mesh):
+        lacks = "bfloat16"
+    if compute.dtype == lacks is not None:
+        has = "float32 or " + ("float16" if lacks == "bfloat16" else "bfloat16")
+        device = mesh.devices.flat[0].device_kind
+        raise UserError(f"compute.dtype is {lacks}, which {device} cannot compute in; take {has}.")
     if compute.dtype != "auto":
         return jnp.dtype(compute.dtype)
-    return jnp.dtype(jnp.float32 if platform(mesh) == "cpu" else jnp.bfloat16)
+    if kind == "cpu":
+        return jnp.dtype(jnp.float32)
+    return jnp.dtype(jnp.float16 if lacks == "bfloat16" else jnp.bfloat16)
 
 
 def cache_dtype(compute: ComputeConfig, mesh: Mesh) -> jnp.dtype:
@@ -58,7 +70,7 @@ class Transformer(nnx.Module):
             return nnx.Param(jnp.zeros(table[name].stacked_shape, dtype), axes=table[name].stacked_axes)
 
         self.embedding = weight(EMBEDDING)
-        self.blocks = Block(config, mesh, weight, scale)
+        self.blocks = Block(config, mesh, weight, scale, self.dtype)
         self.final_norm = scale(FINAL_NORM)
         self.config = config
         self.compute = compute
@@ -150,6 +162,17 @@ class Transformer(nnx.Module):
         (x, keys, values), _ = lax.scan(body, carry, scanned, unroll=self.compute.scan_unroll)
         return self._normed(x), dataclasses.replace(cache, keys=keys, values=values)
 
+    def largest(self, tokens: IntArray, positions: IntArray, segments: IntArray) -> jax.Array:
+        """Returns [layers], the largest magnitude in the residual stream after each block; NaN after NaN."""
+        graphdef, stacked = nnx.split(self.blocks)
+        attend = partial(self_attend, positions=positions, segments=segments, mesh=self.mesh)
+
+        def body(x: jax.Array, state: nnx.State) -> tuple[jax.Array, jax.Array]:
+            x = nnx.merge(graphdef, state)(x, positions, attend)
+            return x, jnp.max(jnp.abs(x))
+
+        return lax.scan(body, self.embed(tokens), stacked)[1]
+
     def logits(self, hidden: jax.Array, context: Context = NO_CONTEXT) -> jax.Array:
         """Returns float32 logits [..., V] of hidden states [..., D]; those of padding rows are -inf."""
         wide_dtype = jnp.promote_types(hidden.dtype, jnp.float32)
@@ -159,9 +182,14 @@ class Transformer(nnx.Module):
         return jnp.where(jnp.arange(logits.shape[-1]) < self.config.vocab_size, logits, -jnp.inf)
 
     def embed(self, tokens: IntArray, context: Context = NO_CONTEXT) -> jax.Array:
-        """Returns [B, L, D]: table rows of tokens [B, L] times sqrt(D), which is rounded to their dtype."""
+        """Returns [B, L, D]: table rows of tokens [B, L] times sqrt(D), which is rounded to their dtype.
+
+        With float16 they are float32, as is the whole residual stream.
+        """
         rows = self.embedding.embedding_lookup(tokens, self.dtype, context)
-        return constrain(rows * jnp.asarray(self.config.embed_dim**0.5, self.dtype), RESIDUAL, self.mesh)
+        if self.dtype == jnp.float16:
+            rows = rows.astype(jnp.float32)  # the residual stream exceeds the range of float16
+        return constrain(rows * jnp.asarray(self.config.embed_dim**0.5, rows.dtype), RESIDUAL, self.mesh)
 
     def _normed(self, x: jax.Array) -> jax.Array:
-        return rms_norm(x, self.final_norm[...], self.config.norm_epsilon)
+        return rms_norm(x, self.final_norm[...], self.config.norm_epsilon).astype(self.dtype)

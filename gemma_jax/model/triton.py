@@ -17,7 +17,6 @@ from jax.sharding import Mesh
 from gemma_jax.model.ops import IntArray
 from gemma_jax.sharding import partition_spec, platform
 
-LEAST_CAPABILITY = (8, 0)  # Triton's matrix products need an Ampere GPU or a later one
 BLOCK = (
     64  # queries and keys per block of the forward pass; at H = 256, 128 exceed the shared memory of an H100
 )
@@ -34,13 +33,17 @@ def capability(mesh: Mesh) -> str:
     return mesh.devices.flat[0].compute_capability
 
 
+def is_ampere(mesh: Mesh) -> bool:
+    """Whether the mesh's GPUs are of the generation Ampere or later, which bfloat16 and Triton need."""
+    return int(capability(mesh).split(".")[0]) >= 8
+
+
 def fits_triton(q: jax.Array | jax.ShapeDtypeStruct, mesh: Mesh) -> bool:
     """Returns whether the kernel supports queries [B, L, N, H] of this shape and dtype on the mesh's GPUs.
 
     Not float32, whose products the kernel computes in TensorFloat-32.
     """
-    version = tuple(int(n) for n in capability(mesh).split("."))
-    return q.dtype.itemsize == 2 and q.shape[3] >= 16 and version >= LEAST_CAPABILITY
+    return q.dtype.itemsize == 2 and q.shape[3] >= 16 and is_ampere(mesh)
 
 
 @functools.cache

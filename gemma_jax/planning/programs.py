@@ -104,8 +104,8 @@ def _sampling(mode: Mode, config: TrainingConfig, mesh: Mesh, new_tokens: int, k
     if mode == "prefill":
         lowered = generator.prefill.lower(params, *prompts, size=size)
         return Program(lowered, held | {"batch": _bytes_a_device(batch)}, known, rows * length, None)
-    cached = jax.eval_shape(lambda p, *args: generator.prefill(p, *args, size=size), params, *prompts)
-    state, _ = jax.eval_shape(lambda *args: generator.begin(*args, Said()), params, cached, settings)
+    cached = generator.prefill.eval_shape(params, *prompts, size=size)
+    state, _ = generator.begin.eval_shape(params, cached, settings, Said())
     # The shardings that prefill produces: the cache is split by rows and heads, everything else by rows.
     state = jax.tree.map(placed, state)
     keys, values = KVCache.abstract(config.model, rows, size, generator.cache_dtype, mesh)

@@ -17,6 +17,7 @@ _FREE = re.compile(
     r"parameter|constant|tuple|get-tuple-element|bitcast|while|conditional|call|after-all|partition-id|opt-barrier|"
     r"(all-|reduce-scatter|collective-|ragged-|async-|copy-done|send|recv).*"
 )
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # change a part of their first operand to that operand
 _PARTS = ("dynamic-slice", "slice", "gather")  # read a part of their first operand
 
 
@@ -101,8 +102,8 @@ def _written(result: Instruction, inner: Mapping[str, Instruction]) -> float:
     """Returns the bytes of a result of a fusion that are written."""
     while result.opcode == "bitcast":
         result = inner[result.operands[0]]
-    is_update = result.opcode == "dynamic-update-slice"
-    return sum(a.bytes for a in (inner[result.operands[1]] if is_update else result).arrays)
+    at = _UPDATES.get(result.opcode)
+    return sum(a.bytes for a in (result if at is None else inner[result.operands[at]]).arrays)
 
 
 def _read(array: Instruction, users: dict[str, list[Instruction]]) -> float:
@@ -114,6 +115,6 @@ def _read(array: Instruction, users: dict[str, list[Instruction]]) -> float:
             parts += _read(user, users)
         elif user.opcode in _PARTS and user.operands[0] == array.name:
             parts += sum(a.bytes for a in user.arrays)
-        elif user.opcode != "dynamic-update-slice" or user.operands[0] != array.name:
+        elif user.opcode not in _UPDATES or user.operands[0] != array.name:
             return whole
     return min(whole, parts)

@@ -20,6 +20,7 @@ from gemma_jax.data.packing import Batch, PairBatch
 from gemma_jax.errors import UserError
 from gemma_jax.model import ModelSpec, Transformer
 from gemma_jax.model.scoring import Scores, scores_of
+from gemma_jax.model.transformer import compute_dtype
 from gemma_jax.sharding import local_rows, put_batch
 from gemma_jax.training.loss import LossSettings, next_token_loss
 from gemma_jax.training.objectives import Objective, Recipe, Sums, WeightedSum
@@ -83,7 +84,7 @@ def finetuning(config: FinetuneConfig, mesh: Mesh, base: Kind, positions: int, s
         config,
         ModelSpec(config.model, config.compute, mesh, kind),
         objective,
-        make_optimizer(config.optimizer, config.steps),
+        make_optimizer(config.optimizer, config.steps, compute_dtype(config.compute, mesh)),
         is_trained if isinstance(kind, Adapters) else lambda name: True,
         random=config.lora.dropout > 0,
     )

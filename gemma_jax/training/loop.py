@@ -264,13 +264,14 @@ class StepReader:
         services = self._services
         self.clock.step_ended(numbers["tokens"])
         last = services.stability.next_is_last
-        skipped = services.stability.record_step(numbers["loss"], numbers["grad_norm"])
+        scale = numbers.get("loss_scale", 1.0)
+        skipped = services.stability.record_step(numbers["loss"], numbers["grad_norm"], scale)
         services.goodput.step_ended(self._idle, finite=not skipped)
         self._waiting = self._idle = 0.0
         if not skipped:
             self._log(step, numbers)
             self._look_for_spike(step)
-        elif last:
+        elif last and services.stability.not_finite_in_a_row > self._config.stability.skip_nonfinite:
             raise _NotFinite(step, numbers)
         else:
             self._log_skipped(step, numbers)

@@ -15,6 +15,7 @@ from gemma_jax.config import TrainingConfig
 from gemma_jax.data.packing import Batch
 from gemma_jax.model import ModelSpec, Transformer
 from gemma_jax.model.scoring import token_log_probs
+from gemma_jax.model.transformer import compute_dtype
 from gemma_jax.sharding import parameter_name
 from gemma_jax.training.loss import LossSettings, next_token_loss
 from gemma_jax.training.optimizer import make_optimizer
@@ -72,7 +73,7 @@ def pretraining(config: TrainingConfig, mesh: Mesh) -> Recipe:
         config,
         ModelSpec(config.model, config.compute, mesh),
         next_token(config),
-        make_optimizer(config.optimizer, config.steps),
+        make_optimizer(config.optimizer, config.steps, compute_dtype(config.compute, mesh)),
     )
 
 

@@ -2,15 +2,19 @@
 
 import fnmatch
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 
 from gemma_jax.config import OptimizerConfig
 from gemma_jax.errors import UserError
 from gemma_jax.sharding import logical_axes, named_arrays, with_arrays
+
+FIRST_SCALE, MOST_SCALE = 2.0**13, 2.0**24  # of the loss, with float16
+GROWS_AFTER = 1000  # steps without overflow
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -103,8 +107,46 @@ def _scaled(settings: dict[str, float], update: jax.Array, parameter: jax.Array)
     return update * settings["learning_rate_factor"]
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+class LossScaled(NamedTuple):
+    """The state of an optimizer, and the factor of the loss that keeps gradients within float16.
+
+    Small gradients become 0 in float16, so the loss is multiplied by the largest factor that lets none
+    overflow, and the gradients are divided by it (Micikevicius et al., 2018, Mixed Precision Training).
+    """
+
+    scale: jax.Array  # [] float32
+    finite: jax.Array  # [] int32: steps since the scale changed
+    inner: optax.OptState
+
+    def after(self, before: "LossScaled", finite: jax.Array) -> "LossScaled":
+        """Returns the state after a step: half the scale if it was not finite, twice after GROWS_AFTER."""
+        count = jnp.where(finite, before.finite + 1, 0)
+        grows = count >= GROWS_AFTER
+        scale = before.scale * jnp.where(finite, jnp.where(grows, 2.0, 1.0), 0.5)
+        return LossScaled(
+            jnp.clip(scale, 1, MOST_SCALE).astype(jnp.float32), jnp.where(grows, 0, count), self.inner
+        )
+
+
+def with_loss_scale(rule: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Returns the rule with `LossScaled` around its state; it takes gradients that are no longer scaled."""
+
+    def init(params: nnx.State) -> LossScaled:
+        return LossScaled(jnp.float32(FIRST_SCALE), jnp.int32(0), rule.init(params))
+
+    def update(
+        updates: nnx.State, state: LossScaled, params: nnx.State | None = None
+    ) -> tuple[nnx.State, LossScaled]:
+        updates, inner = rule.update(updates, state.inner, params)
+        return updates, state._replace(inner=inner)
+
+    return optax.GradientTransformation(init, update)
+
+
+def make_optimizer(config: OptimizerConfig, steps: int, dtype: Any = None) -> optax.GradientTransformation:
     """Returns the update rule that a config names, preceded by gradient clipping.
+
+    With activations of the dtype float16 its state is a `LossScaled`, unless optimizer.loss_scale is off.
 
     Weight decay is decoupled as in AdamW for every rule, so that the setting always means the same. The decay
     of optax.adafactor ignores the learning rate and is not used; the rest of its rule is as in Shazeer and
@@ -123,4 +165,5 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         optax.scale_by_learning_rate(learning_rate_schedule(config, steps)),
         _by_parameter(config, _scaled),
     )
-    return optax.chain(clip, rule)
+    rule = optax.chain(clip, rule)
+    return with_loss_scale(rule) if dtype == jnp.float16 and config.loss_scale == "dynamic" else rule

@@ -42,6 +42,7 @@ class Replay(NamedTuple):
     loss: float  # in nats per token, as the step computes it
     gradient_norms: dict[str, NDArray[np.float32]]  # by parameter: [layers] if it is stacked, otherwise []
     logged: Entry | None  # what the run logged at this step
+    largest: NDArray[np.float32]  # with float16, `Transformer.largest` of the batch; otherwise empty
 
     def row_loss(self, row: int) -> float:
         """Returns the weighted mean loss of a row in nats, or 0 if no target has weight."""
@@ -133,25 +134,29 @@ def replay_batch(
 
     def measure(
         params: nnx.State, fed: Batch | PairBatch
-    ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array], jax.Array]:
         model, batch = model_spec.merge(params), _rows(fed)
         hidden = model(batch.tokens, batch.positions, batch.segment_ids)
         log_probs = token_log_probs(model, hidden, batch.targets)
         _, sums, gradients = differentiate(params, fed, context_of(recipe, step - 1))
         leaves = jax.tree_util.tree_leaves_with_path(gradients, is_leaf=lambda x: isinstance(x, nnx.Variable))
         norms = {parameter_name(path): _norm(variable) for path, variable in leaves}
-        return -log_probs, sums["loss"].mean, norms
+        inputs = batch.tokens, batch.positions, batch.segment_ids
+        largest = model.largest(*inputs) if model.dtype == jnp.float16 else jnp.zeros(0)
+        return -log_probs, sums["loss"].mean, norms, largest
 
     size = config.data.batch_size
     fed = put_batch(dataset.train.batch(first_row, size, local_rows(size, mesh)), size, mesh)
     # Replicated on every device, so that every process of a job can read the whole result.
-    losses, loss, norms = jax.device_get(
+    losses, loss, norms, largest = jax.device_get(
         jax.jit(measure, out_shardings=NamedSharding(mesh, P()))(params, fed)
     )
     entries = read_metrics(user_path(config.run_dir))
     logged = next((entry for entry in entries if entry["step"] == step and "loss" in entry), None)
     batch = _rows(dataset.train.batch(first_row, size))
-    return Replay(step, params_step, first_row, batch, np.asarray(losses), float(loss), norms, logged)
+    return Replay(
+        step, params_step, first_row, batch, np.asarray(losses), float(loss), norms, logged, largest
+    )
 
 
 def _rows(batch: Batch | PairBatch) -> Batch:

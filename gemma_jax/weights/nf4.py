@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from gemma_jax.sharding import Axes
+from gemma_jax.sharding import Axes, platform
 from gemma_jax.weights.quantized import Quantized, over
 
 NF4_BLOCK = 64
@@ -82,6 +82,9 @@ class NF4(Quantized):
     def unscaled(self, dtype: jax.typing.DTypeLike) -> jax.Array:
         """See `Quantized.unscaled`."""
         index = self.codes[...].astype(jnp.int32) + 8
+        if platform(self.mesh) == "gpu":
+            # XLA would make an array of each of the values below, and keep all of them.
+            return jnp.asarray(NF4_VALUES, dtype)[index]
         # A tree of selects: a TPU has no fast lookup in a table.
         found: list[Any] = [jnp.asarray(value, dtype) for value in NF4_VALUES]
         for bit in range(4):
