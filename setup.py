@@ -32,7 +32,10 @@ setup(
     ],
     extras_require={
         "tpu": ["jax[tpu]"],
-        "cuda": ["jax[cuda13]"],
+        "cuda13": ["jax[cuda13]"],  # drivers from 580 on
+        "cuda12": ["jax[cuda12]"],  # drivers from 525 on
+        # XLA's compiler for GPUs, for `gemma plan` on a machine without one; its versions must be those of jax.
+        "gpu-compiler": ["jax-cuda13-pjrt", "jax-cuda13-plugin", "nvidia-cuda-nvcc", "nvidia-nvvm"],
         "data": ["gcsfs", "s3fs"],
         "kaggle": ["kagglehub"],
         "test": ["hypothesis", "import-linter", "mypy", "pytest", "pytest-xdist", "ruff"],

@@ -15,7 +15,7 @@ from typing import Any
 from gemma_jax.planning.analysis import Analysis, Cost, Kernel
 from gemma_jax.planning.collectives import Collective
 
-FORMAT = 4  # version of the entries; increase it when the meaning of Analysis changes
+FORMAT = 5  # version of the entries; increase it when the meaning of Analysis changes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -92,9 +92,8 @@ def _whole_arrays(instruction: Instruction, kind: str, size: int) -> tuple[Array
     arrays = instruction.arrays
     if instruction.opcode == "recv":
         return arrays[:1]  # the received array; a counter follows
-    if instruction.opcode.endswith("-start") and kind != "all-reduce":
+    if instruction.opcode.endswith("-start") and len(arrays) > (count := len(instruction.operands)):
         # The type is (operands, results, and counters for a permute); take the whole ones.
-        count = len(instruction.operands)
         return arrays[:count] if kind == "reduce-scatter" else arrays[count : 2 * count]
     if instruction.opcode == "reduce-scatter":
         return tuple(Array(a.dtype, (size, *a.shape)) for a in arrays)
@@ -108,7 +107,8 @@ def _groups(attributes: str) -> list[list[int]]:
     if found := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes):
         return _iota(found[2]).reshape(_numbers(found[1])[0], -1).tolist()
     found = re.search(
-        r"replica_groups=mesh\[([^\]]*)\](?:, ?device_ids=\(?([^ )]*)\)?)? \{([^}]*)\}", attributes
+        r"replica_groups=mesh\[([^\]]*)\](?:, ?device_ids=\(?(\[[\d,]+\](?:T\([\d,]+\))?)\)?)? \{([^}]*)\}",
+        attributes,
     )
     if found is None:
         return []

@@ -164,7 +164,7 @@ def compile_lowered(lowered: "jax.stages.Lowered", options: Mapping[str, str]) -
         message = str(error)
         if "RESOURCE_EXHAUSTED" in message:
             raise OutOfMemory(*memory_told(message), message) from error
-        if "No such compile option" in message:
+        if "No such compile option" in message or "While setting option" in message:
             raise UserError(f"the compiler refuses an option: {message.splitlines()[0]}") from error
         raise
     finally:

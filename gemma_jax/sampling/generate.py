@@ -28,9 +28,15 @@ from gemma_jax.sampling.requests import (
     row_bucket,
 )
 from gemma_jax.sharding import batch_sharding, partition_spec, platform, row_parts
+from gemma_jax.weights import Quantization
 
-# Without this XLA would make a bfloat16 copy of each weight of int4 in blocks.
-GPU_OPTIONS = {"xla_gpu_experimental_enable_subchannel_dequantisation_fusion": "True"}
+# For int4 in blocks. Without the first, XLA would make a bfloat16 copy of each weight; without the second, of
+# those that it contracts in parts; without the third, of those that it multiplies together, as q, k and v.
+INT4_GPU_OPTIONS = {
+    "xla_gpu_experimental_enable_subchannel_dequantisation_fusion": "True",
+    "xla_gpu_experimental_force_split_k": "1",
+    "xla_gpu_dot_merger_threshold_mb": "0",
+}
 BYTES_OF_TOKEN = 64  # approximate size of a token's id and log-probability in Python lists
 BYTES_OF_ALTERNATIVE = 144  # of a tuple with both
 
@@ -57,6 +63,8 @@ class Generator:
         self.config, self.mesh, self.params = spec.config, spec.mesh, params
         self.dtype = compute_dtype(spec.compute, spec.mesh)
         self.cache_dtype = cache_dtype(spec.compute, spec.mesh)
+
+        in_blocks = isinstance(spec.kind, Quantization) and spec.kind.linear == "int4"
 
         def with_model(function: Callable[..., Any]) -> Callable[..., Any]:
             @functools.wraps(function)  # its name is that of the program in profiles and in the cache
@@ -92,7 +100,7 @@ class Generator:
                 out_shardings=returned,
                 static_argnames=static,
                 donate_argnums=donated,
-                compiler_options=GPU_OPTIONS if platform(spec.mesh) == "gpu" else None,
+                compiler_options=INT4_GPU_OPTIONS if in_blocks and platform(spec.mesh) == "gpu" else None,
             )
 
         self.prefill = program(decode.prefill, prompts, ["size"], 5)

@@ -133,6 +133,15 @@ def test_too_many_steps_that_are_not_finite_end_the_run_and_name_the_layers(
     assert re.search(named, capsys.readouterr().err.strip().splitlines()[-1])
 
 
+def test_a_layer_that_exceeds_float16_is_named(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = ["--compute.dtype", "float16", "--stability.skip_nonfinite", "0"]
+    assert main(["pretrain", config_file(tmp_path, corpus), *OVERFLOW, *changes]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.search(naming("error: ", "step 2", "layer 0", "float16", "float32"), last)
+
+
 def test_a_run_does_not_go_on_with_other_data(
     tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -72,6 +72,20 @@ def test_float32_is_within_rounding_of_float64() -> None:
     assert relative_difference(actual[0], reference.logits(arrays, tokens[0].tolist())) < 1e-5
 
 
+def test_float16_computes_activations_beyond_its_range() -> None:
+    """Numbers above 65,504 in the hidden layer of the feed-forward, its output, and the residual stream."""
+    params = random_params(TINY)
+    factors = {"gate": 300.0, "up": 300.0, "down": 10.0, "v": 100.0, "o": 100.0}
+    arrays = {name: x * factors.get(name.split(".")[-1], 1) for name, x in named_arrays(params).items()}
+    params = with_arrays(params, arrays)
+    inputs = (tokens := np.random.default_rng(1).integers(0, TINY.vocab_size, (2, 17)), *simple_rows(tokens))
+    half = ComputeConfig(dtype="float16")
+    largest = ModelSpec(TINY, half, cpu_mesh(1)).merge(params).largest(*inputs)
+    assert (largest > 4 * 65_504).all()
+    expected = forward(TINY)(params, *inputs)
+    assert_same(forward(TINY, half)(params, *inputs), expected, 1e-2)
+
+
 @pytest.mark.parametrize(("dtype", "least", "most"), [(np.float64, 0, 1e-10), (np.int8, 1e-4, 0.01)])
 def test_prefill_and_decode_equal_one_forward_pass_in_a_ragged_batch(
     dtype: type, least: float, most: float

@@ -109,6 +109,7 @@ def test_permutes_and_transfers_between_slices() -> None:
     ("[4,2]<=[2,4]T(1,0)", "slice"),
     ("mesh['x'=2,'y'=4] {'y'}", "fsdp x tensor"),
     ("mesh['x'=2,'y'=4] {'y':(1)2}", "fsdp"),
+    ("mesh['x'=4,'y'=2], device_ids=([2,4]T(1,0)) {'y'}", "slice"),
     ("{}", "slice x fsdp x tensor"),
 ])  # fmt: skip
 def test_groups_of_devices_in_all_their_notations(groups: str, axis: str) -> None:

@@ -1,10 +1,12 @@
 """The training step: the same numbers on any mesh, in any number of parts, packed or not."""
 
+import dataclasses
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import Mesh
 
@@ -14,9 +16,10 @@ from gemma_jax.sharding import named_arrays, put_batch
 from gemma_jax.testing import assert_same, assert_same_on_meshes, cpu_mesh
 from gemma_jax.training.evaluation import mean_over
 from gemma_jax.training.objectives import held_out_loss, pretraining
-from gemma_jax.training.optimizer import learning_rate_schedule
+from gemma_jax.training.optimizer import GROWS_AFTER, MOST_SCALE, LossScaled, learning_rate_schedule
 from gemma_jax.training.state import TrainState, abstract_train_state, create_train_state
 from gemma_jax.training.step import TrainStep, make_train_step, sums_and_gradients
+from gemma_jax.weights import NO_CONTEXT
 
 B, L = 8, 24
 CONFIG = PretrainConfig(
@@ -222,6 +225,34 @@ def test_a_step_that_is_not_finite_changes_nothing_but_counts(name: str) -> None
     state, metrics = step(state, put_batch(good, B, mesh))
     assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
     assert metrics["learning_rate"] == learning_rate_schedule(config.optimizer, config.steps)(2)
+
+
+def test_float16_scales_its_loss() -> None:
+    """A scale that lets gradients overflow is halved until none does, nothing else changes, then it grows."""
+    config = replace(CONFIG, {"compute.dtype": "float16"})
+    mesh = cpu_mesh(4, fsdp=2, tensor=2)
+    state, step = begin(config, mesh)
+    batch = put_batch(packed_batch(config.model), B, mesh)
+    assert isinstance(state.opt_state, LossScaled)
+    _, sums, expected = gradients_of(replace(CONFIG, {"compute.dtype": "float32"}), mesh)(state.params, batch)
+    scaled = gradients_of(config, mesh)(state.params, batch, NO_CONTEXT, state.opt_state.scale)
+    assert_same(jax.tree.map(lambda x: x / state.opt_state.scale, scaled[2]), expected, 1e-2)
+    too_large = state.opt_state._replace(scale=jnp.full_like(state.opt_state.scale, MOST_SCALE))
+    state = dataclasses.replace(state, opt_state=too_large)
+    before, scales = jax.device_get(state.trainable), [MOST_SCALE]
+    while True:
+        state, metrics = step(state, batch)
+        assert np.isfinite(metrics["loss"]) and metrics["loss_scale"] == scales[-1]
+        if np.isfinite(metrics["grad_norm"]):
+            break
+        assert_same(state.trainable, before, 0)
+        scales.append(float(state.opt_state.scale))
+        assert scales[-1] == scales[-2] / 2
+    assert len(scales) > 2
+    assert float(metrics["grad_norm"]) == pytest.approx(float(optax.tree.norm(expected)), rel=1e-2)
+    due = state.opt_state._replace(finite=jnp.full_like(state.opt_state.finite, GROWS_AFTER - 1))
+    state, _ = step(dataclasses.replace(state, opt_state=due), batch)
+    assert (float(state.opt_state.scale), int(state.opt_state.finite)) == (2 * scales[-1], 0)
 
 
 @pytest.mark.parametrize("vocab_block", [0, 128])
