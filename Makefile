@@ -10,7 +10,7 @@ GPU_COMPILER := .venv/gpu-compiler/installed
 WORKERS = --numprocesses 2 --dist loadfile
 CONSTRAINTS = constraints/$$($(BIN)/python -c 'import sys; print("py311" if sys.version_info < (3, 12) else "py312")').txt
 
-.PHONY: demo test test-slow parity plans lint address clean
+.PHONY: demo test test-slow parity plans gpu lint address clean
 
 demo: $(INSTALLED)
 	@$(BIN)/python train.py pretrain demo
@@ -44,9 +44,18 @@ parity: .venv-parity/installed
 	  bitsandbytes peft torch transformers trl xllamacpp --constraint .venv-parity/constraints.txt --constraint constraints/parity.txt
 	@touch $@
 
-# The shipped configs compiled at full size for their TPUs, into docs/plans.md: an hour on two cores.
-plans: $(COMPILER)
+# The shipped configs compiled at full size for their TPUs, into docs/plans.md: an hour on two cores; training and
+# sampling for GPUs, into docs/gpu.md: a quarter of an hour.
+plans: $(COMPILER) $(GPU_COMPILER)
 	TPU_LIBRARY_PATH=.venv/libtpu/libtpu/libtpu.so $(BIN)/python benchmarks/tpu_plans.py
+	PYTHONPATH=.venv/gpu-compiler $(BIN)/python benchmarks/gpu_plans.py
+
+# On a machine with a GPU, whose own Python has jax: measures into docs/gpu.md. A failed part does not stop the others.
+GPU_PARTS ?= tests train decode-2b decode-7b peers
+gpu:
+	$(PYTHON) benchmarks/gpu.py install $(if $(WHEELS),--wheels $(WHEELS))
+	@failed=; for part in $(GPU_PARTS); do $(PYTHON) benchmarks/gpu.py $$part || failed="$$failed $$part"; done; \
+	  $(PYTHON) benchmarks/gpu.py merge; test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }
 
 # Where this repository is published: `make address OWNER=name` writes it into the files that name it.
 address:

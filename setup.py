@@ -34,7 +34,7 @@ setup(
         "tpu": ["jax[tpu]"],
         "cuda13": ["jax[cuda13]"],  # drivers from 580 on
         "cuda12": ["jax[cuda12]"],  # drivers from 525 on
-        # XLA's compiler for GPUs, for `gemma plan` on a machine without one; its versions must be those of jax.
+        # XLA's compiler for GPUs, for `gemma plan` on a machine without one; its version must be that of jax.
         "gpu-compiler": ["jax-cuda13-pjrt", "jax-cuda13-plugin", "nvidia-cuda-nvcc", "nvidia-nvvm"],
         "data": ["gcsfs", "s3fs"],
         "kaggle": ["kagglehub"],

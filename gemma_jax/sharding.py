@@ -4,8 +4,12 @@ Parameters and activations name their axes by their meaning ("embed", "heads", "
 defines over which mesh axes each logical axis is split. The same code runs on one CPU device and on a pod.
 """
 
+import importlib.util
 import math
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import MutableMapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -21,6 +25,10 @@ from gemma_jax.errors import UserError
 Tree = TypeVar("Tree")
 Axes = tuple[str | None, ...]
 Arrays = dict[str, Any]
+
+DRIVER = Path("/proc/driver/nvidia/version")
+# The first major version of the driver by that of CUDA (docs.nvidia.com/deploy/cuda-compatibility).
+LEAST_DRIVERS = {12: 525, 13: 580}
 
 # Logical axis -> mesh axes that split it. Batches are split over slice, data and fsdp, parameters over fsdp
 # (fully sharded data parallelism) and tensor (Megatron's split of heads and feed-forward).
@@ -56,8 +64,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         of the job.
 
     Raises:
-      UserError: the axes do not fit the devices (see `gemma_jax.config.mesh_shape`) or their slices.
+      UserError: the axes do not fit the devices (see `gemma_jax.config.mesh_shape`) or their slices; or the
+        driver of GPUs is too old, so that jax would compute on the CPU.
     """
+    if devices is None and not config.cpu_devices:
+        _prepare_gpus(os.environ)
     if devices is None:
         devices = _cpu_devices(config.cpu_devices) if config.cpu_devices else jax.devices()
     shape = mesh_shape(config, len(devices))
@@ -91,6 +102,25 @@ def _row_major(devices: np.ndarray) -> np.ndarray:
         places = [(device.coords, device.core_on_chip) for device in devices[block][:, 0]]
         ordered[block] = devices[block][sorted(range(len(places)), key=places.__getitem__)]
     return ordered
+
+
+def _prepare_gpus(environment: MutableMapping[str, str], driver: Path = DRIVER) -> None:
+    """Lets jax use most of a GPU's memory rather than 75%, and checks that the driver is new enough for it.
+
+    It has no effect if jax is already initialised.
+    """
+    environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+    platforms = environment.get("JAX_PLATFORMS") or "cuda"
+    if not driver.exists() or not {"cuda", "gpu"}.intersection(platforms.split(",")):
+        return
+    found = re.search(r"Kernel Module.*?\s(\d+)\.", driver.read_text())
+    cudas = [cuda for cuda in LEAST_DRIVERS if importlib.util.find_spec(f"jax_cuda{cuda}_plugin")]
+    if found and cudas and all(int(found[1]) < LEAST_DRIVERS[cuda] for cuda in cudas):
+        cuda, least = cudas[0], LEAST_DRIVERS[cudas[0]]
+        raise UserError(
+            f"the NVIDIA driver is of version {found[1]}, but jax for CUDA {cuda} needs {least} or later; "
+            "update the driver, install gemma_jax[cuda12], or set JAX_PLATFORMS=cpu."
+        )
 
 
 def _cpu_devices(count: int) -> list[jax.Device]:

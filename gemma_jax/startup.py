@@ -131,6 +131,8 @@ def join_arguments(
     # Slurm sets this within a step (srun), but not in the batch script around it.
     if "SLURM_STEP_NODELIST" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1:
         return {"cluster_detection_method": "slurm"}
+    if {"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE"} <= environment.keys():
+        return _torchrun_arguments(environment)
     # jax sets TPU_ML_PLATFORM if it finds TPU chips and their driver.
     if on_cpu or "TPU_ML_PLATFORM" not in environment or "proxy" in environment.get("JAX_PLATFORMS", ""):
         return None
@@ -138,6 +140,26 @@ def join_arguments(
         return {"cluster_detection_method": "gketpu"}
     # A TPU VM of Compute Engine: its metadata server knows the others. A single VM is a job of one process.
     return None if "TPU_SKIP_MDS_QUERY" in environment else {"cluster_detection_method": "gcetpu"}
+
+
+def _torchrun_arguments(environment: Mapping[str, str]) -> dict[str, Any] | None:
+    """Returns the arguments of `jax.distributed.initialize` under torchrun and whatever sets its variables.
+
+    With several processes on a machine each has one of its GPUs. torchrun itself listens at MASTER_PORT, so
+    the processes meet at the next port (docs.pytorch.org/docs/stable/elastic/run.html).
+    """
+    count = int(environment["WORLD_SIZE"])
+    if count == 1:
+        return None
+    found: dict[str, Any] = {
+        "coordinator_address": f"{environment['MASTER_ADDR']}:{int(environment['MASTER_PORT']) + 1}",
+        "num_processes": count,
+        "process_id": int(environment["RANK"]),
+        "cluster_detection_method": "deactivate",
+    }
+    if int(environment.get("LOCAL_WORLD_SIZE", "1")) > 1:
+        found["local_device_ids"] = [int(environment["LOCAL_RANK"])]
+    return found
 
 
 def _start_pathways() -> None:

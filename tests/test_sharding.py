@@ -1,5 +1,6 @@
 """How arrays are sharded on a mesh, as tables, and that real arrays are sharded in this way."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from gemma_jax.errors import UserError
 from gemma_jax.model import ModelSpec
 from gemma_jax.sharding import (
     Axes,
+    _prepare_gpus,
     local_rows,
     make_mesh,
     named_arrays,
@@ -30,6 +32,34 @@ from gemma_jax.training.state import abstract_train_state
 from tests.messages import naming
 
 TINY = PRESETS["gemma_tiny"]
+
+
+@pytest.mark.parametrize(("cuda", "version", "is_new_enough"), [
+    ((13,), "570.86.15", False),
+    ((13,), "580.65.06", True),
+    ((12,), "570.86.15", True),
+    ((12, 13), "570.86.15", True),
+    ((12,), "470.57.02", False),
+    ((), "470.57.02", True),
+])  # fmt: skip
+def test_a_driver_that_is_too_old_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cuda: tuple[int, ...], version: str, is_new_enough: bool
+) -> None:
+    """jax itself would go on with the CPU."""
+    driver = tmp_path / "version"
+    driver.write_text(
+        f"NVRM version: NVIDIA UNIX x86_64 Kernel Module  {version}  Thu Mar  6 09:12:05 UTC 2025\n"
+    )
+    installed = {f"jax_cuda{number}_plugin" for number in cuda}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True if name in installed else None)
+    environment: dict[str, str] = {}
+    if is_new_enough:
+        _prepare_gpus(environment, driver)
+    else:
+        with pytest.raises(UserError, match=naming(version.split(".")[0], cuda[0], "JAX_PLATFORMS=cpu")):
+            _prepare_gpus(environment, driver)
+        _prepare_gpus({"JAX_PLATFORMS": "cpu"}, driver)
+    assert environment == {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}
 
 
 @pytest.mark.parametrize(("mesh", "axes", "shape", "spec"), [

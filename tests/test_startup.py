@@ -55,6 +55,20 @@ def test_a_coordinator_that_is_named_goes_before_what_is_found() -> None:
     }
 
 
+TORCHRUN = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500", "RANK": "5", "WORLD_SIZE": "16"}
+
+
+def test_the_variables_of_torchrun_are_understood() -> None:
+    """torchrun listens at its port itself. Of the GPUs of a machine each process has one."""
+    found = startup.join_arguments(HostsConfig(), TORCHRUN, on_cpu=False)
+    joined = {"coordinator_address": "10.0.0.1:29501", "num_processes": 16, "process_id": 5}
+    assert found == joined | {"cluster_detection_method": "deactivate"}
+    on_machine = TORCHRUN | {"LOCAL_WORLD_SIZE": "8", "LOCAL_RANK": "5"}
+    found = startup.join_arguments(HostsConfig(), on_machine, on_cpu=False)
+    assert found and found["local_device_ids"] == [5]
+    assert startup.join_arguments(HostsConfig(), TORCHRUN | {"WORLD_SIZE": "1"}, on_cpu=False) is None
+
+
 LEAVES = """
 import jax
 from gemma_jax.config import HostsConfig

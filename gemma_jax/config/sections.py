@@ -267,7 +267,7 @@ class ComputeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class HostsConfig:
-    """The processes of a job: found automatically on TPU pods, GKE's TPUs and Slurm, named here elsewhere."""
+    """The processes of a job: found on TPU pods, GKE, Slurm and under torchrun, named here elsewhere."""
 
     coordinator: str = setting("", "HOST:PORT where the process of index 0 is reached by the others.")
     count: int = setting(0, "Processes in all; 0 finds out, 1 looks for no others.", 0)

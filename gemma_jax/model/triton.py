@@ -21,21 +21,18 @@ BLOCK = (
     64  # queries and keys per block of the forward pass; at H = 256, 128 exceed the shared memory of an H100
 )
 BACKWARD_BLOCK = 32  # in the backward pass, which holds twice as many blocks
-SMALL_MEMORY = (
-    "8.6",
-    "8.9",
-    "12.0",
-)  # capabilities with 100 KiB of shared memory, too little for BLOCK at H = 256
+SMALL_MEMORY = ((8, 6), (8, 9), (12, 0))  # capabilities with 100 KiB of it: too little for BLOCK at H = 256
 
 
-def capability(mesh: Mesh) -> str:
-    """Returns the compute capability of the mesh's GPUs, such as `9.0`."""
-    return mesh.devices.flat[0].compute_capability
+def capability(mesh: Mesh) -> tuple[int, int]:
+    """Returns the compute capability of the mesh's GPUs, such as (9, 0)."""
+    major, minor = mesh.devices.flat[0].compute_capability.split(".")
+    return int(major), int(minor)
 
 
 def is_ampere(mesh: Mesh) -> bool:
     """Whether the mesh's GPUs are of the generation Ampere or later, which bfloat16 and Triton need."""
-    return int(capability(mesh).split(".")[0]) >= 8
+    return capability(mesh) >= (8, 0)
 
 
 def fits_triton(q: jax.Array | jax.ShapeDtypeStruct, mesh: Mesh) -> bool:

@@ -18,6 +18,7 @@ from gemma_jax.model import KVCache, ModelSpec
 from gemma_jax.model.attention import prefill_chunk
 from gemma_jax.model.cache import KEYS_AXES
 from gemma_jax.model.transformer import cache_dtype, compute_dtype
+from gemma_jax.model.triton import capability
 from gemma_jax.sampling import decode
 from gemma_jax.sampling.decode import NewTokens, Prompts, Slots
 from gemma_jax.sampling.requests import (
@@ -31,8 +32,9 @@ from gemma_jax.sharding import batch_sharding, partition_spec, platform, row_par
 from gemma_jax.weights import Quantization
 
 # For int4 in blocks. Without the first, XLA would make a bfloat16 copy of each weight; without the second, of
-# those that it contracts in parts; without the third, of those that it multiplies together, as q, k and v.
-INT4_GPU_OPTIONS = {
+# those that it contracts in parts; without the third, of those that it multiplies together, as q, k and v. It
+# finds no tiles for such fusions on GPUs older than Hopper, where copies of a layer at a time are made.
+INT4_HOPPER_OPTIONS = {
     "xla_gpu_experimental_enable_subchannel_dequantisation_fusion": "True",
     "xla_gpu_experimental_force_split_k": "1",
     "xla_gpu_dot_merger_threshold_mb": "0",
@@ -56,6 +58,13 @@ class Kept(NamedTuple):
     cache: KVCache  # of one row
 
 
+def _compiler_options(spec: ModelSpec) -> dict[str, str] | None:
+    is_int4 = isinstance(spec.kind, Quantization) and spec.kind.linear == "int4"
+    if is_int4 and platform(spec.mesh) == "gpu" and capability(spec.mesh) >= (9, 0):
+        return INT4_HOPPER_OPTIONS
+    return None
+
+
 class Generator:
     """A model with its compiled prefill and decode programs."""
 
@@ -64,7 +73,7 @@ class Generator:
         self.dtype = compute_dtype(spec.compute, spec.mesh)
         self.cache_dtype = cache_dtype(spec.compute, spec.mesh)
 
-        in_blocks = isinstance(spec.kind, Quantization) and spec.kind.linear == "int4"
+        options = _compiler_options(spec)
 
         def with_model(function: Callable[..., Any]) -> Callable[..., Any]:
             @functools.wraps(function)  # its name is that of the program in profiles and in the cache
@@ -100,7 +109,7 @@ class Generator:
                 out_shardings=returned,
                 static_argnames=static,
                 donate_argnums=donated,
-                compiler_options=INT4_GPU_OPTIONS if in_blocks and platform(spec.mesh) == "gpu" else None,
+                compiler_options=options,
             )
 
         self.prefill = program(decode.prefill, prompts, ["size"], 5)

@@ -31,6 +31,7 @@ PEAK_FLOPS = {
     "NVIDIA B200": 2250e12,  # hgx: 36 PFLOPS sparse for 8 GPUs
     "NVIDIA GB200": 2500e12,  # gb200-nvl72: 360 PFLOPS sparse for 72 GPUs
     "NVIDIA L4": 121e12,  # l4: 242 sparse
+    "NVIDIA GeForce RTX 4090": 165e12,  # the Ada architecture's white paper, with float32 sums: 330 sparse
     "Tesla T4": 65e12,  # tesla-t4: the float16 figure, because it has no bfloat16
 }
 

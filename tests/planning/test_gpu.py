@@ -10,10 +10,11 @@ from gemma_jax.config import ComputeConfig
 from gemma_jax.errors import UserError
 from gemma_jax.model.transformer import compute_dtype
 from gemma_jax.planning import compiler
-from gemma_jax.planning.gpu import CHIPS, GpuTopology
+from gemma_jax.planning.gpu import CHIPS, Chip, GpuTopology
 from gemma_jax.planning.hlo import parse
 from gemma_jax.planning.roofline import with_times
 from gemma_jax.planning.topology import parse_topology
+from gemma_jax.training.hardware import peak_flops
 from tests.messages import naming
 
 MIB = 2**20
@@ -43,6 +44,12 @@ def test_names(name: str, slices: int, chips: int, shown: str) -> None:
 def test_gpus_that_there_are_not(name: str, slices: int, told: str) -> None:
     with pytest.raises(UserError, match=naming(*told.split())):
         parse_topology(name, slices)
+
+
+@pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
+def test_training_knows_the_peak_of_each_chip(chip: Chip) -> None:
+    device: Any = SimpleNamespace(device_kind=chip.title)
+    assert peak_flops([device, device]) == 2 * chip.flops
 
 
 @pytest.mark.parametrize(("axes", "mesh", "network"), [
