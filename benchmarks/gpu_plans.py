@@ -24,8 +24,14 @@ GIB = 2**30
 
 # One row of 8,192 tokens a device, with float32 weights and Adam.
 LONG = "--data.sequence_length 8192 --compute.loss_vocab_block 16000"
-QLORA = "finetune_ultrachat_qlora --data.batch_size 1 --optimizer.accumulation_steps 1"
+ROW = "--data.batch_size 1 --optimizer.accumulation_steps 1"
 SLOTS = "--mode decode --data.sequence_length 1024 --new_tokens 1024 --compute.param_dtype bfloat16"
+QLORA = f"finetune_ultrachat_qlora {ROW}"
+SHORT = {
+    "LONG": LONG,
+    "ROW": ROW,
+    "SLOTS": SLOTS.partition(" ")[2].partition(" ")[2],
+}  # on the page
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,16 +111,18 @@ def gib(record: dict[str, Any]) -> str:
 
 def row(case: Case, record: dict[str, Any]) -> str:
     """Returns the row of a table."""
-    size = gib(record)
+    size, shown_command = gib(record), case.whole
+    for name, options in SHORT.items():
+        shown_command = shown_command.replace(options, f"${name}")
     if case.most:
         size += f" of {case.most:g}" if float(size) <= case.most else f", MORE than {case.most:g}"
     if not record["fits"]:
-        return f"| `{case.whole}` | {size} | does not fit | | |"
+        return f"| `{shown_command}` | {size} | does not fit | | |"
     figures = record["estimate"]
     step, speed = figures["seconds"], figures["tokens_per_second"]
     shown = f"{step:.3f} s" if step >= 0.1 else f"{1000 * step:.1f} ms"
     used = figures["utilisation"]
-    return f"| `{case.whole}` | {size} | {shown} | {speed:,.0f} | {f'{used:.0%}' if used else ''} |"
+    return f"| `{shown_command}` | {size} | {shown} | {speed:,.0f} | {f'{used:.0%}' if used else ''} |"
 
 
 def comment(path: Path, record: dict[str, Any]) -> None:
