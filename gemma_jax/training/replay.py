@@ -42,7 +42,9 @@ class Replay(NamedTuple):
     loss: float  # in nats per token, as the step computes it
     gradient_norms: dict[str, NDArray[np.float32]]  # by parameter: [layers] if it is stacked, otherwise []
     logged: Entry | None  # what the run logged at this step
-    largest: NDArray[np.float32]  # with float16, `Transformer.largest` of the batch; otherwise empty
+    largest: NDArray[np.float32] = np.zeros(
+        0, np.float32
+    )  # with float16, `Transformer.largest` of the batch; otherwise empty
 
     def row_loss(self, row: int) -> float:
         """Returns the weighted mean loss of a row in nats, or 0 if no target has weight."""
