@@ -128,7 +128,7 @@ def run_part(part: str, out: Path, tiny: bool) -> None:
     # Beside torch, jax takes memory as it needs it.
     environment |= {"JAX_PLATFORMS": "cpu"} if tiny else {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}
     for name, arguments in PARTS[part]:
-        told: Result = {"case": name, **arguments}
+        told: Result = {"case": name, **arguments} | ({"tiny": True} if tiny else {})
         command = [sys.executable, __file__, "case", json.dumps([name, arguments]), *["--tiny"] * tiny]
         left = end - time.monotonic()
         try:
@@ -508,13 +508,17 @@ def merge(out: Path) -> None:
     device = next((one["device"] for one in results if "device" in one), "an unknown device")
     version = next((one["jax"] for one in results if "jax" in one), "?")
     lines = [f"On {device}, jax {version}, by `make gpu`:", ""]
+    if any("tiny" in one for one in results):
+        device = "a tiny model (--tiny)"
+        lines = ["Of a tiny model on CPU, to check the script: not a measurement.", ""]
     lines += ["| case | tokens/s | utilisation | peak GiB | planned GiB |", "|---|---|---|---|---|"]
     for one in results:
-        said = one.get("error") or one.get("skipped") or one.get("largest_difference")
-        cells = [one.get(key, "") for key in ("tokens_per_second", "utilisation", "peak_gib", "planned_gib")]
-        lines.append(
-            f"| {title(one)} | " + " | ".join(map(str, [said, "", "", ""] if said else cells)) + " |"
-        )
+        said = one.get("error") or one.get("skipped")
+        if "largest_difference" in one:
+            said = f"relative difference {one['largest_difference']:.1e}"
+        keys = ("tokens_per_second", "utilisation", "peak_gib", "planned_gib")
+        cells = [said, "", "", ""] if said else ["" if one.get(key) is None else one[key] for key in keys]
+        lines.append(f"| {title(one)} | " + " | ".join(map(str, cells)) + " |")
     marks = "<!-- measured -->", "<!-- end of measured -->"
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(marks[0])
     page = "\n".join([marks[0], *lines, "", "![Decoding](gpu.png)", marks[1]])
