@@ -12,14 +12,16 @@ what `install` may need into folders of at most 60 MB, for a machine without a p
 """
 
 import argparse
+import functools
 import importlib.util
 import json
 import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +71,9 @@ def main() -> None:
         merge(options.out)
     elif options.part == "case":
         name, arguments = json.loads(options.case)
-        print(json.dumps(CASES[name](tiny=options.tiny, **arguments)))
+        result = CASES[name](tiny=options.tiny, **arguments)
+        for one in [result] if isinstance(result, dict) else result:
+            print(json.dumps(one), flush=True)
     else:
         run_part(options.part, options.out, options.tiny)
 
@@ -130,21 +134,21 @@ def run_part(part: str, out: Path, tiny: bool) -> None:
     for name, arguments in PARTS[part]:
         told: Result = {"case": name, **arguments} | ({"tiny": True} if tiny else {})
         command = [sys.executable, __file__, "case", json.dumps([name, arguments]), *["--tiny"] * tiny]
-        left = end - time.monotonic()
-        try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=max(left, 1), env=environment, cwd=ROOT
-            )
-            last = next(reversed(done.stdout.strip().splitlines()), "")
-            if done.returncode:
-                last_words = done.stderr.strip().splitlines()[-1:] or ["no message"]
-                told["error"] = last_words[0][:500]
-            else:
-                told |= json.loads(last)
-        except subprocess.TimeoutExpired:
-            told["error"] = "not finished in the eight minutes of its part"
-        print(json.dumps(told), flush=True)
-        results.append(told)
+        failed = ""
+        with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as errors:
+            left = max(end - time.monotonic(), 1)
+            try:
+                run = functools.partial(subprocess.run, stdout=said, stderr=errors, env=environment, cwd=ROOT)
+                if run(command, timeout=left).returncode:
+                    errors.seek(0)
+                    failed = (errors.read().strip().splitlines() or ["no message"])[-1][:500]
+            except subprocess.TimeoutExpired:
+                failed = "not finished in the eight minutes of its part"
+            said.seek(0)
+            found = [json.loads(line) for line in said if line.startswith("{")]
+        for one in found + ([{"error": failed}] if failed else []):
+            results.append(told | one)
+            print(json.dumps(told | one), flush=True)
         (out / f"{part}.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     if any("error" in result for result in results):
         sys.exit(f"{part}: a case has failed; {out / part}.json says which")
@@ -329,7 +333,7 @@ def decoded(generator: Any, batch: int, prompt: int, new: int) -> list[list[int]
     return [completion.token_ids for completion in completions]
 
 
-def decode(tiny: bool, preset: str, kind: str, batch: int) -> Result:
+def decode(tiny: bool, preset: str, kind: str, batches: list[int]) -> Iterator[Result]:
     """New tokens a second: the time of 128 of them after a prompt of 128, less that of one."""
     from gemma_jax.api import Gemma
 
@@ -337,10 +341,11 @@ def decode(tiny: bool, preset: str, kind: str, batch: int) -> Result:
     prompt, new = (16, 8) if tiny else (128, 128)
     how = {"dtype": "bfloat16"} if kind == "bfloat16" else {"quantization": kind}
     gemma = Gemma.from_pretrained("random:gemma_tiny" if tiny else f"random:{preset}", **how)
-    whole = timed(lambda: decoded(gemma._generator, batch, prompt, new), 3)
-    first = timed(lambda: decoded(gemma._generator, batch, prompt, 1), 3)
-    found = figures([a - min(first) for a in whole], batch * (new - 1))
-    return found | {"prefill_seconds": round(statistics.median(first), 3)}
+    for batch in batches:
+        run = functools.partial(decoded, gemma._generator, batch, prompt)
+        whole, first = timed(lambda: run(new), 3), timed(lambda: run(1), 3)  # noqa: B023
+        found = figures([a - min(first) for a in whole], batch * (new - 1))
+        yield {"batch": batch, "prefill_seconds": round(statistics.median(first), 3)} | found
 
 
 def transformers_model(preset: str, tiny: bool) -> Any:
@@ -382,21 +387,23 @@ def of_torch(seconds: list[float], tokens: int) -> Result:
     return {"tokens_per_second": speed, "peak_gib": peak and round(peak / 2**30, 2)}
 
 
-def transformers_decode(tiny: bool, preset: str, batch: int) -> Result:
+def transformers_decode(tiny: bool, preset: str, batches: list[int]) -> Iterator[Result]:
     """What `decode` measures, with transformers."""
     if is_missing("transformers"):
-        return {"skipped": "transformers is not installed"}
+        yield {"skipped": "transformers is not installed"}
+        return
     import torch
 
     preset, prompt, new = ("gemma_tiny", 16, 8) if tiny else (preset, 128, 128)
     model = transformers_model(preset, tiny).eval()
-    ids = torch.randint(3, 200, (batch, prompt), device=model.device)
 
-    def run(count: int) -> None:
+    def run(ids: Any, count: int) -> None:
         model.generate(ids, max_new_tokens=count, min_new_tokens=count, do_sample=False)
 
-    whole, first = timed(lambda: run(new), 3), timed(lambda: run(1), 3)
-    return of_torch([a - min(first) for a in whole], batch * (new - 1))
+    for batch in batches:
+        one = functools.partial(run, torch.randint(3, 200, (batch, prompt), device=model.device))
+        whole, first = timed(lambda: one(new), 3), timed(lambda: one(1), 3)  # noqa: B023
+        yield {"batch": batch} | of_torch([a - min(first) for a in whole], batch * (new - 1))
 
 
 def peft_train(tiny: bool, preset: str, length: int, rows: int, rank: int) -> Result:
@@ -427,12 +434,11 @@ def peft_train(tiny: bool, preset: str, length: int, rows: int, rank: int) -> Re
     return of_torch(timed(step, 2 if tiny else 8), rows * length)
 
 
-def vllm_decode(tiny: bool, preset: str, batch: int) -> Result:
+def vllm_decode(tiny: bool, preset: str, batches: list[int]) -> Iterator[Result]:
     """What `decode` measures, with vLLM."""
     if is_missing("vllm"):
-        return {"skipped": "vllm is not installed"}
-    import tempfile
-
+        yield {"skipped": "vllm is not installed"}
+        return
     from vllm import LLM, SamplingParams
 
     with tempfile.TemporaryDirectory() as folder:
@@ -440,17 +446,21 @@ def vllm_decode(tiny: bool, preset: str, batch: int) -> Result:
         config.architectures, config.torch_dtype = ["GemmaForCausalLM"], "bfloat16"
         config.save_pretrained(folder)
         model = LLM(folder, load_format="dummy", skip_tokenizer_init=True, max_model_len=512)
-        prompts = [{"prompt_token_ids": [2, *range(3, 130)]} for _ in range(batch)]
 
-        def run(count: int) -> None:
+        def run(batch: int, count: int) -> None:
+            # Different first tokens, so that no prompt shares what is cached of another.
+            prompts = [{"prompt_token_ids": [3 + row, *range(3, 130)]} for row in range(batch)]
             settings = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
             model.generate(prompts, settings, use_tqdm=False)
 
-        whole, first = timed(lambda: run(128), 3), timed(lambda: run(1), 3)
-    return {"tokens_per_second": round(batch * 127 / (statistics.median(whole) - min(first)), 1)}
+        for batch in batches:
+            one = functools.partial(run, batch)
+            whole, first = timed(lambda: one(128), 3), timed(lambda: one(1), 3)  # noqa: B023
+            speed = batch * 127 / (statistics.median(whole) - min(first))
+            yield {"batch": batch, "tokens_per_second": round(speed, 1)}
 
 
-CASES: dict[str, Callable[..., Result]] = {
+CASES: dict[str, Callable[..., Result | Iterator[Result]]] = {
     function.__name__: function
     for function in (attention, equals_cpu, train, decode, transformers_decode, peft_train, vllm_decode)
 }
@@ -486,16 +496,15 @@ PARTS: dict[str, list[tuple[str, Result]]] = {
     ],
     **{
         f"decode-{size}": [
-            ("decode", {"preset": f"gemma_{size}", "kind": kind, "batch": batch})
+            ("decode", {"preset": f"gemma_{size}", "kind": kind, "batches": BATCHES})
             for kind in ("bfloat16", "int8", "int4")
-            for batch in BATCHES
         ]
         for size in ("2b", "7b")
     },
     "peers": [
-        *(("transformers_decode", {"preset": "gemma_2b", "batch": batch}) for batch in BATCHES),
+        ("transformers_decode", {"preset": "gemma_2b", "batches": BATCHES}),
         ("peft_train", {"preset": "gemma_2b", "length": 2048, "rows": 4, "rank": 16}),
-        *(("vllm_decode", {"preset": "gemma_2b", "batch": batch}) for batch in BATCHES),
+        ("vllm_decode", {"preset": "gemma_2b", "batches": BATCHES}),
     ],
 }
 
