@@ -55,7 +55,7 @@ GPU_PARTS ?= tests train decode-2b decode-7b peers
 gpu:
 	$(PYTHON) benchmarks/gpu.py install $(if $(WHEELS),--wheels $(WHEELS))
 	@failed=; for part in $(GPU_PARTS); do $(PYTHON) benchmarks/gpu.py $$part || failed="$$failed $$part"; done; \
-	  $(PYTHON) benchmarks/gpu.py merge; test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }
+	  $(PYTHON) benchmarks/gpu.py merge || failed="$$failed merge"; test -z "$$failed" || { echo "failed:$$failed" >&2; exit 1; }
 
 # Where this repository is published: `make address OWNER=name` writes it into the files that name it.
 address:

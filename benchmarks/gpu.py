@@ -12,10 +12,12 @@ what `install` may need into folders of at most 60 MB, for a machine without a p
 """
 
 import argparse
+import contextlib
 import functools
 import importlib.util
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -87,7 +89,7 @@ def is_missing(module: str) -> bool:
 
 
 def install(wheels: Path | None) -> None:
-    """Installs what is missing, and jax for CUDA only if there is no jax that finds a GPU."""
+    """Installs what is missing, and jax for CUDA only if there is no jax; then jax must find a GPU."""
     names = [package for module, package in NEEDED.items() if is_missing(module)]
     names += ["jax[cuda13]"] if is_missing("jax") else []
     pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check"]
@@ -100,8 +102,10 @@ def install(wheels: Path | None) -> None:
     ):
         if group:
             subprocess.run(group, check=True)
-    found = "import jax; d = jax.devices(); print(jax.__version__, d[0].platform, d[0].device_kind, len(d))"
-    subprocess.run([sys.executable, "-c", found], check=True)
+    # Only a GPU has a compute capability.
+    found = "import jax; d = jax.devices(); print(jax.__version__, d[0].compute_capability, d)"
+    if subprocess.run([sys.executable, "-c", found]).returncode:
+        sys.exit("error: jax finds no GPU; install jax[cuda13], or jax[cuda12] for an older driver.")
 
 
 def download(wheels: Path) -> None:
@@ -129,21 +133,24 @@ def run_part(part: str, out: Path, tiny: bool) -> None:
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     environment["JAX_TRACEBACK_FILTERING"] = "off"  # so that the last line is the error
     environment["JAX_COMPILATION_CACHE_DIR"] = str(out / "programs")
-    # Beside torch, jax takes memory as it needs it.
-    environment |= {"JAX_PLATFORMS": "cpu"} if tiny else {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}
+    environment |= {"JAX_PLATFORMS": "cpu"} if tiny else {}
     for name, arguments in PARTS[part]:
         told: Result = {"case": name, **arguments} | ({"tiny": True} if tiny else {})
         command = [sys.executable, __file__, "case", json.dumps([name, arguments]), *["--tiny"] * tiny]
         failed = ""
         with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as errors:
             left = max(end - time.monotonic(), 1)
+            # A session of its own, so that what it starts ends with it and frees the GPU.
+            run = functools.partial(subprocess.Popen, env=environment, cwd=ROOT, start_new_session=True)
+            process = run(command, stdout=said, stderr=errors)
             try:
-                run = functools.partial(subprocess.run, stdout=said, stderr=errors, env=environment, cwd=ROOT)
-                if run(command, timeout=left).returncode:
+                if process.wait(left):
                     errors.seek(0)
                     failed = (errors.read().strip().splitlines() or ["no message"])[-1][:500]
             except subprocess.TimeoutExpired:
                 failed = "not finished in the eight minutes of its part"
+            with contextlib.suppress(ProcessLookupError):  # all have ended
+                os.killpg(process.pid, signal.SIGKILL)
             said.seek(0)
             found = [json.loads(line) for line in said if line.startswith("{")]
         for one in found + ([{"error": failed}] if failed else []):
@@ -530,9 +537,13 @@ def merge(out: Path) -> None:
         lines.append(f"| {title(one)} | " + " | ".join(map(str, cells)) + " |")
     marks = "<!-- measured -->", "<!-- end of measured -->"
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(marks[0])
-    page = "\n".join([marks[0], *lines, "", "![Decoding](gpu.png)", marks[1]])
+    if is_missing("matplotlib"):
+        print("there is no picture, because matplotlib is not installed", file=sys.stderr)
+    else:
+        draw([one for one in results if "decode" in one["case"] and "tokens_per_second" in one], device)
+        lines += ["", "![Decoding](gpu.png)"]
+    page = "\n".join([marks[0], *lines, marks[1]])
     PAGE.write_text(f"{before}{page}{rest.partition(marks[1])[2]}", encoding="utf-8")
-    draw([one for one in results if "decode" in one["case"] and "tokens_per_second" in one], device)
 
 
 def read(path: Path) -> list[Result]:

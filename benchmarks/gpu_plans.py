@@ -25,13 +25,10 @@ GIB = 2**30
 # One row of 8,192 tokens a device, with float32 weights and Adam.
 LONG = "--data.sequence_length 8192 --compute.loss_vocab_block 16000"
 ROW = "--data.batch_size 1 --optimizer.accumulation_steps 1"
-SLOTS = "--mode decode --data.sequence_length 1024 --new_tokens 1024 --compute.param_dtype bfloat16"
+FULL = "--data.sequence_length 1024 --new_tokens 1024 --compute.param_dtype bfloat16"
+SLOTS = f"--mode decode {FULL}"
 QLORA = f"finetune_ultrachat_qlora {ROW}"
-SHORT = {
-    "LONG": LONG,
-    "ROW": ROW,
-    "SLOTS": SLOTS.partition(" ")[2].partition(" ")[2],
-}  # on the page
+SHORT = {"LONG": LONG, "ROW": ROW, "SLOTS": FULL}  # on the page
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +126,7 @@ def comment(path: Path, record: dict[str, Any]) -> None:
     """Writes the plan into a config: replaces the lines `#   ...` below the one with the command."""
     figures = record["estimate"]
     said = (
-        f"{gib(record)} GiB a GPU; {figures['seconds']:.3f} s a step by a roofline, the least possible;",
+        f"{gib(record)} GiB a GPU; {figures['seconds']:.3f} s a step by a roofline;",
         f"modelled utilisation {figures['utilisation']:.0%}",
         f"({record['compiler']})",
     )

@@ -15,7 +15,7 @@ from gemma_jax.config import (
 )
 
 # gemma plan finetune_7b_lora_a100_80 --topology a100-80
-#   31.05 GiB a GPU; 6.932 s a step by a roofline, the least possible;
+#   31.05 GiB a GPU; 6.932 s a step by a roofline;
 #   modelled utilisation 55%
 #   (jax-cuda13-pjrt 0.10.2, nvidia-cuda-nvcc 13.5.37, nvidia-nvvm 13.5.37, jax 0.10.2)
 config = FinetuneConfig(

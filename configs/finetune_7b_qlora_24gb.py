@@ -15,7 +15,7 @@ from gemma_jax.config import (
 )
 
 # gemma plan finetune_7b_qlora_24gb --topology l4
-#   10.70 GiB a GPU; 24.446 s a step by a roofline, the least possible;
+#   10.70 GiB a GPU; 24.446 s a step by a roofline;
 #   modelled utilisation 40%
 #   (jax-cuda13-pjrt 0.10.2, nvidia-cuda-nvcc 13.5.37, nvidia-nvvm 13.5.37, jax 0.10.2)
 config = FinetuneConfig(

@@ -15,7 +15,7 @@ from gemma_jax.config import (
 )
 
 # gemma plan finetune_quotes_t4 --topology t4
-#   7.64 GiB a GPU; 1.429 s a step by a roofline, the least possible;
+#   7.64 GiB a GPU; 1.429 s a step by a roofline;
 #   modelled utilisation 45%
 #   (jax-cuda13-pjrt 0.10.2, nvidia-cuda-nvcc 13.5.37, nvidia-nvvm 13.5.37, jax 0.10.2)
 config = FinetuneConfig(

@@ -13,7 +13,7 @@ from gemma_jax.config import (
 )
 
 # gemma plan pretrain_2b_h100_8 --topology h100-8
-#   56.35 GiB a GPU; 1.769 s a step by a roofline, the least possible;
+#   56.35 GiB a GPU; 1.769 s a step by a roofline;
 #   modelled utilisation 63%
 #   (jax-cuda13-pjrt 0.10.2, nvidia-cuda-nvcc 13.5.37, nvidia-nvvm 13.5.37, jax 0.10.2)
 # Weights and gradients are exchanged while the GPUs compute, many of them in one message; see docs/gpu.md.

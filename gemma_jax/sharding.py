@@ -8,7 +8,7 @@ import importlib.util
 import math
 import os
 import re
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -67,10 +67,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
       UserError: the axes do not fit the devices (see `gemma_jax.config.mesh_shape`) or their slices; or the
         driver of GPUs is too old, so that jax would compute on the CPU.
     """
-    if devices is None and not config.cpu_devices:
-        _prepare_gpus(os.environ)
     if devices is None:
-        devices = _cpu_devices(config.cpu_devices) if config.cpu_devices else jax.devices()
+        devices = _cpu_devices(config.cpu_devices) if config.cpu_devices else _local_devices()
     shape = mesh_shape(config, len(devices))
     types = (AxisType.Auto,) * len(shape)
     slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"})
@@ -104,22 +102,30 @@ def _row_major(devices: np.ndarray) -> np.ndarray:
     return ordered
 
 
-def _prepare_gpus(environment: MutableMapping[str, str], driver: Path = DRIVER) -> None:
-    """Lets jax use most of a GPU's memory rather than 75%, and checks that the driver is new enough for it.
+def _local_devices() -> Sequence[jax.Device]:
+    """Returns the devices that jax finds by itself, GPUs with most of their memory rather than 75%."""
+    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # the older name, which jax lets nobody mix
+        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.92")
+    try:
+        devices = jax.devices()
+    except RuntimeError:
+        _check_driver()
+        raise
+    if devices[0].platform == "cpu" and not os.environ.get("JAX_PLATFORMS"):
+        _check_driver()
+    return devices
 
-    It has no effect if jax is already initialised.
-    """
-    environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
-    platforms = environment.get("JAX_PLATFORMS") or "cuda"
-    if not driver.exists() or not {"cuda", "gpu"}.intersection(platforms.split(",")):
-        return
-    found = re.search(r"Kernel Module.*?\s(\d+)\.", driver.read_text())
+
+def _check_driver(driver: Path = DRIVER) -> None:
+    """Raises UserError if the machine has GPUs whose driver is too old for the installed CUDA."""
+    found = re.search(r"Kernel Module.*?\s(\d+)\.", driver.read_text()) if driver.exists() else None
     cudas = [cuda for cuda in LEAST_DRIVERS if importlib.util.find_spec(f"jax_cuda{cuda}_plugin")]
     if found and cudas and all(int(found[1]) < LEAST_DRIVERS[cuda] for cuda in cudas):
         cuda, least = cudas[0], LEAST_DRIVERS[cudas[0]]
+        remedy = "install gemma_jax[cuda12], " if cuda == 13 and int(found[1]) >= LEAST_DRIVERS[12] else ""
         raise UserError(
             f"the NVIDIA driver is of version {found[1]}, but jax for CUDA {cuda} needs {least} or later; "
-            "update the driver, install gemma_jax[cuda12], or set JAX_PLATFORMS=cpu."
+            f"update the driver, {remedy}or set JAX_PLATFORMS=cpu."
         )
 
 

@@ -157,7 +157,8 @@ def _torchrun_arguments(environment: Mapping[str, str]) -> dict[str, Any] | None
         "process_id": int(environment["RANK"]),
         "cluster_detection_method": "deactivate",
     }
-    if int(environment.get("LOCAL_WORLD_SIZE", "1")) > 1:
+    is_given_one = environment.get("CUDA_VISIBLE_DEVICES", ",").count(",") == 0
+    if int(environment.get("LOCAL_WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in environment and not is_given_one:
         found["local_device_ids"] = [int(environment["LOCAL_RANK"])]
     return found
 

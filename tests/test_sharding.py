@@ -16,7 +16,7 @@ from gemma_jax.errors import UserError
 from gemma_jax.model import ModelSpec
 from gemma_jax.sharding import (
     Axes,
-    _prepare_gpus,
+    _check_driver,
     local_rows,
     make_mesh,
     named_arrays,
@@ -52,14 +52,12 @@ def test_a_driver_that_is_too_old_is_told(
     )
     installed = {f"jax_cuda{number}_plugin" for number in cuda}
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True if name in installed else None)
-    environment: dict[str, str] = {}
     if is_new_enough:
-        _prepare_gpus(environment, driver)
+        _check_driver(driver)
     else:
         with pytest.raises(UserError, match=naming(version.split(".")[0], cuda[0], "JAX_PLATFORMS=cpu")):
-            _prepare_gpus(environment, driver)
-        _prepare_gpus({"JAX_PLATFORMS": "cpu"}, driver)
-    assert environment == {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"}
+            _check_driver(driver)
+    _check_driver(tmp_path / "none")  # no GPU
 
 
 @pytest.mark.parametrize(("mesh", "axes", "shape", "spec"), [

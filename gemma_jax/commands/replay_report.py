@@ -39,7 +39,7 @@ def show_failure(task: Task, log: RunLog, step: int, first_row: int, params: nnx
     try:
         shown = replay_batch(task.recipe, task.dataset, params, step, first_row, step - 1)
         print_report(shown, task.dataset.train, task.tokenizer, _ROWS_OF_A_FAILURE, log.console)
-        return not_finite(shown)
+        return not_finite(shown, task.recipe.config.optimizer.loss_scale)
     except UserError as error:
         print(f"the batch of step {step} cannot be shown: {error}", file=sys.stderr)
         return ""
@@ -104,7 +104,7 @@ def parameters_used(replay: Replay) -> str:
     )
 
 
-def not_finite(replay: Replay) -> str:
+def not_finite(replay: Replay, loss_scale: str = "off") -> str:
     """Returns the gradients that are not finite, by parameter and layer, as the end of a sentence.
 
     With float16 it names the layer whose activations are too large for it, if there is one.
@@ -118,7 +118,11 @@ def not_finite(replay: Replay) -> str:
             layers = f" (layers {', '.join(map(str, bad))})" if len(bad) < norms.size else ""
             found.append(f"{name}{layers}")
     if found:
-        remedy = ", which optimizer.loss_scale dynamic can prevent" if len(replay.largest) else ""
+        remedy = ""
+        if len(replay.largest):  # in float16
+            remedy = "; take compute.dtype float32 or bfloat16"
+            if loss_scale == "off":
+                remedy = ", which optimizer.loss_scale dynamic can prevent"
         return f"; not finite are the gradients of {', '.join(found)}{remedy}"
     if not np.isfinite(replay.loss):
         return ""

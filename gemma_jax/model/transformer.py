@@ -34,10 +34,10 @@ def compute_dtype(compute: ComputeConfig, mesh: Mesh) -> jnp.dtype:
     if "float64" in (compute.dtype, compute.param_dtype) and jnp.result_type(float) != jnp.float64:
         raise UserError("compute.dtype float64 needs the environment variable JAX_ENABLE_X64=1; set it.")
     kind = platform(mesh)
-    lacks = {"tpu": "float16"}.get(kind)
+    lacks = "float16" if kind == "tpu" else ""
     if kind == "gpu" and not is_ampere(mesh):
         lacks = "bfloat16"
-    if compute.dtype == lacks is not None:
+    if compute.dtype == lacks:
         has = "float32 or " + ("float16" if lacks == "bfloat16" else "bfloat16")
         device = mesh.devices.flat[0].device_kind
         raise UserError(f"compute.dtype is {lacks}, which {device} cannot compute in; take {has}.")

@@ -6,6 +6,7 @@ H head dim.
 """
 
 import functools
+import re
 import warnings
 from typing import Any, NamedTuple
 
@@ -21,13 +22,13 @@ BLOCK = (
     64  # queries and keys per block of the forward pass; at H = 256, 128 exceed the shared memory of an H100
 )
 BACKWARD_BLOCK = 32  # in the backward pass, which holds twice as many blocks
-SMALL_MEMORY = ((8, 6), (8, 9), (12, 0))  # capabilities with 100 KiB of it: too little for BLOCK at H = 256
+SMALL_MEMORY = ((8, 6), (8, 9), (12, 0), (12, 1))  # 100 KiB of it: too little for BLOCK at H = 256
 
 
 def capability(mesh: Mesh) -> tuple[int, int]:
-    """Returns the compute capability of the mesh's GPUs, such as (9, 0)."""
-    major, minor = mesh.devices.flat[0].compute_capability.split(".")
-    return int(major), int(minor)
+    """Returns the compute capability of the mesh's GPUs, such as (9, 0); (0, 0) if they are not NVIDIA's."""
+    found = re.fullmatch(r"(\d+)\.(\d+)", mesh.devices.flat[0].compute_capability)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def is_ampere(mesh: Mesh) -> bool:
@@ -40,7 +41,7 @@ def fits_triton(q: jax.Array | jax.ShapeDtypeStruct, mesh: Mesh) -> bool:
 
     Not float32, whose products the kernel computes in TensorFloat-32.
     """
-    return q.dtype.itemsize == 2 and q.shape[3] >= 16 and is_ampere(mesh)
+    return q.dtype.itemsize == 2 and 16 <= q.shape[3] <= 256 and is_ampere(mesh)
 
 
 @functools.cache

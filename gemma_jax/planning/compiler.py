@@ -162,7 +162,7 @@ def compile_lowered(lowered: "jax.stages.Lowered", options: Mapping[str, str]) -
         compiled = lowered.compile(compiler_options=dict(options) or None)
     except jax.errors.JaxRuntimeError as error:
         message = str(error)
-        if "RESOURCE_EXHAUSTED" in message:
+        if "RESOURCE_EXHAUSTED" in message and "Shared memory" not in message:
             raise OutOfMemory(*memory_told(message), message) from error
         if "No such compile option" in message or "While setting option" in message:
             raise UserError(f"the compiler refuses an option: {message.splitlines()[0]}") from error

@@ -20,8 +20,8 @@ ASSUMPTIONS = (
     "collectives that the compiler runs during computation cost nothing; neither do input and checkpoints",
 )
 GPU_ASSUMPTIONS = (
-    "seconds are a roofline, the least possible: each instruction takes the longer of its operations at the "
-    "chip's peak and its bytes at the memory's bandwidth",
+    "seconds are a roofline: each instruction takes the longer of its operations at the chip's peak and its "
+    "bytes at the memory's bandwidth",
     *ASSUMPTIONS[1:2],
     "collectives run during computation, at the full speed of their network: the longer of the two counts",
     "starting kernels, input and checkpoints cost nothing",

@@ -108,7 +108,7 @@ class GpuTopology:
         names = list(mesh_shape)
         first = min(names.index(axis) for axis in axes.split(" x "))
         span = math.prod(mesh_shape[name] for name in names[first:])
-        return "node" if span <= self.gpus else "network"
+        return "node" if self.gpus % span == 0 else "network"
 
     @property
     def compiler_name(self) -> str:

@@ -20,6 +20,7 @@ from gemma_jax.training.evaluation import Evaluator, Numbers, StopRequested
 from gemma_jax.training.goodput import Goodput
 from gemma_jax.training.hardware import peak_flops, peak_memory
 from gemma_jax.training.metrics import RunLog
+from gemma_jax.training.optimizer import LEAST_SCALE
 from gemma_jax.training.patience import Patience
 from gemma_jax.training.profile import Profiler
 from gemma_jax.training.stability import RollBack, Stability
@@ -263,15 +264,14 @@ class StepReader:
             self._idle += self._waiting
         services = self._services
         self.clock.step_ended(numbers["tokens"])
-        last = services.stability.next_is_last
-        scale = numbers.get("loss_scale", 1.0)
+        scale = numbers.get("loss_scale", LEAST_SCALE)
         skipped = services.stability.record_step(numbers["loss"], numbers["grad_norm"], scale)
         services.goodput.step_ended(self._idle, finite=not skipped)
         self._waiting = self._idle = 0.0
         if not skipped:
             self._log(step, numbers)
             self._look_for_spike(step)
-        elif last and services.stability.not_finite_in_a_row > self._config.stability.skip_nonfinite:
+        elif services.stability.not_finite_in_a_row > self._config.stability.skip_nonfinite:
             raise _NotFinite(step, numbers)
         else:
             self._log_skipped(step, numbers)
@@ -298,10 +298,11 @@ class StepReader:
 
     def _log_skipped(self, step: int, numbers: Numbers) -> None:
         stability, log = self._services.stability, self._services.log
+        halved = "; the loss scale is halved" if "loss_scale" in numbers else ""
         log.message(
             f"step {step} skipped: its loss is {numbers['loss']} and its gradient norm "
             f"{numbers['grad_norm']} ({stability.not_finite_in_a_row} in a row, "
-            f"{stability.skipped_steps} in all)"
+            f"{stability.skipped_steps} in all){halved}"
         )
         log.event({"step": step, "skipped_steps": stability.skipped_steps})
 

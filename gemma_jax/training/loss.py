@@ -168,7 +168,8 @@ def _by_positions(
     d_table = jnp.zeros(whole.shape, wide_dtype) if trained else None
     (total, reported, d_table), d_h = lax.scan(body, (zero, zero, d_table), blocks)
     if d_table is not None:
-        d_table = table.scattered(d_table.astype(dtype), 1)
+        # A sum over all tokens, which the loss scale does not reach, can exceed float16.
+        d_table = table.scattered(d_table if dtype == jnp.float16 else d_table.astype(dtype), 1)
     return (total, reported), (_whole(d_h[:, None], len(positions.h))[0], d_table)
 
 

@@ -13,7 +13,7 @@ from gemma_jax.config import OptimizerConfig
 from gemma_jax.errors import UserError
 from gemma_jax.sharding import logical_axes, named_arrays, with_arrays
 
-FIRST_SCALE, MOST_SCALE = 2.0**13, 2.0**24  # of the loss, with float16
+FIRST_SCALE, LEAST_SCALE, MOST_SCALE = 2.0**13, 2.0**-10, 2.0**24  # of the loss, with float16
 GROWS_AFTER = 1000  # steps without overflow
 
 
@@ -118,21 +118,25 @@ class LossScaled(NamedTuple):
     finite: jax.Array  # [] int32: steps since the scale changed
     inner: optax.OptState
 
-    def after(self, before: "LossScaled", finite: jax.Array) -> "LossScaled":
+    @classmethod
+    def first(cls, inner: optax.OptState) -> "LossScaled":
+        """Returns the state before the first step."""
+        return cls(jnp.float32(FIRST_SCALE), jnp.int32(0), inner)
+
+    def after(self, finite: jax.Array) -> "LossScaled":
         """Returns the state after a step: half the scale if it was not finite, twice after GROWS_AFTER."""
-        count = jnp.where(finite, before.finite + 1, 0)
+        count = jnp.where(finite, self.finite + 1, 0)
         grows = count >= GROWS_AFTER
-        scale = before.scale * jnp.where(finite, jnp.where(grows, 2.0, 1.0), 0.5)
-        return LossScaled(
-            jnp.clip(scale, 1, MOST_SCALE).astype(jnp.float32), jnp.where(grows, 0, count), self.inner
-        )
+        scale = self.scale * jnp.where(finite, jnp.where(grows, 2.0, 1.0), 0.5)
+        scale = jnp.clip(scale, LEAST_SCALE, MOST_SCALE).astype(jnp.float32)
+        return LossScaled(scale, jnp.where(grows, 0, count), self.inner)
 
 
 def with_loss_scale(rule: optax.GradientTransformation) -> optax.GradientTransformation:
     """Returns the rule with `LossScaled` around its state; it takes gradients that are no longer scaled."""
 
     def init(params: nnx.State) -> LossScaled:
-        return LossScaled(jnp.float32(FIRST_SCALE), jnp.int32(0), rule.init(params))
+        return LossScaled.first(rule.init(params))
 
     def update(
         updates: nnx.State, state: LossScaled, params: nnx.State | None = None

@@ -45,6 +45,9 @@ from gemma_jax.training.step import make_train_step
 Config = TypeVar("Config", bound=TrainingConfig)
 
 
+OPTIONAL = ("loss_scale",)  # parts of a checkpoint that a run can begin without
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
     """The parts of a run that differ between the commands that train."""
@@ -227,11 +230,16 @@ class _Run:
 
     def _begin(self, store: CheckpointStore) -> tuple[TrainState, Stability, RunRecord]:
         """Returns what the run starts from: state, history of losses, and the record of that checkpoint."""
-        restored = store.restore(self.abstract.parts)
+        restored = store.restore(self.abstract.parts, optional=OPTIONAL)
         if restored is None and (fork := self.config.fork_from):
             # A copy becomes the new run's first checkpoint, so that it no longer depends on the old run.
             record = dataclasses.replace(run_record(fork), config=to_dict(self.config))
-            restored = load_arrays(fork, self.abstract.parts, record), record
+            wanted = {
+                part: tree
+                for part, tree in self.abstract.parts.items()
+                if part in record.arrays or part not in OPTIONAL
+            }
+            restored = load_arrays(fork, wanted, record), record
             store.save(record, restored[0])
             store.wait()
             say(f"forked from {fork}; the run has a copy of that checkpoint")
@@ -246,7 +254,7 @@ class _Run:
             params = self.task.initial()
             frozen, _ = recipe.split(recipe.model.init(self.config.seed) if params is None else params)
         step = jax.device_put(jax.numpy.int32(record.step), self.abstract.step.sharding)
-        state = TrainState(step, frozen, parts["params"], parts["opt_state"])
+        state = self.abstract.with_parts(step, frozen, parts)
         return state, Stability.from_record(stability, record.history), record
 
     def _announce(self, log: RunLog, state: TrainState) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from gemma_jax.config import StabilityConfig
 from gemma_jax.errors import UserError
+from gemma_jax.training.optimizer import LEAST_SCALE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,17 +73,17 @@ class Stability:
         """Whether the run ends if its next loss or gradient is not finite."""
         return self.not_finite_in_a_row >= self._config.skip_nonfinite
 
-    def record_step(self, loss: float, grad_norm: float, loss_scale: float = 1.0) -> bool:
+    def record_step(self, loss: float, grad_norm: float, loss_scale: float = LEAST_SCALE) -> bool:
         """Record the numbers of the next step. Returns True if the step was not finite and so was skipped.
 
-        If only its gradient was not, and the loss had been scaled, the next one has half the scale: such a
-        step does not count among those in a row.
+        If only its gradient was not, and the loss can be scaled by less, as it then is, the step is not
+        counted among those in a row.
         """
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self.not_finite_in_a_row = 0
             self._losses.append(loss)
             return False
-        self.not_finite_in_a_row += not (math.isfinite(loss) and loss_scale > 1)
+        self.not_finite_in_a_row += not (math.isfinite(loss) and loss_scale > LEAST_SCALE)
         self.skipped_steps += 1
         return True
 

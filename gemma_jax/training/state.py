@@ -1,6 +1,8 @@
 """The train state: everything that a training step changes, and the frozen parameters."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ from flax import nnx
 
 from gemma_jax.sharding import with_shardings
 from gemma_jax.training.objectives import Recipe
+from gemma_jax.training.optimizer import LossScaled
 
 
 @jax.tree_util.register_dataclass
@@ -28,8 +31,23 @@ class TrainState:
 
     @property
     def parts(self) -> dict[str, nnx.State | optax.OptState]:
-        """The parts that a checkpoint holds."""
+        """The parts that a checkpoint holds. `loss_scale` is one only with float16."""
+        if isinstance(self.opt_state, LossScaled):
+            apart = {"opt_state": self.opt_state.inner, "loss_scale": self.opt_state._replace(inner=())}
+            return {"params": self.trainable, **apart}
         return {"params": self.trainable, "opt_state": self.opt_state}
+
+    def with_parts(self, step: jax.Array, frozen: nnx.State, parts: Mapping[str, Any]) -> "TrainState":
+        """Returns this abstract state with values; a loss scale that is not among the parts begins anew."""
+        opt_state = parts["opt_state"]
+        if isinstance(self.opt_state, LossScaled):
+            first = jax.tree.map(
+                lambda value, like: jax.device_put(value, like.sharding),
+                LossScaled.first(()),
+                self.opt_state._replace(inner=()),
+            )
+            opt_state = parts.get("loss_scale", first)._replace(inner=opt_state)
+        return TrainState(step, frozen, parts["params"], opt_state)
 
 
 def abstract_train_state(recipe: Recipe) -> TrainState:

@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 from jax import lax
 
+from gemma_jax.model.transformer import compute_dtype
 from gemma_jax.sharding import platform
 from gemma_jax.training.objectives import Recipe, Sums, WeightedSum
 from gemma_jax.training.optimizer import LossScaled, learning_rate_schedule
@@ -36,6 +37,7 @@ def sums_and_gradients(recipe: Recipe) -> Callable[..., Found]:
     the end.
     """
     parts = recipe.config.optimizer.accumulation_steps
+    is_half = compute_dtype(recipe.config.compute, recipe.model.mesh) == jnp.float16
 
     def differentiate(params: nnx.State, batch: Any, context: Context, factor: Any) -> Found:
         """Returns the gradient of the mean if there is only one part, otherwise of the total."""
@@ -49,7 +51,9 @@ def sums_and_gradients(recipe: Recipe) -> Callable[..., Found]:
 
         total, pull_back, (first, sums) = jax.vjp(first_total, trainable, has_aux=True)
         scale = jnp.ones_like(total) * factor
-        (gradients,) = pull_back(scale / first.divisor if parts == 1 else scale)
+        (gradients,) = pull_back(scale / first.divisor if parts == 1 or is_half else scale)
+        if parts > 1 and is_half:  # of the mean, so that a factor suits any number of tokens
+            gradients = jax.tree.map(lambda x: _wide(x) * first.divisor, gradients)
         return first, sums, gradients
 
     def in_parts(params: nnx.State, batch: Any, context: Context, factor: Any) -> Found:
@@ -69,7 +73,8 @@ def sums_and_gradients(recipe: Recipe) -> Callable[..., Found]:
         )
         zeros = jax.tree.map(lambda x: _wide(jnp.zeros(x.shape, x.dtype)), shapes)
         (first, sums, gradients), _ = lax.scan(body, zeros, (split, keys))
-        means = jax.tree.map(lambda x, like: (x / first.divisor).astype(like.dtype), gradients, shapes[2])
+        trainable = recipe.split(params)[1]
+        means = jax.tree.map(lambda x, like: (x / first.divisor).astype(like.dtype), gradients, trainable)
         return first, sums, means
 
     def of_batch(
@@ -119,7 +124,7 @@ def make_train_step(recipe: Recipe) -> TrainStep:
             kept_if_not_finite, (state.trainable, state.opt_state), (trainable, opt_state)
         )
         if scaled:
-            opt_state = opt_state.after(scaled, finite)
+            opt_state = opt_state.after(finite)
         metrics = {
             "tokens": first.weight,
             **{name: weighted.mean for name, weighted in sums.items()},

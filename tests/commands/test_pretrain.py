@@ -142,6 +142,20 @@ def test_a_layer_that_exceeds_float16_is_named(
     assert re.search(naming("error: ", "step 2", "layer 0", "float16", "float32"), last)
 
 
+def test_a_run_in_float16_is_resumed_with_its_loss_scale_and_in_another_dtype(
+    tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    half = [config_file(tmp_path, corpus), "--compute.dtype", "float16", "--logging.every", "1"]
+    assert main(["pretrain", *half, "--steps", "3"]) == 0
+    assert main(["pretrain", *half, "--steps", "4"]) == 0
+    scales = [e["loss_scale"] for e in read_metrics(tmp_path / "run") if "loss_scale" in e]
+    assert len(scales) == 4 and len(set(scales)) == 1
+    assert main(["pretrain", half[0], "--compute.dtype", "float32", "--steps", "5"]) == 0
+    assert main(["pretrain", *half, "--steps", "6"]) == 0
+    losses = [e["loss"] for e in read_metrics(tmp_path / "run") if "loss" in e]
+    assert len(losses) == 6 and losses[5] < losses[0]
+
+
 def test_a_run_does_not_go_on_with_other_data(
     tmp_path: Path, corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from gemma_jax.config import PRESETS, OptimizerConfig, PretrainConfig, TransformerConfig, replace
 from gemma_jax.data.packing import Batch
-from gemma_jax.sharding import named_arrays, put_batch
+from gemma_jax.sharding import named_arrays, put_batch, with_arrays
 from gemma_jax.testing import assert_same, assert_same_on_meshes, cpu_mesh
 from gemma_jax.training.evaluation import mean_over
 from gemma_jax.training.objectives import held_out_loss, pretraining
@@ -253,6 +253,22 @@ def test_float16_scales_its_loss() -> None:
     due = state.opt_state._replace(finite=jnp.full_like(state.opt_state.finite, GROWS_AFTER - 1))
     state, _ = step(dataclasses.replace(state, opt_state=due), batch)
     assert (float(state.opt_state.scale), int(state.opt_state.finite)) == (2 * scales[-1], 0)
+
+
+def test_float16_accumulates_means() -> None:
+    """A factor of the loss suits any number of tokens, and sums over tokens may exceed float16."""
+    half, mesh = {"compute.dtype": "float16"}, cpu_mesh(1)
+    batch = packed_batch(CONFIG.model)
+    batch = put_batch(batch._replace(targets=np.full_like(batch.targets, 7)), B, mesh)
+    params = begin(replace(CONFIG, half), mesh)[0].params
+    arrays = named_arrays(params)
+    params = with_arrays(params, arrays | {"final_norm": arrays["final_norm"] + 1500})
+    first, _, expected = gradients_of(replace(CONFIG, {"compute.dtype": "float32"}), mesh)(params, batch)
+    assert first.weight * jnp.max(jnp.abs(named_arrays(expected)["embedding"])) > 65_504
+    for parts in (1, 4):
+        config = replace(CONFIG, half | {"optimizer.accumulation_steps": parts})
+        _, _, found = gradients_of(config, mesh)(params, batch, NO_CONTEXT, 0.25)
+        assert_same(jax.tree.map(lambda x: x / 0.25, found), expected, 1e-2)
 
 
 @pytest.mark.parametrize("vocab_block", [0, 128])
